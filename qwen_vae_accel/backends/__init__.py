@@ -1,0 +1,1 @@
+"""Ways to run the image networks: one small module each, found through :mod:`.registry`."""

@@ -1,0 +1,173 @@
+"""What a backend is.
+
+A *direct* backend makes a program from the VAE's weights when it is needed. An *engine* backend compiles a network into
+a file first, and loads the file later, perhaps in another process. Either way a program maps ``[1 or B, C, H, W]`` to
+``[B, C', H', W']`` on the caller's current stream, and gives a fresh contiguous tensor in its compute dtype.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from qwen_vae_accel.model import ModelSource, Topology
+from qwen_vae_accel.plan import EngineKey, Size
+
+_PACKAGES = ("torch", "triton", "diffusers", "torch-tensorrt", "torch-tensorrt-rtx", "tensorrt", "tensorrt-rtx")
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """The machine and its software, as a value, so that every decision about them can be tested anywhere.
+
+    Attributes:
+        device_type: ``"cpu"`` or ``"cuda"``.
+        device_name: the GPU's name, or the CPU's instruction set.
+        capability: CUDA compute capability, None on the CPU.
+        cuda: CUDA version of torch, None on the CPU.
+        driver: version of the NVIDIA driver, None where it is not known.
+        platform: operating system and processor, such as ``linux-x86_64``.
+        packages: versions of the installed packages that matter to some backend.
+    """
+
+    device_type: str
+    device_name: str
+    capability: tuple[int, int] | None = None
+    cuda: str | None = None
+    driver: str | None = None
+    platform: str = "linux-x86_64"
+    packages: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def detect(cls, device: torch.device) -> Environment:
+        """What is true here, for work on ``device``."""
+        packages = {}
+        for name in _PACKAGES:
+            try:
+                packages[name] = metadata.version(name)
+            except metadata.PackageNotFoundError:
+                continue
+        packages["torch"] = str(torch.__version__)
+        where = f"{platform.system().lower()}-{platform.machine()}"
+        if device.type != "cuda":
+            return cls(device.type, torch.backends.cpu.get_cpu_capability(), platform=where, packages=packages)
+        properties = torch.cuda.get_device_properties(device)
+        return cls(
+            device_type="cuda",
+            device_name=properties.name,
+            capability=(properties.major, properties.minor),
+            cuda=torch.version.cuda,
+            driver=_nvidia_driver(),
+            platform=where,
+            packages=packages,
+        )
+
+    def describe(self) -> dict[str, str]:
+        """The same as flat text, for manifests and reports."""
+        facts = {
+            "device": self.device_type,
+            "device_name": self.device_name,
+            "compute_capability": f"{self.capability[0]}.{self.capability[1]}" if self.capability else None,
+            "cuda": self.cuda,
+            "driver": self.driver,
+            "platform": self.platform,
+            **{f"package:{name}": version for name, version in sorted(self.packages.items())},
+        }
+        return {name: value for name, value in facts.items() if value is not None}
+
+
+def _nvidia_driver() -> str | None:
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    words = text.split("\n", 1)[0].split()
+    return next((word for word in words if word[:1].isdigit() and "." in word), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a program is wanted for."""
+
+    method: str
+    topology: Topology
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the network's input."""
+        return self.topology.image_channels if self.method == "encode" else self.topology.z_dim
+
+    def input_hw(self, size: Size) -> tuple[int, int]:
+        """Height and width of the network's input for an image of ``size``."""
+        scale = 1 if self.method == "encode" else self.topology.scale
+        return size.height // scale, size.width // scale
+
+
+class Program(Protocol):
+    """Something that runs one network. ``profile`` numbers an engine's optimization profile; others ignore it."""
+
+    nbytes: int
+
+    def __call__(self, x: Tensor, profile: int = 0) -> Tensor: ...
+
+
+class Backend(ABC):
+    """Common to all: a name, and the reasons why it cannot do a job."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def reasons(self, environment: Environment, job: Job) -> list[str]:
+        """Why this backend cannot do ``job`` in ``environment``; empty if it can."""
+
+
+class DirectBackend(Backend):
+    """A backend that needs no file: any size, any batch, at once."""
+
+    can_tile: ClassVar[bool] = False
+
+    @abstractmethod
+    def program(self, source: ModelSource, job: Job) -> Program:
+        """A program for ``job`` over the current weights of ``source``."""
+
+
+class TilingProgram(Program, Protocol):
+    """A program of a backend with ``can_tile``: also runs in bands of bounded memory, with the same result."""
+
+    def tiled(self, x: Tensor, tile_pixels: int) -> Tensor: ...
+
+
+class EngineBackend(Backend):
+    """A backend that compiles networks into engine files."""
+
+    suffix: ClassVar[str]
+
+    @abstractmethod
+    def identity(self, environment: Environment) -> dict[str, str]:
+        """The facts an engine file is tied to; a file is loaded only where all of them are the same."""
+
+    @abstractmethod
+    def build(self, model: nn.Module, job: Job, key: EngineKey, path: Path) -> None:
+        """Compile ``model`` (2-D network in ``job``'s dtype and device) for the sizes of ``key`` into ``path``."""
+
+    @abstractmethod
+    def load(self, path: Path, job: Job, key: EngineKey) -> Program:
+        """Load the engine of ``path``, whose bytes are known to be good."""
+
+
+def default_device() -> torch.device:
+    """The device that command-line work runs on: the current GPU where there is one."""
+    if torch.cuda.is_available() and not os.environ.get("QWEN_VAE_ACCEL_CPU"):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

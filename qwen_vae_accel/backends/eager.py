@@ -1,0 +1,39 @@
+"""Backend ``eager``: the exact image networks as PyTorch runs them. Serves everything, on every device."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from qwen_vae_accel.backends.base import DirectBackend, Environment, Job
+from qwen_vae_accel.model import ModelSource
+from qwen_vae_accel.model.tiling import decode_banded, encode_banded
+
+
+class EagerProgram:
+    """The network itself; its weights are the VAE's, so it holds no memory of its own but the folded kernels."""
+
+    def __init__(self, network: nn.Module, method: str) -> None:
+        self._network = network
+        self._banded = encode_banded if method == "encode" else decode_banded
+        self.nbytes = 0
+
+    def __call__(self, x: Tensor, profile: int = 0) -> Tensor:
+        return self._network(x)
+
+    def tiled(self, x: Tensor, tile_pixels: int) -> Tensor:
+        return self._banded(self._network, x, tile_pixels)
+
+
+class EagerBackend(DirectBackend):
+    """The exact model, and the oracle of every other backend."""
+
+    name: ClassVar[str] = "eager"
+    can_tile: ClassVar[bool] = True
+
+    def reasons(self, environment: Environment, job: Job) -> list[str]:
+        return []
+
+    def program(self, source: ModelSource, job: Job) -> EagerProgram:
+        return EagerProgram(source.model(job.method, job.dtype, job.device), job.method)

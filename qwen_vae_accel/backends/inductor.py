@@ -1,0 +1,73 @@
+"""Backend ``inductor``: the exact image networks compiled ahead of time by AOTInductor into ``.pt2`` packages.
+
+A package holds native code and the weights. It needs a C++ compiler to build (on the GPU also Triton) and none to load.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from qwen_vae_accel.backends.base import EngineBackend, Environment, Job
+from qwen_vae_accel.plan import EngineKey
+
+
+class InductorProgram:
+    """A loaded package. It takes contiguous input only: the strides it was compiled for are part of its code."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        index = (device.index or 0) if device.type == "cuda" else -1
+        self._run = torch._inductor.aoti_load_package(str(path), device_index=index)
+        self.nbytes = path.stat().st_size
+
+    def __call__(self, x: Tensor, profile: int = 0) -> Tensor:
+        return self._run(x.contiguous())
+
+
+class InductorBackend(EngineBackend):
+    """AOTInductor packages: static sizes, or one package for the whole range of several profiles."""
+
+    name: ClassVar[str] = "inductor"
+    suffix: ClassVar[str] = ".pt2"
+
+    def reasons(self, environment: Environment, job: Job) -> list[str]:
+        if environment.device_type not in ("cpu", "cuda"):
+            return [f"device type {environment.device_type!r} is not known to it; it compiles for cpu and cuda"]
+        return []
+
+    def build_reasons(self) -> list[str]:
+        """Why nothing can be compiled here, though packages could be loaded."""
+        compiler = os.environ.get("CXX", "g++")
+        if shutil.which(compiler) is None:
+            return [f"AOTInductor needs a C++ compiler, and {compiler!r} is not on the PATH (set CXX)"]
+        return []
+
+    def identity(self, environment: Environment) -> dict[str, str]:
+        facts = environment.describe()
+        names = ("device", "device_name", "compute_capability", "cuda", "platform", "package:torch")
+        return {name: facts[name] for name in names if name in facts}
+
+    def build(self, model: nn.Module, job: Job, key: EngineKey, path: Path) -> None:
+        reasons = self.build_reasons()
+        if reasons:
+            raise RuntimeError("; ".join(reasons))
+        height, width = job.input_hw(key.profiles[0].optimum)
+        example = torch.zeros(1, job.in_channels, height, width, dtype=job.dtype, device=job.device)
+        dynamic = None if key.is_static else ({2: self._range("height", 0, job, key), 3: self._range("width", 1, job, key)},)
+        with torch.no_grad():
+            program = torch.export.export(model, (example,), dynamic_shapes=dynamic)
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+
+    @staticmethod
+    def _range(name: str, axis: int, job: Job, key: EngineKey) -> torch.export.Dim:
+        low = min(job.input_hw(profile.minimum)[axis] for profile in key.profiles)
+        high = max(job.input_hw(profile.maximum)[axis] for profile in key.profiles)
+        return torch.export.Dim(name, min=low, max=high)
+
+    def load(self, path: Path, job: Job, key: EngineKey) -> InductorProgram:
+        return InductorProgram(path, job.device)

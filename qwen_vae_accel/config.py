@@ -1,0 +1,251 @@
+"""What the user wants, as one frozen value: JSON in and out, the guide's documents included."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen_vae_accel.errors import ConfigError
+from qwen_vae_accel.plan import LATENT_SCALE, Plan
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+TASKS = ("t2i", "i2i")
+BACKENDS = ("auto", "tensorrt", "inductor", "fused", "eager")
+ENGINE_BACKENDS = ("tensorrt", "inductor")
+ON_MISS = ("build", "fallback", "error")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)", re.IGNORECASE)
+_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | {
+    f"{prefix}ib": 2 ** (10 * power) for power, prefix in enumerate("kmgt", start=1)
+}
+
+
+def parse_bytes(value: int | str) -> int:
+    """``4294967296`` or ``"4GiB"`` -> bytes."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    match = _BYTES.fullmatch(value.strip()) if isinstance(value, str) else None
+    size = int(float(match[1]) * _UNITS[match[2].lower()]) if match else 0
+    if size <= 0:
+        raise ConfigError(f"vram_budget {value!r} must be a positive number of bytes, or text such as '4GiB'")
+    return size
+
+
+def dtype_name(value: str | torch.dtype) -> str:
+    """A dtype as torch names it, without ``torch.``."""
+    name = str(value).removeprefix("torch.")
+    name = _DTYPE_ALIASES.get(name, name)
+    if name not in DTYPES:
+        raise ConfigError(f"dtype {str(value)!r} is not one of {', '.join(DTYPES)}")
+    return name
+
+
+def unknown_key(key: str, allowed: tuple[str, ...]) -> str:
+    """The error text for a key that nothing reads."""
+    near = get_close_matches(key, allowed, n=1, cutoff=0.5)
+    return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(allowed)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccelConfig:
+    """How a VAE is to be accelerated. All fields have a default; all are checked when the value is made.
+
+    Attributes:
+        task: ``"t2i"`` (text-to-image) or ``"i2i"`` (image editing); ``build`` and ``warmup`` leave the encoder out for t2i.
+        backend: ``"auto"`` takes the best that can run; a name is taken or refused with its reasons.
+        engine_dir: folder of compiled engines; None: no engines.
+        multi_profile: one engine of several optimization profiles instead of one engine per size.
+        sizes: sizes to have engines for: the guide's names, ``"WIDTHxHEIGHT"``, and with ``multi_profile``
+            ``"MIN:OPT:MAX"``. None: the guide's five sizes or nine profiles.
+        dtype: compute dtype, ``"float32"``, ``"bfloat16"`` or ``"float16"``; None: the VAE's. Results always come back
+            in the VAE's dtype.
+        encode_dtype: overrides ``dtype`` for encoding (its error compounds over edits).
+        decode_dtype: overrides ``dtype`` for decoding.
+        max_resident: how many sizes keep their engines loaded; None: as many as ``vram_budget`` holds. The guide's is 1.
+        vram_budget: bytes that loaded engines may take together, or text such as ``"4GiB"``.
+        on_miss: what to do when no usable engine is there: ``"build"`` it, ``"fallback"`` to a backend that needs none,
+            or ``"error"``. None: build when an engine backend is named and ``engine_dir`` given, else fall back.
+        verify: run an engine once against the exact model before its first use on a machine.
+    """
+
+    task: str = "t2i"
+    backend: str = "auto"
+    engine_dir: str | None = None
+    multi_profile: bool = False
+    sizes: tuple[str, ...] | None = None
+    dtype: str | None = None
+    encode_dtype: str | None = None
+    decode_dtype: str | None = None
+    max_resident: int | None = None
+    vram_budget: int = 4 * 2**30
+    on_miss: str | None = None
+    verify: bool = True
+
+    def __post_init__(self) -> None:
+        self._one_of("task", TASKS)
+        self._one_of("backend", BACKENDS)
+        if self.on_miss is not None:
+            self._one_of("on_miss", ON_MISS)
+        for name in ("multi_profile", "verify"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}")
+        for name in ("dtype", "encode_dtype", "decode_dtype"):
+            value = getattr(self, name)
+            if value is not None:
+                if not isinstance(value, (str, torch.dtype)):
+                    raise ConfigError(f"{name} must be a dtype's name, not {value!r}")
+                object.__setattr__(self, name, dtype_name(value))
+        if self.engine_dir is not None:
+            if not isinstance(self.engine_dir, (str, Path)) or not str(self.engine_dir).strip():
+                raise ConfigError(f"engine_dir must be a folder's path, not {self.engine_dir!r}")
+            object.__setattr__(self, "engine_dir", str(self.engine_dir))
+        limit = self.max_resident
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= 1024):
+            raise ConfigError(f"max_resident must be a whole number from 1 to 1024, not {limit!r}")
+        object.__setattr__(self, "vram_budget", parse_bytes(self.vram_budget))
+        if self.sizes is not None:
+            if isinstance(self.sizes, str) or not all(isinstance(size, str) for size in self._listed("sizes")):
+                raise ConfigError(f"sizes must be a list of names or WIDTHxHEIGHT texts, not {self.sizes!r}")
+            object.__setattr__(self, "sizes", tuple(self.sizes))
+        self.plan()
+        if self.on_miss == "build" and self.engine_dir is None:
+            raise ConfigError("on_miss='build' needs an engine_dir to build into")
+
+    def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in allowed:
+            near = get_close_matches(str(value), allowed, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {value!r}{hint}")
+
+    def _listed(self, name: str) -> list[Any]:
+        value = getattr(self, name)
+        try:
+            return list(value)
+        except TypeError:
+            raise ConfigError(f"{name} must be a list, not {value!r}") from None
+
+    # What follows from the fields.
+
+    def plan(self, scale: int = LATENT_SCALE) -> Plan:
+        """The sizes engines are made for; ``scale`` in pixels per latent pixel."""
+        return Plan.make(self.sizes, self.multi_profile, scale)
+
+    @property
+    def miss_policy(self) -> str:
+        """``on_miss`` with its default filled in."""
+        if self.on_miss is not None:
+            return self.on_miss
+        return "build" if self.backend in ENGINE_BACKENDS and self.engine_dir is not None else "fallback"
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The networks the task uses: text-to-image only decodes."""
+        return ("decode",) if self.task == "t2i" else ("encode", "decode")
+
+    def compute_dtype(self, method: str, vae_dtype: torch.dtype) -> torch.dtype:
+        """The dtype the network of ``method`` computes in."""
+        name = (self.encode_dtype if method == "encode" else self.decode_dtype) or self.dtype
+        return DTYPES[name] if name else vae_dtype
+
+    # JSON.
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values, with the version of the schema."""
+        values = dataclasses.asdict(self)
+        values["sizes"] = list(self.sizes) if self.sizes is not None else None
+        return {"version": VERSION, **values}
+
+    def to_json(self) -> str:
+        """The document that :meth:`from_json` reads back to an equal value."""
+        return json.dumps(self.as_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, path_or_text: str | Path) -> AccelConfig:
+        """Read a JSON document: a file's path, or the text itself. Both our schema and the guide's are taken.
+
+        Raises:
+            ConfigError: if the file cannot be read, is no JSON object, or has a key or value that cannot be meant.
+        """
+        text = str(path_or_text)
+        if not text.lstrip().startswith("{"):
+            try:
+                text = Path(path_or_text).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"cannot read the config {str(path_or_text)!r}: {error}") from error
+        try:
+            document = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"the config is not JSON: {error}") from error
+        return cls.from_dict(document)
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> AccelConfig:
+        """The same from parsed JSON."""
+        if not isinstance(document, Mapping):
+            raise ConfigError(f"a config is a JSON object, not {type(document).__name__}")
+        if "vae_type" in document or "trt_vae_config" in document:
+            return cls(**_from_guide(document))
+        values = dict(document)
+        version = values.pop("version", VERSION)
+        if version != VERSION:
+            raise ConfigError(f"config version {version!r} is not known; this release reads version {VERSION}")
+        names = tuple(field.name for field in dataclasses.fields(cls))
+        for key in values:
+            if key not in names:
+                raise ConfigError(unknown_key(key, names))
+        return cls(**values)
+
+    @classmethod
+    def resolve(cls, config: AccelConfig | Mapping[str, Any] | str | Path | None, **overrides: Any) -> AccelConfig:
+        """A config from whatever the user gave; keyword arguments override its fields."""
+        if config is None:
+            base = cls()
+        elif isinstance(config, cls):
+            base = config
+        elif isinstance(config, Mapping):
+            base = cls.from_dict(config)
+        elif isinstance(config, (str, Path)):
+            base = cls.from_json(config)
+        else:
+            raise ConfigError(f"config must be an AccelConfig, a dict, or a path, not {type(config).__name__}")
+        if not overrides:
+            return base
+        return cls.from_dict({**base.as_dict(), **overrides})
+
+
+def _from_guide(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields from the guide's document; the keys of its pipelines (``infer_steps``, ...) are not ours and ignored."""
+    kind = document.get("vae_type", "tensorrt")
+    if kind != "tensorrt":
+        raise ConfigError(f"vae_type must be 'tensorrt', not {kind!r}")
+    section = document.get("trt_vae_config")
+    if not isinstance(section, Mapping):
+        raise ConfigError("vae_type 'tensorrt' needs trt_vae_config: {\"trt_engine_path\": ..., \"multi_profile\": ...}")
+    allowed = ("trt_engine_path", "multi_profile")
+    for key in section:
+        if key not in allowed:
+            raise ConfigError(f"trt_vae_config: {unknown_key(key, allowed)}")
+    if "trt_engine_path" not in section:
+        raise ConfigError("trt_vae_config has no trt_engine_path")
+    ignored = sorted(set(document) - {"task", "vae_type", "trt_vae_config"})
+    if ignored:
+        logger.info("keys of the guide's pipelines are ignored: %s", ", ".join(ignored))
+    return {
+        "task": document.get("task", "t2i"),
+        "backend": "tensorrt",
+        "engine_dir": section["trt_engine_path"],
+        "multi_profile": section.get("multi_profile", False),
+    }

@@ -1,0 +1,263 @@
+"""Who serves a request: an engine of the plan where one can, else the best backend that needs none."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qwen_vae_accel.backends.base import DirectBackend, EngineBackend, Environment, Job, Program
+from qwen_vae_accel.backends.registry import direct_backends, engine_backends, get_backend
+from qwen_vae_accel.config import AccelConfig
+from qwen_vae_accel.engines.runtime import EngineRuntime, Wanted
+from qwen_vae_accel.engines.store import EngineStore
+from qwen_vae_accel.errors import BackendUnavailableError, ConfigError, EngineError, EngineMissingError
+from qwen_vae_accel.model import ModelSource
+from qwen_vae_accel.plan import Choice, EngineKey, Miss, Size
+from qwen_vae_accel.report import Journal
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One call, as far as it decides who serves it. ``tile_pixels`` is 0 where the image is computed in one piece."""
+
+    job: Job
+    size: Size
+    tile_pixels: int = 0
+
+
+class Dispatcher:
+    """Backends and engines of one accelerated VAE.
+
+    Args:
+        config: what the user wants.
+        source: the VAE's networks.
+        journal: told of everything that happens.
+        device: where the VAE is now; a backend named in ``config`` must be able to run there.
+
+    Raises:
+        BackendUnavailableError: if ``config`` names a backend that cannot run here.
+        ConfigError, EngineError: if the named backend lacks an engine directory, or the directory cannot be one.
+    """
+
+    def __init__(self, config: AccelConfig, source: ModelSource, journal: Journal, device: torch.device) -> None:
+        self._config = config
+        self._source = source
+        self._journal = journal
+        self.plan = config.plan(source.topology.scale)
+        self._environments: dict[torch.device, Environment] = {}
+        self._programs: dict[tuple[str, str, torch.dtype, torch.device], tuple[int, Program]] = {}
+        self._misses: dict[tuple[str, Job, Size, str], str] = {}
+        self._lock = threading.RLock()
+        self._engines = self._engine_candidates(device)
+        self._direct = self._direct_candidates(device)
+        self.runtime: EngineRuntime | None = None
+        if config.engine_dir is not None:
+            store = EngineStore(config.engine_dir)
+            if not store.root.exists() and config.miss_policy != "build":
+                raise EngineError(
+                    f"engine_dir {store.root} does not exist. Build it with: qwen-vae-accel build --vae PATH "
+                    f"--engine-dir {store.root} (or set on_miss='build')"
+                )
+            self.runtime = EngineRuntime(
+                store, source, journal, config.max_resident, config.vram_budget, config.verify, self.environment
+            )
+
+    def environment(self, device: torch.device) -> Environment:
+        """The facts of ``device``; read once."""
+        if device not in self._environments:
+            self._environments[device] = Environment.detect(device)
+        return self._environments[device]
+
+    def job(self, method: str, device: torch.device, vae_dtype: torch.dtype) -> Job:
+        """The job of ``method`` under the configured dtypes."""
+        return Job(method, self._source.topology, self._config.compute_dtype(method, vae_dtype), device)
+
+    def _jobs(self, device: torch.device) -> list[Job]:
+        dtype = next(self._source.vae.parameters()).dtype
+        return [self.job(method, device, dtype) for method in self._config.methods]
+
+    def _engine_candidates(self, device: torch.device) -> tuple[EngineBackend, ...]:
+        name = self._config.backend
+        if name == "auto":
+            return engine_backends() if self._config.engine_dir is not None else ()
+        backend = get_backend(name)
+        if not isinstance(backend, EngineBackend):
+            if self._config.engine_dir is not None:
+                logger.info("backend %r needs no engines; engine_dir is not used", name)
+            return ()
+        if self._config.engine_dir is None:
+            raise ConfigError(f"backend {name!r} runs engines from a folder: give engine_dir")
+        self._require(backend, device)
+        return (backend,)
+
+    def _direct_candidates(self, device: torch.device) -> tuple[DirectBackend, ...]:
+        name = self._config.backend
+        backend = None if name == "auto" else get_backend(name)
+        if isinstance(backend, DirectBackend):
+            self._require(backend, device)
+            return (backend,)
+        candidates = direct_backends()
+        for candidate in candidates if name == "auto" else ():
+            reasons = [text for job in self._jobs(device) for text in candidate.reasons(self.environment(device), job)]
+            if not reasons:
+                logger.info("backend 'auto' takes %r where no engine serves", candidate.name)
+                break
+            logger.info("backend 'auto' leaves out %r: %s", candidate.name, "; ".join(dict.fromkeys(reasons)))
+        return candidates
+
+    def _require(self, backend: EngineBackend | DirectBackend, device: torch.device) -> None:
+        reasons = [text for job in self._jobs(device) for text in backend.reasons(self.environment(device), job)]
+        if reasons:
+            hint = "backend='auto' takes the best that can run."
+            raise BackendUnavailableError(backend.name, dict.fromkeys(reasons), hint)
+
+    # Serving.
+
+    def run(self, request: Request, x: Tensor) -> Tensor:
+        """Run the network of ``request`` over ``x [B, C, H, W]`` in the compute dtype.
+
+        Raises:
+            EngineError: if no engine serves it and ``on_miss`` is ``"error"``.
+        """
+        reasons: list[str] = []
+        for backend in self._engines:
+            output = self._run_engine(backend, request, x, reasons)
+            if output is not None:
+                return output
+        if reasons and self._config.miss_policy == "error":
+            raise EngineMissingError(f"no engine serves {request.job.method} at {request.size}: {'; '.join(reasons)}")
+        backend, program = self._direct_program(request, reasons)
+        output = program.tiled(x, request.tile_pixels) if request.tile_pixels else program(x)  # type: ignore[attr-defined]
+        self._journal.call(request.job.method, backend.name)
+        if reasons:
+            self._fell_back(request.job.method, backend.name, "; ".join(reasons))
+        return output
+
+    def _fell_back(self, method: str, backend: str, reason: str) -> None:
+        if self._journal.fallback(method, backend, reason):
+            logger.warning("%s is served by %s: %s", method, backend, reason)
+
+    def _run_engine(self, backend: EngineBackend, request: Request, x: Tensor, reasons: list[str]) -> Tensor | None:
+        """The engine's output; None, with the reason added to ``reasons``, where no engine of ``backend`` serves."""
+        if request.tile_pixels:
+            reasons.append(f"{backend.name}: use_tiling is on, and engines run the image in one piece")
+            return None
+        choice = self.plan.select(request.job.method, request.size)
+        if isinstance(choice, Miss):
+            reasons.append(f"{backend.name}: {choice.reason}")
+            return None
+        wanted = self.wanted(backend, request.job, choice.key)
+        memory = (backend.name, request.job, choice.profile.optimum, wanted.weights)
+        known = self._misses.get(memory)
+        if known is not None:
+            reasons.append(known)
+            return None
+        try:
+            output = self._with_engine(wanted, choice, x)
+        except EngineError as error:
+            text = f"{backend.name}: {error}"
+            self._misses[memory] = text
+            reasons.append(text)
+            return None
+        self._journal.call(request.job.method, backend.name)
+        return output
+
+    def wanted(self, backend: EngineBackend, job: Job, key: EngineKey) -> Wanted:
+        """The engine of ``key`` over the VAE's current weights."""
+        return Wanted(backend, job, key, self._source.fingerprint(job.method, job.dtype))
+
+    def _with_engine(self, wanted: Wanted, choice: Choice, x: Tensor) -> Tensor:
+        assert self.runtime is not None
+        index = choice.key.profiles.index(choice.profile)
+
+        def run() -> Tensor:
+            assert self.runtime is not None
+            with self.runtime.use(wanted, choice) as program:
+                # Engines hold batch one; more images go one after another.
+                return torch.cat([program(image, index) for image in x.split(1)]) if len(x) > 1 else program(x, index)
+
+        unavailable = wanted.backend.reasons(self.environment(wanted.job.device), wanted.job)
+        if unavailable:
+            raise EngineError("; ".join(unavailable))
+        try:
+            return run()
+        except EngineError as error:
+            if self._config.miss_policy != "build":
+                raise
+            logger.info("building: %s", error)
+            self.runtime.build(wanted)
+            return run()
+
+    def _direct_program(self, request: Request, reasons: list[str]) -> tuple[DirectBackend, Program]:
+        refused: list[str] = []
+        for backend in self._direct:
+            why = backend.reasons(self.environment(request.job.device), request.job)
+            if request.tile_pixels and not backend.can_tile:
+                why = [*why, "use_tiling is on, and it does not tile"]
+            if not why:
+                # Under a backend asked for by name, the ones before this one were not what the user wanted anyway.
+                return backend, self._program(backend, request.job)
+            refused += [f"{backend.name}: {text}" for text in why]
+        if self._config.backend != "auto":
+            fallback = direct_backends()[-1]
+            reasons += refused
+            return fallback, self._program(fallback, request.job)
+        raise BackendUnavailableError("auto", refused)
+
+    def _program(self, backend: DirectBackend, job: Job) -> Program:
+        key = (backend.name, job.method, job.dtype, job.device)
+        generation = self._source.generation(job.method)
+        known = self._programs.get(key)
+        if known is not None and known[0] == generation:
+            return known[1]
+        with self._lock:
+            known = self._programs.get(key)
+            if known is None or known[0] != generation:
+                self._programs[key] = known = (generation, backend.program(self._source, job))
+            return known[1]
+
+    def forget(self) -> None:
+        """Drop what pins the VAE's memory: its weights are about to move."""
+        with self._lock:
+            self._programs.clear()
+        self._source.release()
+
+    # Ahead of time.
+
+    def prepare(self, device: torch.device, vae_dtype: torch.dtype) -> list[tuple[str, Callable[[], None]]]:
+        """The steps of a warm-up, each with its name: engines of the plan to load or build, or a direct program to make."""
+        steps: list[tuple[str, Callable[[], None]]] = []
+        for method in self._config.methods:
+            job = self.job(method, device, vae_dtype)
+            for backend in self._engines:
+                if backend.reasons(self.environment(device), job):
+                    continue
+                for key in self.plan.engines(method):
+                    wanted = self.wanted(backend, job, key)
+                    steps.append((wanted.path, lambda wanted=wanted: self._warm(wanted)))  # type: ignore[misc]
+                break
+            else:
+                request = Request(job, Size(0, 0))
+                steps.append((f"{method} network", lambda request=request: self._direct_program(request, [])))  # type: ignore
+        return steps
+
+    def _warm(self, wanted: Wanted) -> None:
+        assert self.runtime is not None
+        choice = Choice(wanted.key, wanted.key.profiles[0])
+        self._misses.clear()
+        try:
+            with self.runtime.use(wanted, choice):
+                return
+        except EngineError:
+            if self._config.miss_policy != "build":
+                raise
+        self.runtime.build(wanted)
+        with self.runtime.use(wanted, choice):
+            return

@@ -1,0 +1,160 @@
+"""The manifest: what is known of every engine file of a directory. Versioned JSON, ``manifest.json``.
+
+A path may have two records for a moment: the one of the file that is there, and the one of the file about to replace
+it. The file's hash says which of them is true, so a build killed at any point leaves a usable directory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwen_vae_accel.errors import EngineError
+from qwen_vae_accel.plan import EngineKey, Profile, parse_size
+
+VERSION = 1
+NAME = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """The result of one self-check: an engine against the exact model on the same input.
+
+    Attributes:
+        passed: whether the error was within the tolerance.
+        relative_error: ``||engine - exact fp32|| / ||exact fp32||``.
+        tolerance: the bound for the dtype.
+        psnr_db: of the engine's output against the exact one, peak to peak 2 for images, the reference's range for moments.
+        machine: where it ran, see :func:`qwen_vae_accel.engines.selfcheck.machine_id`.
+        at: UTC time, ISO 8601.
+    """
+
+    passed: bool
+    relative_error: float
+    tolerance: float
+    psnr_db: float
+    machine: str
+    at: str
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Verification:
+        """From the values that :meth:`EngineRecord.to_json` wrote."""
+        floats = {name: float(values[name]) for name in ("relative_error", "tolerance", "psnr_db")}
+        return cls(**{**values, **floats})
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRecord:
+    """One engine file.
+
+    Attributes:
+        sha256: hex digest of the file.
+        size: bytes of the file.
+        backend: the backend that made it.
+        method: ``"encode"`` or ``"decode"``.
+        name: folder of a static engine, or ``multi_profile``.
+        profiles: sizes it takes.
+        dtype: compute dtype.
+        weights: fingerprint of the weights inside.
+        identity: the facts it is tied to; it runs only where they are the same.
+        environment: everything known of the machine that built it.
+        built_at: UTC time, ISO 8601.
+        build_seconds: wall time of the build.
+        origin: ``"built"`` here, or ``"adopted"`` on the user's word.
+        verification: results of the self-check by ``machine/profile``.
+    """
+
+    sha256: str
+    size: int
+    backend: str
+    method: str
+    name: str
+    profiles: tuple[Profile, ...]
+    dtype: str
+    weights: str
+    identity: dict[str, str]
+    environment: dict[str, str]
+    built_at: str
+    build_seconds: float
+    origin: str = "built"
+    verification: dict[str, Verification] = field(default_factory=dict)
+
+    @property
+    def key(self) -> EngineKey:
+        """The engine of a plan that this file is."""
+        return EngineKey(self.method, self.name, self.profiles)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        values = dataclasses.asdict(self)
+        for result in values["verification"].values():
+            # JSON has no infinity; Python's float() reads its name back.
+            result.update({k: str(v) for k, v in result.items() if isinstance(v, float) and not math.isfinite(v)})
+        values["profiles"] = [
+            {"name": p.name, "min": str(p.minimum), "opt": str(p.optimum), "max": str(p.maximum)} for p in self.profiles
+        ]
+        return values
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> EngineRecord:
+        """The inverse of :meth:`to_json`; raises KeyError, TypeError or ValueError for anything else."""
+        fields = {f.name for f in dataclasses.fields(cls)}
+        unknown = set(values) - fields
+        if unknown:
+            raise ValueError(f"unknown keys {sorted(unknown)}")
+        for name, kind in (("sha256", str), ("size", int), ("backend", str), ("weights", str), ("identity", dict)):
+            if not isinstance(values[name], kind):
+                raise TypeError(f"{name} is not {kind.__name__}")
+        if values["method"] not in ("encode", "decode"):
+            raise ValueError(f"method {values['method']!r} is neither encode nor decode")
+        profiles = tuple(
+            Profile(p["name"], parse_size(p["min"]), parse_size(p["opt"]), parse_size(p["max"])) for p in values["profiles"]
+        )
+        if not profiles:
+            raise ValueError("no profiles")
+        checks = {name: Verification.from_json(result) for name, result in values.get("verification", {}).items()}
+        return cls(**{**values, "profiles": profiles, "verification": checks})
+
+
+@dataclass(slots=True)
+class Manifest:
+    """All records of a directory, by path relative to it, newest last."""
+
+    engines: dict[str, list[EngineRecord]] = field(default_factory=dict)
+
+    def dumps(self) -> str:
+        """The text of the file."""
+        engines = {path: [r.to_json() for r in records] for path, records in sorted(self.engines.items()) if records}
+        return json.dumps({"version": VERSION, "engines": engines}, indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def read(cls, root: Path) -> Manifest:
+        """The manifest of ``root``; an empty one where there is none.
+
+        Raises:
+            EngineError: if it cannot be read or understood. Nothing is changed then.
+        """
+        path = root / NAME
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return cls()
+        except (OSError, UnicodeDecodeError) as error:
+            raise EngineError(f"cannot read the manifest {path}: {error}") from error
+        hint = f"Restore the file, or move it away and take the engines in again: qwen-vae-accel adopt --trust {root}"
+        try:
+            document = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise EngineError(f"the manifest {path} is not JSON ({error}). {hint}") from error
+        if not isinstance(document, dict) or not isinstance(document.get("engines"), dict):
+            raise EngineError(f"the manifest {path} has no table of engines. {hint}")
+        if document.get("version") != VERSION:
+            raise EngineError(f"the manifest {path} has version {document.get('version')!r}; this release reads {VERSION}")
+        try:
+            return cls({name: [EngineRecord.from_json(r) for r in records] for name, records in document["engines"].items()})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise EngineError(f"the manifest {path} has a malformed record ({error!r}). {hint}") from error

@@ -1,0 +1,269 @@
+"""The engine directory: the guide's layout, a manifest, atomic writes, locks that work across processes.
+
+Layout: ``<name>/vae_encoder<suffix>`` and ``<name>/vae_decoder<suffix>`` for static sizes,
+``vae_encoder_multi_profile<suffix>`` for multi-profile engines, ``manifest.json``, and two folders of our own, ``.locks``
+and ``.tmp``. Loading a file runs code from it: only files whose hash the manifest holds are ever loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import os
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from qwen_vae_accel.engines.manifest import NAME, EngineRecord, Manifest, Verification
+from qwen_vae_accel.errors import BuildError, EngineError, EngineMissingError, EngineRefusedError
+from qwen_vae_accel.plan import EngineKey
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What an engine must be to be run: compared with its record, field by field."""
+
+    key: EngineKey
+    backend: str
+    suffix: str
+    dtype: str
+    weights: str
+    identity: Mapping[str, str]
+
+    @property
+    def path(self) -> str:
+        """Path below the engine directory."""
+        return self.key.stem + self.suffix
+
+    def differences(self, record: EngineRecord) -> list[str]:
+        """Why an engine of ``record`` must not be run for this, one text per difference."""
+        found = []
+        for what, theirs, ours in (
+            ("backend", record.backend, self.backend),
+            ("network", record.method, self.key.method),
+            ("dtype", record.dtype, self.dtype),
+        ):
+            if theirs != ours:
+                found.append(f"{what}: built for {theirs}, wanted {ours}")
+        if record.weights != self.weights:
+            found.append(f"weights: built from {record.weights[:12]}..., the VAE has {self.weights[:12]}...")
+        if record.profiles != self.key.profiles:
+            theirs, ours = (
+                ", ".join(f"{p.name} [{p.minimum}..{p.optimum}..{p.maximum}]" for p in profiles)
+                for profiles in (record.profiles, self.key.profiles)
+            )
+            found.append(f"sizes: built for {theirs}, wanted {ours}")
+        for name in sorted(set(record.identity) | set(self.identity)):
+            theirs, ours = record.identity.get(name, "nothing"), self.identity.get(name, "nothing")
+            if theirs != ours:
+                found.append(f"{name}: built for {theirs}, here {ours}")
+        return found
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class EngineStore:
+    """One engine directory. Making this object touches nothing on disk.
+
+    Args:
+        root: the directory; made at the first build.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).expanduser()
+        self._threads = threading.Lock()
+        if self.root.exists() and not self.root.is_dir():
+            raise EngineError(f"engine_dir {self.root} is a file; name a folder")
+
+    # Reading.
+
+    def manifest(self) -> Manifest:
+        """The records, as they are on disk now."""
+        return Manifest.read(self.root)
+
+    def find(self, expected: Expected) -> tuple[Path, EngineRecord]:
+        """The file and record of a usable engine.
+
+        Raises:
+            EngineMissingError: if there is no such file.
+            EngineRefusedError: if there is one that must not be run, with every difference.
+            EngineError: if the directory or its manifest cannot be read.
+        """
+        path = self.root / expected.path
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            raise EngineMissingError(f"there is no engine {path}") from None
+        except OSError as error:
+            raise EngineError(f"cannot read the engine {path}: {error}") from error
+        records = self.manifest().engines.get(expected.path, [])
+        if not records:
+            raise EngineRefusedError(
+                str(path),
+                ["the manifest does not know it, so nobody says what it was made from, and loading it runs its code"],
+                f"If you trust whoever made it: qwen-vae-accel adopt --trust --engine-dir {self.root} --vae PATH",
+            )
+        try:
+            digest = hash_file(path)
+        except OSError as error:
+            raise EngineError(f"cannot read the engine {path}: {error}") from error
+        record = next((r for r in records if r.sha256 == digest), None)
+        if record is None:
+            known = records[-1]
+            raise EngineRefusedError(
+                str(path),
+                [f"damaged: {size} bytes with sha256 {digest[:12]}..., built with {known.size} and {known.sha256[:12]}..."],
+            )
+        found = expected.differences(record)
+        if found:
+            raise EngineRefusedError(str(path), found)
+        return path, record
+
+    # Writing.
+
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        folder = self.root / ".locks"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder / f"{name.replace('/', '.')}.lock", thread_local=False)
+            lock.acquire()
+        except OSError as error:
+            raise EngineError(f"cannot write in the engine directory {self.root}: {error}") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _write_manifest(self, manifest: Manifest) -> None:
+        temporary = self.root / f".{NAME}.{uuid.uuid4().hex}"
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(manifest.dumps())
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.root / NAME)
+            _sync(self.root)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @contextmanager
+    def _editing(self) -> Iterator[Manifest]:
+        with self._locked(NAME):
+            manifest = self.manifest()
+            yield manifest
+            self._write_manifest(manifest)
+
+    def build(
+        self,
+        expected: Expected,
+        make: Callable[[Path], EngineRecord],
+        accept: Callable[[Path, EngineRecord], EngineRecord] | None = None,
+    ) -> tuple[Path, EngineRecord]:
+        """Have ``make`` write an engine and publish it; whoever comes second finds the first one's and waits.
+
+        Args:
+            expected: the engine wanted. If a usable one is there by the time the lock is ours, it is returned.
+            make: writes the given path and returns its record, with any hash and size.
+            accept: looks at the written file before it is published; its record is published, its exception stops it.
+
+        Raises:
+            BuildError: if making or writing it failed. What was there before is there still.
+        """
+        with self._threads, self._locked(expected.path):
+            try:
+                return self.find(expected)
+            except (EngineMissingError, EngineRefusedError):
+                pass
+            prefix = expected.path.replace("/", ".")
+            folder = self.root / ".tmp"
+            try:
+                folder.mkdir(exist_ok=True)
+                # Under this engine's lock, what an earlier build of it left behind is nobody's.
+                for leftover in folder.glob(f"{prefix}.*"):
+                    leftover.unlink(missing_ok=True)
+                temporary = folder / f"{prefix}.{uuid.uuid4().hex}{expected.suffix}"
+                try:
+                    record = make(temporary)
+                    record = dataclasses.replace(record, sha256=hash_file(temporary), size=temporary.stat().st_size)
+                    if accept is not None:
+                        record = accept(temporary, record)
+                    return self._publish(expected.path, temporary, record), record
+                finally:
+                    temporary.unlink(missing_ok=True)
+            except OSError as error:
+                raise BuildError(f"cannot write the engine {self.root / expected.path}: {error}") from error
+
+    def _publish(self, name: str, temporary: Path, record: EngineRecord) -> Path:
+        final = self.root / name
+        final.parent.mkdir(parents=True, exist_ok=True)
+        _sync(temporary)
+        # Announce, replace, forget: whichever file is in place at any moment, a record describes it.
+        with self._editing() as manifest:
+            records = manifest.engines.setdefault(name, [])
+            records[:] = [*(r for r in records if r.sha256 != record.sha256), record]
+        temporary.replace(final)
+        _sync(final.parent)
+        with self._editing() as manifest:
+            manifest.engines[name] = [record]
+        return final
+
+    def record_verification(self, name: str, sha256: str, check: str, result: Verification) -> None:
+        """Keep the result of a self-check; in a directory that cannot be written it is logged and lost."""
+        try:
+            with self._editing() as manifest:
+                for record in manifest.engines.get(name, []):
+                    if record.sha256 == sha256:
+                        record.verification[check] = result
+        except (EngineError, OSError) as error:
+            logger.warning("the self-check of %s is not recorded: %s", name, error)
+
+    def add(self, name: str, record: EngineRecord) -> None:
+        """Write the record of a file that is already in place (adoption)."""
+        with self._editing() as manifest:
+            manifest.engines[name] = [record]
+
+    def remove(self, name: str) -> int:
+        """Delete an engine and its records; returns the bytes freed."""
+        path = self.root / name
+        with self._locked(name), self._editing() as manifest:
+            manifest.engines.pop(name, None)
+            freed = path.stat().st_size if path.is_file() else 0
+            path.unlink(missing_ok=True)
+        if path.parent != self.root and path.parent.is_dir() and not any(path.parent.iterdir()):
+            path.parent.rmdir()
+        return freed
+
+    def unknown_files(self, suffixes: tuple[str, ...]) -> list[str]:
+        """Engine files in the guide's layout that have no record, relative to the directory."""
+        known = self.manifest().engines
+        found = []
+        for path in sorted(self.root.glob("**/vae_*coder*")):
+            name = path.relative_to(self.root).as_posix()
+            if path.suffix in suffixes and name not in known and not name.startswith("."):
+                found.append(name)
+        return found
+
+    def leftovers(self) -> list[Path]:
+        """Files that killed builds left behind."""
+        return sorted((self.root / ".tmp").glob("*"))

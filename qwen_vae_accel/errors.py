@@ -1,0 +1,63 @@
+"""Every error this package raises on purpose, and the base class to catch them all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def _bullets(reasons: Iterable[str]) -> str:
+    return "".join(f"\n  - {reason}" for reason in reasons)
+
+
+class AccelError(Exception):
+    """Base class of all errors of qwen_vae_accel."""
+
+
+class ConfigError(AccelError, ValueError):
+    """A configuration that cannot be meant: unknown key, wrong type, absurd value."""
+
+
+class InvalidInputError(AccelError, ValueError):
+    """A tensor that the VAE cannot take: wrong rank, channels, device, dtype or size."""
+
+
+class UnsupportedVAEError(AccelError, TypeError):
+    """The model is not a Qwen-Image / Wan 2.1 VAE; ``reasons`` lists each difference found."""
+
+    def __init__(self, what: str, reasons: Iterable[str]) -> None:
+        self.reasons = tuple(reasons)
+        super().__init__(f"cannot accelerate {what}:{_bullets(self.reasons)}")
+
+
+class BackendUnavailableError(AccelError, RuntimeError):
+    """A backend that was asked for by name cannot run here; ``reasons`` says why."""
+
+    def __init__(self, backend: str, reasons: Iterable[str], hint: str = "") -> None:
+        self.backend = backend
+        self.reasons = tuple(reasons)
+        super().__init__(f"backend {backend!r} cannot be used here:{_bullets(self.reasons)}" + (f"\n{hint}" if hint else ""))
+
+
+class EngineError(AccelError, RuntimeError):
+    """An engine, or the directory that holds engines, cannot be used."""
+
+
+class EngineMissingError(EngineError):
+    """No engine of the plan serves the request, and ``on_miss="error"``."""
+
+
+class EngineRefusedError(EngineError):
+    """An engine file exists but must not be run here; ``differences`` lists why."""
+
+    def __init__(self, engine: str, differences: Iterable[str], hint: str = "") -> None:
+        self.engine = engine
+        self.differences = tuple(differences)
+        super().__init__(f"engine {engine} is refused:{_bullets(self.differences)}" + (f"\n{hint}" if hint else ""))
+
+
+class BuildError(EngineError):
+    """A backend failed to build an engine; nothing that was there before is lost."""
+
+
+class HandleError(AccelError, RuntimeError):
+    """An accelerated VAE used against its handle's state: restored, replaced, configured twice."""

@@ -1,0 +1,177 @@
+"""From a diffusers VAE to its image networks, kept true to the VAE's weights while they move or change.
+
+The networks' weights are views of the VAE's own parameters wherever device and dtype allow; only the folded upsampling
+kernels are new memory (2 % of the VAE). Before each use the parameters are compared with those that were seen last
+(identity, address, version), which costs microseconds and catches ``.to()``, ``load_state_dict`` and assignment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from operator import attrgetter, is_
+
+import torch
+from torch import Tensor, nn
+
+from qwen_vae_accel.model.image_vae import ImageDecoder, ImageEncoder
+from qwen_vae_accel.model.layers import State, under
+from qwen_vae_accel.model.offload import values
+from qwen_vae_accel.model.topology import Topology, inspect_vae
+
+_PARTS = {"encode": ("encoder", "quant_conv"), "decode": ("decoder", "post_quant_conv")}
+_version = attrgetter("_version")
+
+
+def image_state(parameters: Mapping[str, Tensor], method: str) -> dict[str, Tensor]:
+    """The 2-D weights of one network, as views: newest temporal slices, 1-D gammas, no temporal resampling.
+
+    Args:
+        parameters: the VAE's parameters in diffusers' names.
+        method: ``"encode"`` or ``"decode"``.
+
+    Returns:
+        Weights named from inside the encoder or decoder, plus ``quant_conv.*`` or ``post_quant_conv.*``.
+    """
+    network, quant = _PARTS[method]
+    state = under(parameters, network)
+    state.update({f"{quant}.{name}": value for name, value in under(parameters, quant).items()})
+    return {
+        name: value[:, :, -1] if value.dim() == 5 else value.reshape(-1) if name.endswith("gamma") else value
+        for name, value in ((name, value.detach()) for name, value in state.items())
+        if ".time_conv." not in name
+    }
+
+
+def build_model(state: State, method: str) -> ImageEncoder | ImageDecoder:
+    """The network of ``method`` over ``state`` as it is: device, dtype and memory shared where possible."""
+    model = ImageEncoder(state) if method == "encode" else ImageDecoder(state)
+    return model.eval()
+
+
+def fingerprint(state: State, dtype: torch.dtype) -> str:
+    """sha256 over names, shapes and values of ``state`` rounded to ``dtype``: equal for equal engines' weights."""
+    digest = hashlib.sha256(str(dtype).encode())
+    for name in sorted(state):
+        value = state[name].to(dtype).contiguous().cpu()
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        digest.update(value.view(torch.uint8).numpy() if value.dim() else bytes(value.view(torch.uint8)))
+    return digest.hexdigest()
+
+
+@dataclass(slots=True)
+class _Seen:
+    """The parameters of one network as they were at the last look; no versions where inference mode keeps none."""
+
+    slots: list[tuple[dict[str, nn.Parameter | None], str]]
+    parameters: list[Tensor]
+    addresses: list[int]
+    versions: list[int] | None
+    dtypes: list[torch.dtype]
+
+    @classmethod
+    def look(cls, vae: nn.Module, method: str) -> _Seen:
+        slots = [
+            (module._parameters, name)
+            for part in _PARTS[method]
+            for module in getattr(vae, part).modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        parameters: list[Tensor] = [slot[name] for slot, name in slots]  # type: ignore[misc]
+        return cls(
+            slots=slots,
+            parameters=parameters,
+            addresses=list(map(Tensor.data_ptr, parameters)),
+            versions=None if any(p.is_inference() for p in parameters) else list(map(_version, parameters)),
+            dtypes=[p.dtype for p in parameters],
+        )
+
+    def same_values(self, now: _Seen) -> bool:
+        """Whether ``now`` differs from this in device and address only."""
+        same_objects = len(self.parameters) == len(now.parameters) and all(map(is_, self.parameters, now.parameters))
+        return same_objects and self.versions == now.versions and self.dtypes == now.dtypes
+
+    def current(self) -> bool:
+        """Whether nothing has changed since; a few microseconds."""
+        parameters = self.parameters
+        return (
+            all(slot.get(name) is p for (slot, name), p in zip(self.slots, parameters, strict=True))
+            and list(map(Tensor.data_ptr, parameters)) == self.addresses
+            and (self.versions is None or list(map(_version, parameters)) == self.versions)
+        )
+
+
+class ModelSource:
+    """Image networks of one VAE, made on demand and made again when the VAE's weights have changed.
+
+    Args:
+        vae: an ``AutoencoderKLQwenImage`` or Wan 2.1 ``AutoencoderKLWan``.
+
+    Raises:
+        UnsupportedVAEError: if ``vae`` has another topology.
+    """
+
+    def __init__(self, vae: nn.Module) -> None:
+        self.vae = vae
+        self.topology: Topology = inspect_vae(vae)
+        self._lock = threading.RLock()
+        self._seen: dict[str, _Seen] = {}
+        self._generation = {"encode": 0, "decode": 0}
+        self._models: dict[tuple[str, torch.dtype, torch.device], nn.Module] = {}
+        self._fingerprints: dict[tuple[str, torch.dtype], str] = {}
+
+    def generation(self, method: str) -> int:
+        """A number that grows whenever the weights behind ``method`` have changed; looks at them now."""
+        seen = self._seen.get(method)
+        if seen is None or not seen.current():
+            with self._lock:
+                self._seen[method] = _Seen.look(self.vae, method)
+                self._forget(method)
+        return self._generation[method]
+
+    def moved(self) -> None:
+        """Tell that the VAE's parameters were replaced by ``.to()``; a change of device alone is no new generation."""
+        with self._lock:
+            self._models.clear()
+            for method, before in list(self._seen.items()):
+                self._seen[method] = now = _Seen.look(self.vae, method)
+                if not before.same_values(now):
+                    self._forget(method)
+
+    def model(self, method: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        """The network of ``method`` computing in ``dtype`` on ``device``; shares the VAE's memory where it can."""
+        with self._lock:
+            self.generation(method)
+            key = (method, dtype, device)
+            if key not in self._models:
+                # Made in inference mode, the folded kernels could never be used outside it.
+                with torch.inference_mode(False), torch.no_grad():
+                    state = {name: value.to(device, dtype) for name, value in self.state(method).items()}
+                    self._models[key] = build_model(state, method)
+            return self._models[key]
+
+    def state(self, method: str) -> dict[str, Tensor]:
+        """The current 2-D weights of ``method``, as views where the VAE's parameters are present."""
+        return image_state(values(self.vae), method)
+
+    def fingerprint(self, method: str, dtype: torch.dtype) -> str:
+        """See :func:`fingerprint`; computed once per generation."""
+        with self._lock:
+            self.generation(method)
+            key = (method, dtype)
+            if key not in self._fingerprints:
+                self._fingerprints[key] = fingerprint(self.state(method), dtype)
+            return self._fingerprints[key]
+
+    def release(self) -> None:
+        """Drop the networks, which pin the VAE's memory; the next use makes them again."""
+        with self._lock:
+            self._models.clear()
+
+    def _forget(self, method: str) -> None:
+        self._generation[method] += 1
+        self._models = {key: model for key, model in self._models.items() if key[0] != method}
+        self._fingerprints = {key: value for key, value in self._fingerprints.items() if key[0] != method}

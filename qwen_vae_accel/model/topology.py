@@ -1,0 +1,135 @@
+"""What a VAE's state dict says it is, and the reasons when it is not the one we know.
+
+Keys of the state dict are stable across diffusers releases while class internals are not, so nothing here looks at
+classes. The topology is that of the Wan 2.1 VAE, which ``AutoencoderKLQwenImage`` shares.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from qwen_vae_accel.errors import UnsupportedVAEError
+
+METHODS = ("encode", "decode")
+
+# Everything the two networks may hold, in diffusers' names. A key that matches nothing here is a reason to refuse.
+_RESNET = r"(norm1\.gamma|norm2\.gamma|conv1\.(weight|bias)|conv2\.(weight|bias)|conv_shortcut\.(weight|bias))"
+_MID = rf"mid_block\.(resnets\.[01]\.{_RESNET}|attentions\.0\.(norm\.gamma|to_qkv\.(weight|bias)|proj\.(weight|bias)))"
+_ENDS = r"(conv_in\.(weight|bias)|norm_out\.gamma|conv_out\.(weight|bias))"
+_SCALE = r"(resample\.1\.(weight|bias)|time_conv\.(weight|bias))"
+_KNOWN_KEY = re.compile(
+    rf"(quant_conv|post_quant_conv)\.(weight|bias)"
+    rf"|encoder\.({_ENDS}|{_MID}|down_blocks\.\d+\.({_RESNET}|{_SCALE}))"
+    rf"|decoder\.({_ENDS}|{_MID}|up_blocks\.\d+\.(resnets\.\d+\.{_RESNET}|upsamplers\.0\.{_SCALE}))"
+)
+_REQUIRED = (
+    ("quant_conv.weight", 5),
+    ("post_quant_conv.weight", 5),
+    *((f"{part}.{name}", rank) for part in ("encoder", "decoder") for name, rank in (
+        ("conv_in.weight", 5),
+        ("conv_out.weight", 5),
+        ("norm_out.gamma", None),
+        ("mid_block.resnets.0.conv1.weight", 5),
+        ("mid_block.resnets.1.conv1.weight", 5),
+        ("mid_block.attentions.0.to_qkv.weight", 4),
+    )),
+)  # fmt: skip
+_FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """Shape facts of one VAE, read from its weights.
+
+    Attributes:
+        image_channels: channels of the images it takes and gives (3: RGB, 4: RGBA).
+        z_dim: channels of the latent.
+        encoder_widths: output channels of the encoder's first convolution and of each of its residual blocks.
+        decoder_widths: the same for the decoder.
+        scale: pixels per latent pixel and side, ``2 ** (number of downsampling steps)``.
+    """
+
+    image_channels: int
+    z_dim: int
+    encoder_widths: tuple[int, ...]
+    decoder_widths: tuple[int, ...]
+    scale: int
+
+
+def _count(keys: Mapping[str, Any], pattern: str) -> int:
+    regex = re.compile(pattern)
+    return len({match.group(0) for key in keys if (match := regex.match(key))})
+
+
+def _widths(shapes: Mapping[str, tuple[int, ...]], part: str) -> tuple[int, ...]:
+    first = shapes[f"{part}.conv_in.weight"][0]
+    order = [key for key in shapes if key.startswith(f"{part}.") and key.endswith("conv2.weight")]
+    return (first, *(shapes[key][0] for key in order))
+
+
+def _config_reasons(config: Mapping[str, Any]) -> list[str]:
+    reasons = []
+    if config.get("is_residual"):
+        reasons.append("config.is_residual is true: the residual (Wan 2.2) topology is another network")
+    if config.get("patch_size") is not None:
+        reasons.append(f"config.patch_size is {config['patch_size']}: patchified images (Wan 2.2) are another network")
+    if config.get("attn_scales"):
+        reasons.append(f"config.attn_scales is {list(config['attn_scales'])}: only attention in the middle block is known")
+    return reasons
+
+
+def inspect_vae(vae: nn.Module) -> Topology:
+    """Read the topology of ``vae`` from its parameters and config.
+
+    Raises:
+        UnsupportedVAEError: with one reason per difference from the Qwen-Image / Wan 2.1 VAE.
+    """
+    parameters = dict(vae.named_parameters()) if isinstance(vae, nn.Module) else {}
+    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    reasons = [f"it has no parameter {key!r}" for key, _ in _REQUIRED if key not in shapes]
+    if len(reasons) == len(_REQUIRED):
+        reasons = ["none of the parameters of a Qwen-Image VAE (encoder.conv_in, decoder.conv_in, quant_conv, ...) is there"]
+    else:
+        unknown = [key for key in shapes if not _KNOWN_KEY.fullmatch(key)]
+        if unknown:
+            more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+            reasons.append(f"it has parameters that this network does not know: {', '.join(unknown[:3])}{more}")
+    for key, rank in _REQUIRED:
+        if rank is not None and key in shapes and len(shapes[key]) != rank:
+            reasons.append(f"{key} has {len(shapes[key])} dimensions, expected {rank}")
+    reasons += _config_reasons(dict(getattr(vae, "config", {}) or {}))
+    dtypes = {p.dtype for p in parameters.values()} - set(_FLOAT_DTYPES)
+    if dtypes:
+        reasons.append(f"parameters are stored as {', '.join(sorted(map(str, dtypes)))}; float32, bfloat16 and float16 are known")
+    if not reasons:
+        reasons = _shape_reasons(shapes)
+    if reasons:
+        raise UnsupportedVAEError(type(vae).__name__, reasons)
+    return Topology(
+        image_channels=shapes["encoder.conv_in.weight"][1],
+        z_dim=shapes["post_quant_conv.weight"][0],
+        encoder_widths=_widths(shapes, "encoder"),
+        decoder_widths=_widths(shapes, "decoder"),
+        scale=2 ** _count(shapes, r"decoder\.up_blocks\.\d+\.upsamplers\.0\.resample\.1\.weight"),
+    )
+
+
+def _shape_reasons(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    reasons = []
+    z_dim = shapes["post_quant_conv.weight"][0]
+    if shapes["quant_conv.weight"][0] != 2 * z_dim:
+        reasons.append(f"quant_conv has {shapes['quant_conv.weight'][0]} outputs, expected twice z_dim = {2 * z_dim}")
+    taken, given = shapes["encoder.conv_in.weight"][1], shapes["decoder.conv_out.weight"][0]
+    if taken != given:
+        reasons.append(f"it encodes {taken} channels but decodes {given}")
+    down = _count(shapes, r"encoder\.down_blocks\.\d+\.resample\.1\.weight")
+    up = _count(shapes, r"decoder\.up_blocks\.\d+\.upsamplers\.0\.resample\.1\.weight")
+    if down != up:
+        reasons.append(f"the encoder halves the image {down} times but the decoder doubles it {up} times")
+    return reasons

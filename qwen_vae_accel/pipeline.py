@@ -1,0 +1,274 @@
+"""Into a diffusers pipeline and out of it again: ``accelerate`` and the handle it returns."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import types
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qwen_vae_accel.config import AccelConfig
+from qwen_vae_accel.dispatch import Dispatcher, Request
+from qwen_vae_accel.errors import HandleError, InvalidInputError, UnsupportedVAEError
+from qwen_vae_accel.model import ModelSource
+from qwen_vae_accel.model.offload import execution_device, run_pre_forward
+from qwen_vae_accel.plan import MIN_SIDE, Size
+from qwen_vae_accel.report import ORIGINAL, Journal, Report
+
+logger = logging.getLogger(__name__)
+
+_HANDLE = "_qwen_vae_accel"
+_PATCHED = ("encode", "decode", "_apply")
+
+
+def accelerate(target: Any, config: AccelConfig | Mapping[str, Any] | str | Path | None = None, **overrides: Any) -> Handle:
+    """Make ``encode`` and ``decode`` of a Qwen-Image VAE fast, in place.
+
+    Args:
+        target: a diffusers pipeline with a ``vae``, or the VAE itself.
+        config: an :class:`AccelConfig`, a dict or JSON file of one, or the TensorRT guide's JSON. None: the defaults.
+        overrides: fields of :class:`AccelConfig` that replace those of ``config``.
+
+    Returns:
+        The handle: a report, a warm-up, and the way back. Calling again with an equal config returns the same handle.
+
+    Raises:
+        ConfigError: if ``config`` or ``overrides`` cannot be meant.
+        UnsupportedVAEError: if ``target`` holds no VAE of the Qwen-Image / Wan 2.1 family.
+        BackendUnavailableError: if a backend asked for by name cannot run here.
+        EngineError: if the engine directory cannot be one.
+        HandleError: if the VAE is accelerated already with another config.
+    """
+    wanted = AccelConfig.resolve(config, **overrides)
+    vae = _find_vae(target)
+    existing = vae.__dict__.get(_HANDLE)
+    if isinstance(existing, Handle) and existing.vae is vae:
+        if existing.config == wanted:
+            return existing
+        raise HandleError(
+            "this VAE is accelerated already with another config; call restore() on its handle first.\n"
+            f"  there: {existing.config}\n  asked: {wanted}"
+        )
+    return Handle(vae, wanted, None if target is vae else target)
+
+
+def _find_vae(target: Any) -> nn.Module:
+    if isinstance(target, nn.Module) and hasattr(target, "encode") and hasattr(target, "decode"):
+        return target
+    vae = getattr(target, "vae", None)
+    if isinstance(vae, nn.Module):
+        return vae
+    if vae is None and hasattr(target, "vae"):
+        raise UnsupportedVAEError(type(target).__name__, ["its vae is None: load the pipeline with its VAE first"])
+    raise UnsupportedVAEError(
+        type(target).__name__,
+        ["it is neither a VAE (an nn.Module with encode and decode) nor a pipeline with a .vae"],
+    )
+
+
+class Handle:
+    """An accelerated VAE. Made by :func:`accelerate`; as a context manager it restores the VAE at exit.
+
+    Attributes:
+        vae: the VAE.
+        config: how it is accelerated.
+    """
+
+    def __init__(self, vae: nn.Module, config: AccelConfig, pipeline: Any | None) -> None:
+        self.vae = vae
+        self.config = config
+        self._pipeline = None if pipeline is None else weakref.ref(pipeline)
+        self._journal = Journal()
+        self._source = ModelSource(vae)
+        self._dispatcher = Dispatcher(config, self._source, self._journal, execution_device(vae))
+        self._active = True
+        self._before = {name: vae.__dict__[name] for name in _PATCHED if name in vae.__dict__}
+        self._original: dict[str, Callable[..., Any]] = {name: getattr(vae, name) for name in _PATCHED}
+        for name, function in _replacements(type(vae)).items():
+            vae.__dict__[name] = types.MethodType(function, vae)
+        vae.__dict__[_HANDLE] = self
+
+    # A copy or a pickle of an accelerated VAE is a plain VAE: its patched methods find no handle of their own.
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(None), ()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._active:
+            self.restore()
+
+    def restore(self) -> None:
+        """Give the VAE back its own methods and release every engine.
+
+        Raises:
+            HandleError: if that was done before, or if something else patched the VAE since.
+        """
+        if not self._active:
+            raise HandleError("this VAE was restored already; accelerate() makes a new handle")
+        for name in _PATCHED:
+            patch = self.vae.__dict__.get(name)
+            if getattr(patch, "__qwen_vae_accel__", False) is False:
+                raise HandleError(
+                    f"vae.{name} was patched again after accelerate(); undo that first, or the other patch would be lost"
+                )
+        for name in _PATCHED:
+            del self.vae.__dict__[name]
+        self.vae.__dict__.update(self._before)
+        del self.vae.__dict__[_HANDLE]
+        self._active = False
+        self._dispatcher.forget()
+        if self._dispatcher.runtime is not None:
+            self._dispatcher.runtime.release()
+
+    def report(self) -> Report:
+        """What happened since :func:`accelerate`: a table when printed with rich, values through ``.as_dict()``."""
+        runtime = self._dispatcher.runtime
+        resident = runtime.resident() if runtime is not None else []
+        return self._journal.report(self.config.backend, resident, self._note())
+
+    def warmup(self, progress: bool = True) -> Report:
+        """Load the engines of the plan, building those that are missing where ``on_miss`` says so.
+
+        Args:
+            progress: show a progress bar.
+
+        Raises:
+            HandleError: if the VAE was restored, or the pipeline has another VAE by now.
+            EngineError: if an engine cannot be had.
+        """
+        note = self._note()
+        if note:
+            raise HandleError(note)
+        run_pre_forward(self.vae)
+        steps = self._dispatcher.prepare(execution_device(self.vae), next(self.vae.parameters()).dtype)
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, disable=not progress) as bar:
+            task = bar.add_task("engines", total=len(steps))
+            for name, step in steps:
+                bar.update(task, description=name)
+                step()
+                bar.advance(task)
+        return self.report()
+
+    def _note(self) -> str:
+        if not self._active:
+            return "this VAE was restored; accelerate() makes a new handle"
+        pipeline = self._pipeline() if self._pipeline is not None else None
+        if pipeline is not None and getattr(pipeline, "vae", None) is not self.vae:
+            return "the pipeline's VAE was replaced after accelerate(); the new one is not accelerated: accelerate it anew"
+        return ""
+
+    # What the patched methods do.
+
+    def _call(self, method: str, x: Tensor, return_dict: bool) -> Any:
+        run_pre_forward(self.vae)
+        self._check_input(method, x)
+        reason = self._original_reason(x)
+        if reason:
+            self._journal.call(method, ORIGINAL)
+            if self._journal.fallback(method, ORIGINAL, reason):
+                logger.warning("%s runs as diffusers wrote it: %s", method, reason)
+            return self._original[method](x, return_dict=return_dict)
+        moments_or_image = self._run(method, x[:, :, 0]).unsqueeze(2)
+        return _output(method, moments_or_image, return_dict)
+
+    def _run(self, method: str, x: Tensor) -> Tensor:
+        vae: Any = self.vae
+        dtype = vae.dtype
+        job = self._dispatcher.job(method, x.device, dtype)
+        scale = 1 if method == "encode" else job.topology.scale
+        size = Size(x.shape[3] * scale, x.shape[2] * scale)
+        tile = 0
+        if vae.use_tiling and (size.width > vae.tile_sample_min_width or size.height > vae.tile_sample_min_height):
+            tile = vae.tile_sample_min_height
+        request = Request(job, size, tile)
+        x = x.to(job.dtype)
+        if vae.use_slicing and len(x) > 1:
+            return torch.cat([self._dispatcher.run(request, image).to(dtype) for image in x.split(1)])
+        return self._dispatcher.run(request, x).to(dtype)
+
+    def _check_input(self, method: str, x: Tensor) -> None:
+        topology = self._source.topology
+        channels, smallest = (topology.image_channels, MIN_SIDE) if method == "encode" else (topology.z_dim, 1)
+        what = "images [B, C, T, H, W]" if method == "encode" else "latents [B, C, T, h, w]"
+        if not isinstance(x, Tensor) or x.dim() != 5:
+            given = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise InvalidInputError(f"{method} takes {what}, was given {given}")
+        shape = tuple(x.shape)
+        if shape[1] != channels:
+            raise InvalidInputError(f"{method} takes {what} of {channels} channels, was given {shape}")
+        if not x.dtype.is_floating_point:
+            raise InvalidInputError(f"{method} takes floating point values, was given {x.dtype}")
+        if 0 in shape or min(shape[3:]) < smallest:
+            raise InvalidInputError(f"{method} takes {what} with at least {smallest} pixels a side, was given {shape}")
+        device = execution_device(self.vae)
+        if x.device != device:
+            raise InvalidInputError(f"{method} was given a tensor on {x.device}, but the VAE is on {device}")
+
+    def _original_reason(self, x: Tensor) -> str:
+        if x.shape[2] != 1:
+            return f"{x.shape[2]} frames: only single images are accelerated"
+        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.vae.parameters())):
+            return "gradients are asked for; call it under torch.no_grad() or torch.inference_mode() to have it fast"
+        if torch.is_autocast_enabled(x.device.type):
+            return "autocast is on, which chooses dtypes itself"
+        return ""
+
+    def _moved(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._dispatcher.forget()
+        result = original(*args, **kwargs)
+        self._source.moved()
+        return result
+
+
+def _output(method: str, x: Tensor, return_dict: bool) -> Any:
+    from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+    from diffusers.models.modeling_outputs import AutoencoderKLOutput
+
+    if method == "decode":
+        return DecoderOutput(sample=x) if return_dict else (x,)
+    posterior = DiagonalGaussianDistribution(x)
+    return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+
+def _replacements(cls: type) -> dict[str, Callable[..., Any]]:
+    """The methods that stand in for those of ``cls``: same names, same signatures, same documentation."""
+
+    def own_handle(vae: nn.Module) -> Handle | None:
+        handle = vae.__dict__.get(_HANDLE)
+        return handle if isinstance(handle, Handle) and handle.vae is vae else None
+
+    @functools.wraps(cls.encode)  # type: ignore[attr-defined]
+    def encode(self: nn.Module, x: Tensor, return_dict: bool = True) -> Any:
+        handle = own_handle(self)
+        return handle._call("encode", x, return_dict) if handle else cls.encode(self, x, return_dict)  # type: ignore[attr-defined]
+
+    @functools.wraps(cls.decode)  # type: ignore[attr-defined]
+    def decode(self: nn.Module, z: Tensor, return_dict: bool = True) -> Any:
+        handle = own_handle(self)
+        return handle._call("decode", z, return_dict) if handle else cls.decode(self, z, return_dict)  # type: ignore[attr-defined]
+
+    @functools.wraps(cls._apply)  # type: ignore[attr-defined]
+    def _apply(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        handle = own_handle(self)
+        original = handle._original["_apply"] if handle else functools.partial(cls._apply, self)  # type: ignore[attr-defined]
+        return handle._moved(original, args, kwargs) if handle else original(*args, **kwargs)
+
+    replacements: dict[str, Callable[..., Any]] = {"encode": encode, "decode": decode, "_apply": _apply}
+    for function in replacements.values():
+        function.__qwen_vae_accel__ = True  # type: ignore[attr-defined]
+    return replacements

@@ -1,0 +1,157 @@
+"""What happened: calls by method and backend, fallbacks with their reasons, engines loaded and released."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+ORIGINAL = "diffusers"
+
+
+@dataclass(frozen=True, slots=True)
+class Fallback:
+    """A call that went another way than the configuration asks for."""
+
+    method: str
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """One engine brought into memory; ``ms`` covers hashing and loading, not the self-check."""
+
+    engine: str
+    backend: str
+    ms: float
+    nbytes: int
+
+
+class Journal:
+    """Counts events of one handle; safe to use from many threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._calls: Counter[tuple[str, str]] = Counter()
+        self._fallbacks: Counter[Fallback] = Counter()
+        self._loads: list[EngineLoad] = []
+        self._builds: list[tuple[str, float]] = []
+        self._checks: list[tuple[str, float]] = []
+        self._evictions = 0
+
+    def call(self, method: str, backend: str) -> None:
+        """A call of ``method`` served by ``backend``."""
+        with self._lock:
+            self._calls[method, backend] += 1
+
+    def fallback(self, method: str, backend: str, reason: str) -> bool:
+        """A call that fell back to ``backend``; True the first time this reason is seen."""
+        with self._lock:
+            key = Fallback(method, backend, reason)
+            self._fallbacks[key] += 1
+            return self._fallbacks[key] == 1
+
+    def load(self, event: EngineLoad) -> None:
+        """An engine was loaded."""
+        with self._lock:
+            self._loads.append(event)
+
+    def build(self, engine: str, seconds: float) -> None:
+        """An engine was built."""
+        with self._lock:
+            self._builds.append((engine, seconds))
+
+    def verify(self, engine: str, ms: float) -> None:
+        """An engine ran its self-check."""
+        with self._lock:
+            self._checks.append((engine, ms))
+
+    def evict(self) -> None:
+        """An engine was released."""
+        with self._lock:
+            self._evictions += 1
+
+    def report(self, backend: str, resident: list[str], note: str = "") -> Report:
+        """What happened so far."""
+        with self._lock:
+            calls: dict[str, dict[str, int]] = {"encode": {}, "decode": {}}
+            for (method, name), count in self._calls.items():
+                calls[method][name] = count
+            return Report(
+                {
+                    "backend": backend,
+                    "calls": calls,
+                    "fallbacks": [
+                        {"method": f.method, "backend": f.backend, "reason": f.reason, "count": count}
+                        for f, count in self._fallbacks.items()
+                    ],
+                    "engines": resident,
+                    "loads": len(self._loads),
+                    "evictions": self._evictions,
+                    "load_ms": [
+                        {"engine": e.engine, "backend": e.backend, "ms": e.ms, "nbytes": e.nbytes}
+                        for e in self._loads
+                    ],
+                    "builds": [{"engine": name, "seconds": seconds} for name, seconds in self._builds],
+                    "self_checks": [{"engine": name, "ms": ms} for name, ms in self._checks],
+                    "note": note,
+                }
+            )
+
+
+class Report:
+    """A snapshot of a handle's journal: a table when printed with rich, JSON values through :meth:`as_dict`."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self._values = values
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values.
+
+        Keys: ``backend`` (configured), ``calls`` (method -> backend -> count), ``fallbacks`` (method, backend that served,
+        reason, count), ``engines`` (loaded now), ``loads``, ``evictions``, ``load_ms`` (one entry per load), ``builds``,
+        ``self_checks``, ``note``.
+        """
+        return self._values
+
+    def __rich__(self) -> RenderableType:
+        values = self._values
+        calls = Table(title=f"qwen_vae_accel, backend {values['backend']}", title_justify="left")
+        for column in ("method", "served by", "calls"):
+            calls.add_column(column, justify="right" if column == "calls" else "left")
+        for method, served in values["calls"].items():
+            for name, count in sorted(served.items()):
+                calls.add_row(method, name, str(count))
+        parts: list[RenderableType] = [calls]
+        if values["load_ms"]:
+            loads = Table(title=f"engines: {values['loads']} loads, {values['evictions']} releases", title_justify="left")
+            for column in ("engine", "backend", "load ms", "MB", "loaded"):
+                loads.add_column(column, justify="left" if column in ("engine", "backend") else "right")
+            for load in values["load_ms"]:
+                loaded = "yes" if load["engine"] in values["engines"] else "no"
+                loads.add_row(load["engine"], load["backend"], f"{load['ms']:.1f}", f"{load['nbytes'] / 1e6:.1f}", loaded)
+            parts.append(loads)
+        if values["fallbacks"]:
+            table = Table(title="fallbacks", title_justify="left")
+            for column in ("method", "served by", "times", "reason"):
+                table.add_column(column)
+            for f in values["fallbacks"]:
+                table.add_row(f["method"], f["backend"], str(f["count"]), Text(f["reason"]))
+            parts.append(table)
+        if values["note"]:
+            parts.append(Text(values["note"]))
+        return Group(*parts)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=120, no_color=True)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
