@@ -183,11 +183,11 @@ class AccelConfig:
         if not text.lstrip().startswith("{"):
             try:
                 text = Path(path_or_text).read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
+            except (OSError, ValueError) as error:
                 raise ConfigError(f"cannot read the config {str(path_or_text)!r}: {error}") from error
         try:
             document = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ConfigError(f"the config is not JSON: {error}") from error
         return cls.from_dict(document)
 
@@ -233,7 +233,7 @@ def _from_guide(document: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"vae_type must be 'tensorrt', not {kind!r}")
     section = document.get("trt_vae_config")
     if not isinstance(section, Mapping):
-        raise ConfigError("vae_type 'tensorrt' needs trt_vae_config: {\"trt_engine_path\": ..., \"multi_profile\": ...}")
+        raise ConfigError('vae_type \'tensorrt\' needs trt_vae_config: {"trt_engine_path": ..., "multi_profile": ...}')
     allowed = ("trt_engine_path", "multi_profile")
     for key in section:
         if key not in allowed:

@@ -6,6 +6,8 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +27,25 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One call, as far as it decides who serves it. ``tile_pixels`` is 0 where the image is computed in one piece."""
+    """One call, as far as it decides who serves it.
+
+    ``generation`` is that of the weights at the call; ``tile_pixels`` is 0 where the image is computed in one piece.
+    """
 
     job: Job
     size: Size
+    generation: int
     tile_pixels: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Route:
+    """The direct backend that serves a job over one generation of the weights, and who refused before it, and why."""
+
+    generation: int
+    backend: DirectBackend
+    program: Program
+    refused: tuple[str, ...]
 
 
 class Dispatcher:
@@ -52,7 +68,7 @@ class Dispatcher:
         self._journal = journal
         self.plan = config.plan(source.topology.scale)
         self._environments: dict[torch.device, Environment] = {}
-        self._programs: dict[tuple[str, str, torch.dtype, torch.device], tuple[int, Program]] = {}
+        self._routes: dict[tuple[Job, bool], _Route] = {}
         self._misses: dict[tuple[str, Job, Size, str], str] = {}
         self._lock = threading.RLock()
         self._engines = self._engine_candidates(device)
@@ -128,16 +144,17 @@ class Dispatcher:
         """
         reasons: list[str] = []
         for backend in self._engines:
-            output = self._run_engine(backend, request, x, reasons)
-            if output is not None:
-                return output
+            served = self._run_engine(backend, request, x, reasons)
+            if served is not None:
+                return served
         if reasons and self._config.miss_policy == "error":
             raise EngineMissingError(f"no engine serves {request.job.method} at {request.size}: {'; '.join(reasons)}")
-        backend, program = self._direct_program(request, reasons)
-        output = program.tiled(x, request.tile_pixels) if request.tile_pixels else program(x)  # type: ignore[attr-defined]
-        self._journal.call(request.job.method, backend.name)
-        if reasons:
-            self._fell_back(request.job.method, backend.name, "; ".join(reasons))
+        route = self._route(request)
+        program: Any = route.program
+        output: Tensor = program.tiled(x, request.tile_pixels) if request.tile_pixels else program(x)
+        self._journal.call(request.job.method, route.backend.name)
+        if reasons or route.refused:
+            self._fell_back(request.job.method, route.backend.name, "; ".join((*reasons, *route.refused)))
         return output
 
     def _fell_back(self, method: str, backend: str, reason: str) -> None:
@@ -195,45 +212,46 @@ class Dispatcher:
             self.runtime.build(wanted)
             return run()
 
-    def _direct_program(self, request: Request, reasons: list[str]) -> tuple[DirectBackend, Program]:
+    def _route(self, request: Request) -> _Route:
+        key = (request.job, bool(request.tile_pixels))
+        known = self._routes.get(key)
+        if known is None or known.generation != request.generation:
+            with self._lock:
+                known = self._routes.get(key)
+                if known is None or known.generation != request.generation:
+                    self._routes[key] = known = self._find_route(request)
+        return known
+
+    def _find_route(self, request: Request) -> _Route:
         refused: list[str] = []
-        for backend in self._direct:
+        # Only a backend asked for by name can be the whole list and refuse; eager takes everything.
+        for backend in (*self._direct, direct_backends()[-1]):
             why = backend.reasons(self.environment(request.job.device), request.job)
             if request.tile_pixels and not backend.can_tile:
                 why = [*why, "use_tiling is on, and it does not tile"]
             if not why:
-                # Under a backend asked for by name, the ones before this one were not what the user wanted anyway.
-                return backend, self._program(backend, request.job)
+                try:
+                    program = backend.program(self._source, request.job)
+                except BackendUnavailableError as error:
+                    why = list(error.reasons)
+                else:
+                    # Under "auto" the next best backend is what was asked for, and no fallback.
+                    told = refused if self._config.backend == backend.name or backend not in self._direct else []
+                    return _Route(request.generation, backend, program, tuple(told))
             refused += [f"{backend.name}: {text}" for text in why]
-        if self._config.backend != "auto":
-            fallback = direct_backends()[-1]
-            reasons += refused
-            return fallback, self._program(fallback, request.job)
         raise BackendUnavailableError("auto", refused)
-
-    def _program(self, backend: DirectBackend, job: Job) -> Program:
-        key = (backend.name, job.method, job.dtype, job.device)
-        generation = self._source.generation(job.method)
-        known = self._programs.get(key)
-        if known is not None and known[0] == generation:
-            return known[1]
-        with self._lock:
-            known = self._programs.get(key)
-            if known is None or known[0] != generation:
-                self._programs[key] = known = (generation, backend.program(self._source, job))
-            return known[1]
 
     def forget(self) -> None:
         """Drop what pins the VAE's memory: its weights are about to move."""
         with self._lock:
-            self._programs.clear()
+            self._routes.clear()
         self._source.release()
 
     # Ahead of time.
 
-    def prepare(self, device: torch.device, vae_dtype: torch.dtype) -> list[tuple[str, Callable[[], None]]]:
+    def prepare(self, device: torch.device, vae_dtype: torch.dtype) -> list[tuple[str, Callable[[], object]]]:
         """The steps of a warm-up, each with its name: engines of the plan to load or build, or a direct program to make."""
-        steps: list[tuple[str, Callable[[], None]]] = []
+        steps: list[tuple[str, Callable[[], object]]] = []
         for method in self._config.methods:
             job = self.job(method, device, vae_dtype)
             for backend in self._engines:
@@ -241,11 +259,11 @@ class Dispatcher:
                     continue
                 for key in self.plan.engines(method):
                     wanted = self.wanted(backend, job, key)
-                    steps.append((wanted.path, lambda wanted=wanted: self._warm(wanted)))  # type: ignore[misc]
+                    steps.append((wanted.path, partial(self._warm, wanted)))
                 break
             else:
-                request = Request(job, Size(0, 0))
-                steps.append((f"{method} network", lambda request=request: self._direct_program(request, [])))  # type: ignore
+                request = Request(job, Size(0, 0), self._source.generation(method))
+                steps.append((f"{method} network", partial(self._route, request)))
         return steps
 
     def _warm(self, wanted: Wanted) -> None:

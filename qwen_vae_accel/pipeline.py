@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 import types
 import weakref
 from collections.abc import Callable, Mapping
@@ -88,6 +89,10 @@ class Handle:
         self._source = ModelSource(vae)
         self._dispatcher = Dispatcher(config, self._source, self._journal, execution_device(vae))
         self._active = True
+        self._calls = 0
+        self._changed = threading.Condition()
+        self._one_original = threading.RLock()
+        _remove_leftovers(vae)
         self._before = {name: vae.__dict__[name] for name in _PATCHED if name in vae.__dict__}
         self._original: dict[str, Callable[..., Any]] = {name: getattr(vae, name) for name in _PATCHED}
         for name, function in _replacements(type(vae)).items():
@@ -110,7 +115,7 @@ class Handle:
             self.restore()
 
     def restore(self) -> None:
-        """Give the VAE back its own methods and release every engine.
+        """Give the VAE back its own methods and release every engine; calls under way in other threads finish first.
 
         Raises:
             HandleError: if that was done before, or if something else patched the VAE since.
@@ -127,7 +132,9 @@ class Handle:
             del self.vae.__dict__[name]
         self.vae.__dict__.update(self._before)
         del self.vae.__dict__[_HANDLE]
-        self._active = False
+        with self._changed:
+            self._active = False
+            self._changed.wait_for(lambda: self._calls == 0)
         self._dispatcher.forget()
         if self._dispatcher.runtime is not None:
             self._dispatcher.runtime.release()
@@ -175,6 +182,19 @@ class Handle:
     # What the patched methods do.
 
     def _call(self, method: str, x: Tensor, return_dict: bool) -> Any:
+        with self._changed:
+            active = self._active
+            self._calls += active
+        if not active:  # restored since this thread looked the method up
+            return self._original[method](x, return_dict=return_dict)
+        try:
+            return self._serve(method, x, return_dict)
+        finally:
+            with self._changed:
+                self._calls -= 1
+                self._changed.notify_all()
+
+    def _serve(self, method: str, x: Tensor, return_dict: bool) -> Any:
         run_pre_forward(self.vae)
         self._check_input(method, x)
         reason = self._original_reason(x)
@@ -182,20 +202,21 @@ class Handle:
             self._journal.call(method, ORIGINAL)
             if self._journal.fallback(method, ORIGINAL, reason):
                 logger.warning("%s runs as diffusers wrote it: %s", method, reason)
-            return self._original[method](x, return_dict=return_dict)
+            with self._one_original:  # diffusers keeps the state of a call in the VAE itself
+                return self._original[method](x, return_dict=return_dict)
         moments_or_image = self._run(method, x[:, :, 0]).unsqueeze(2)
         return _output(method, moments_or_image, return_dict)
 
     def _run(self, method: str, x: Tensor) -> Tensor:
         vae: Any = self.vae
-        dtype = vae.dtype
+        generation, dtype = self._source.glance(method)
         job = self._dispatcher.job(method, x.device, dtype)
         scale = 1 if method == "encode" else job.topology.scale
         size = Size(x.shape[3] * scale, x.shape[2] * scale)
         tile = 0
         if vae.use_tiling and (size.width > vae.tile_sample_min_width or size.height > vae.tile_sample_min_height):
             tile = vae.tile_sample_min_height
-        request = Request(job, size, tile)
+        request = Request(job, size, generation, tile)
         x = x.to(job.dtype)
         if vae.use_slicing and len(x) > 1:
             return torch.cat([self._dispatcher.run(request, image).to(dtype) for image in x.split(1)])
@@ -233,6 +254,14 @@ class Handle:
         result = original(*args, **kwargs)
         self._source.moved()
         return result
+
+
+def _remove_leftovers(vae: nn.Module) -> None:
+    """Take out the patches that a copy of an accelerated VAE carries; they have no handle of their own."""
+    vae.__dict__.pop(_HANDLE, None)
+    for name in _PATCHED:
+        if getattr(vae.__dict__.get(name), "__qwen_vae_accel__", False):
+            del vae.__dict__[name]
 
 
 def _output(method: str, x: Tensor, return_dict: bool) -> Any:

@@ -95,8 +95,7 @@ class Journal:
                     "loads": len(self._loads),
                     "evictions": self._evictions,
                     "load_ms": [
-                        {"engine": e.engine, "backend": e.backend, "ms": e.ms, "nbytes": e.nbytes}
-                        for e in self._loads
+                        {"engine": e.engine, "backend": e.backend, "ms": e.ms, "nbytes": e.nbytes} for e in self._loads
                     ],
                     "builds": [{"engine": name, "seconds": seconds} for name, seconds in self._builds],
                     "self_checks": [{"engine": name, "ms": ms} for name, ms in self._checks],
@@ -122,28 +121,28 @@ class Report:
 
     def __rich__(self) -> RenderableType:
         values = self._values
-        calls = Table(title=f"qwen_vae_accel, backend {values['backend']}", title_justify="left")
+        calls = Table()
         for column in ("method", "served by", "calls"):
             calls.add_column(column, justify="right" if column == "calls" else "left")
         for method, served in values["calls"].items():
             for name, count in sorted(served.items()):
                 calls.add_row(method, name, str(count))
-        parts: list[RenderableType] = [calls]
+        parts: list[RenderableType] = [Text(f"qwen_vae_accel, backend {values['backend']}", style="bold"), calls]
         if values["load_ms"]:
-            loads = Table(title=f"engines: {values['loads']} loads, {values['evictions']} releases", title_justify="left")
+            loads = Table()
             for column in ("engine", "backend", "load ms", "MB", "loaded"):
                 loads.add_column(column, justify="left" if column in ("engine", "backend") else "right")
             for load in values["load_ms"]:
                 loaded = "yes" if load["engine"] in values["engines"] else "no"
                 loads.add_row(load["engine"], load["backend"], f"{load['ms']:.1f}", f"{load['nbytes'] / 1e6:.1f}", loaded)
-            parts.append(loads)
+            parts += [Text(f"engines: {values['loads']} loads, {values['evictions']} releases", style="bold"), loads]
         if values["fallbacks"]:
-            table = Table(title="fallbacks", title_justify="left")
+            table = Table()
             for column in ("method", "served by", "times", "reason"):
                 table.add_column(column)
             for f in values["fallbacks"]:
                 table.add_row(f["method"], f["backend"], str(f["count"]), Text(f["reason"]))
-            parts.append(table)
+            parts += [Text("fallbacks", style="bold"), table]
         if values["note"]:
             parts.append(Text(values["note"]))
         return Group(*parts)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_vae_accel.model import ModelSource, Topology
-from qwen_vae_accel.plan import EngineKey, Size
+from qwen_vae_accel.plan import EngineKey, Profile, Size
 
 _PACKAGES = ("torch", "triton", "diffusers", "torch-tensorrt", "torch-tensorrt-rtx", "tensorrt", "tensorrt-rtx")
 
@@ -148,6 +148,23 @@ class TilingProgram(Program, Protocol):
     def tiled(self, x: Tensor, tile_pixels: int) -> Tensor: ...
 
 
+@dataclass(frozen=True, slots=True)
+class EngineDescription:
+    """What an engine file says of itself.
+
+    Attributes:
+        dtype: of its input.
+        profiles: sizes it takes, in the order of its optimization profiles; one for a static engine.
+        scratch: bytes of device memory that a run needs at most, per profile.
+        weights: bytes of weights.
+    """
+
+    dtype: torch.dtype
+    profiles: tuple[Profile, ...]
+    scratch: tuple[int, ...]
+    weights: int
+
+
 class EngineBackend(Backend):
     """A backend that compiles networks into engine files."""
 
@@ -155,7 +172,11 @@ class EngineBackend(Backend):
 
     @abstractmethod
     def identity(self, environment: Environment) -> dict[str, str]:
-        """The facts an engine file is tied to; a file is loaded only where all of them are the same."""
+        """The facts an engine file is tied to; a file is loaded only where :meth:`accepts` takes all of them."""
+
+    def accepts(self, fact: str, built: str, here: str) -> bool:
+        """Whether a file whose identity says ``built`` may be run where this machine's says ``here``."""
+        return built == here
 
     @abstractmethod
     def build(self, model: nn.Module, job: Job, key: EngineKey, path: Path) -> None:
@@ -164,6 +185,10 @@ class EngineBackend(Backend):
     @abstractmethod
     def load(self, path: Path, job: Job, key: EngineKey) -> Program:
         """Load the engine of ``path``, whose bytes are known to be good."""
+
+    def describe(self, path: Path, job: Job) -> EngineDescription | None:
+        """What the file of ``path`` says of itself; None where files of this backend do not tell. This runs its code."""
+        return None
 
 
 def default_device() -> torch.device:

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from qwen_vae_accel.backends.base import DirectBackend, Environment, Job
-from qwen_vae_accel.model import ModelSource
-from qwen_vae_accel.model.tiling import decode_banded, encode_banded
+from qwen_vae_accel.model import ImageDecoder, ImageEncoder, ModelSource
+from qwen_vae_accel.model.tiling import run_banded
 
 
 class EagerProgram:
     """The network itself; its weights are the VAE's, so it holds no memory of its own but the folded kernels."""
 
-    def __init__(self, network: nn.Module, method: str) -> None:
+    def __init__(self, network: ImageEncoder | ImageDecoder) -> None:
         self._network = network
-        self._banded = encode_banded if method == "encode" else decode_banded
         self.nbytes = 0
 
     def __call__(self, x: Tensor, profile: int = 0) -> Tensor:
-        return self._network(x)
+        output: Tensor = self._network(x)
+        return output
 
     def tiled(self, x: Tensor, tile_pixels: int) -> Tensor:
-        return self._banded(self._network, x, tile_pixels)
+        return run_banded(self._network, x, tile_pixels)
 
 
 class EagerBackend(DirectBackend):
@@ -36,4 +36,4 @@ class EagerBackend(DirectBackend):
         return []
 
     def program(self, source: ModelSource, job: Job) -> EagerProgram:
-        return EagerProgram(source.model(job.method, job.dtype, job.device), job.method)
+        return EagerProgram(source.model(job.method, job.dtype, job.device))

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,6 +17,20 @@ from torch import Tensor, nn
 
 from qwen_vae_accel.backends.base import EngineBackend, Environment, Job
 from qwen_vae_accel.plan import EngineKey
+
+
+def _load_elsewhere(path: Path) -> None:
+    """Load a fresh package in another process first: code of a mismatched C++ compiler crashes whoever loads it."""
+    script = "import sys, torch; torch._inductor.aoti_load_package(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=False)
+    if done.returncode < 0:
+        compiler = os.environ.get("CXX", "g++")
+        raise RuntimeError(
+            f"the package crashes when it is loaded (signal {-done.returncode}). Most often the compiler {compiler!r} is newer "
+            "than the C++ library of the running Python: set CXX to the system's own g++ and build again"
+        )
+    if done.returncode:
+        raise RuntimeError(f"the package does not load: {done.stderr.strip().splitlines()[-1:]}")
 
 
 class InductorProgram:
@@ -62,6 +78,7 @@ class InductorBackend(EngineBackend):
         with torch.no_grad():
             program = torch.export.export(model, (example,), dynamic_shapes=dynamic)
             torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+        _load_elsewhere(path)
 
     @staticmethod
     def _range(name: str, axis: int, job: Job, key: EngineKey) -> torch.export.Dim:

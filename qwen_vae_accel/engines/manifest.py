@@ -14,10 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vae_accel.errors import EngineError
-from qwen_vae_accel.plan import EngineKey, Profile, parse_size
+from qwen_vae_accel.plan import EngineKey, Profile, Size
 
 VERSION = 1
 NAME = "manifest.json"
+
+
+def _size(text: str) -> Size:
+    # Not parse_size: an engine may have been built for a size that no configuration would name.
+    width, height = text.split("x")
+    return Size(int(width), int(height))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +117,7 @@ class EngineRecord:
                 raise TypeError(f"{name} is not {kind.__name__}")
         if values["method"] not in ("encode", "decode"):
             raise ValueError(f"method {values['method']!r} is neither encode nor decode")
-        profiles = tuple(
-            Profile(p["name"], parse_size(p["min"]), parse_size(p["opt"]), parse_size(p["max"])) for p in values["profiles"]
-        )
+        profiles = tuple(Profile(p["name"], _size(p["min"]), _size(p["opt"]), _size(p["max"])) for p in values["profiles"])
         if not profiles:
             raise ValueError("no profiles")
         checks = {name: Verification.from_json(result) for name, result in values.get("verification", {}).items()}
@@ -148,7 +152,7 @@ class Manifest:
         hint = f"Restore the file, or move it away and take the engines in again: qwen-vae-accel adopt --trust {root}"
         try:
             document = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise EngineError(f"the manifest {path} is not JSON ({error}). {hint}") from error
         if not isinstance(document, dict) or not isinstance(document.get("engines"), dict):
             raise EngineError(f"the manifest {path} has no table of engines. {hint}")

@@ -45,6 +45,7 @@ class _Slot:
     estimate: int
     program: Program | None = None
     users: int = 0
+    refused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,7 @@ class EngineRuntime:
         self._changed = threading.Condition()
         self._slots: OrderedDict[_SlotKey, _Slot] = OrderedDict()
         self._good: set[tuple[_SlotKey, str]] = set()
+        self._checking = threading.Lock()
 
     @contextmanager
     def use(self, wanted: Wanted, choice: Choice) -> Iterator[Program]:
@@ -120,11 +122,19 @@ class EngineRuntime:
         assert program is not None
         try:
             if self._verify and (slot_key, choice.profile.name) not in self._good:
-                self._check(wanted, choice.profile, program, slot_key)
+                try:
+                    self._check(wanted, choice.profile, program, slot_key)
+                except EngineRefusedError:
+                    slot.refused = True
+                    raise
             yield program
         finally:
+            del program
             with self._changed:
                 slot.users -= 1
+                if slot.refused and slot.users == 0:
+                    slot.program = None
+                    self._release(slot_key)
                 self._changed.notify_all()
 
     def _take(self, slot_key: _SlotKey, wanted: Wanted) -> tuple[_Slot, bool]:
@@ -181,7 +191,8 @@ class EngineRuntime:
         self._journal.evict()
         logger.info("released engine %s", slot_key[0])
 
-    def _expected(self, wanted: Wanted) -> Expected:
+    def expected(self, wanted: Wanted) -> Expected:
+        """What the engine of ``wanted`` must be to be run here."""
         job = wanted.job
         return Expected(
             key=wanted.key,
@@ -194,7 +205,7 @@ class EngineRuntime:
 
     def _load(self, wanted: Wanted) -> Program:
         start = time.perf_counter()
-        path, _ = self.store.find(self._expected(wanted))
+        path, _ = self.store.find(self.expected(wanted))
         program = self._open(wanted, path)
         ms = (time.perf_counter() - start) * 1e3
         self._journal.load(EngineLoad(wanted.path, wanted.backend.name, ms, program.nbytes))
@@ -211,22 +222,33 @@ class EngineRuntime:
 
     def _check(self, wanted: Wanted, profile: Profile, program: Program, slot_key: _SlotKey) -> None:
         """Refuse a program whose self-check failed; run the check where this machine has no result yet."""
-        _, record = self.store.find(self._expected(wanted))
-        machine = selfcheck.machine_id(self._detect(wanted.job.device))
-        name = f"{machine}/{profile.name}"
-        result = record.verification.get(name)
-        if result is None:
-            start = time.perf_counter()
-            result = self.run_check(wanted, profile, program, machine)
-            self._journal.verify(wanted.path, (time.perf_counter() - start) * 1e3)
-            self.store.record_verification(wanted.path, record.sha256, name, result)
-        self._judge(wanted, profile, result)
-        self._good.add((slot_key, profile.name))
+        with self._checking:
+            if (slot_key, profile.name) in self._good:
+                return
+            _, record = self.store.find(self.expected(wanted))
+            machine = selfcheck.machine_id(self._detect(wanted.job.device))
+            name = f"{machine}/{profile.name}"
+            result = record.verification.get(name)
+            if result is None:
+                start = time.perf_counter()
+                result = self.run_check(wanted, profile, program, machine)
+                self._journal.verify(wanted.path, (time.perf_counter() - start) * 1e3)
+                self.store.record_verification(wanted.path, record.sha256, name, result)
+            self._judge(wanted, profile, result)
+            self._good.add((slot_key, profile.name))
 
     def run_check(self, wanted: Wanted, profile: Profile, program: Program, machine: str) -> Verification:
-        """Run the self-check of one profile now."""
+        """Run the self-check of one profile now.
+
+        Raises:
+            EngineRefusedError: if the program does not get through it.
+        """
         index = wanted.key.profiles.index(profile)
-        return selfcheck.check(self._source, wanted.job, program, profile.optimum, index, machine)
+        try:
+            return selfcheck.check(self._source, wanted.job, program, profile.optimum, index, machine)
+        except Exception as error:
+            difference = f"its self-check at {profile.optimum} does not run: {error}"
+            raise EngineRefusedError(str(self.store.root / wanted.path), [difference]) from error
 
     def _judge(self, wanted: Wanted, profile: Profile, result: Verification) -> None:
         if not result.passed:
@@ -239,14 +261,14 @@ class EngineRuntime:
     # Building.
 
     def build(self, wanted: Wanted) -> EngineRecord:
-        """Build an engine unless a usable one is there; it is checked before it is published.
+        """Build an engine unless a usable one is there that passed its self-checks here; it is checked before it is published.
 
         Raises:
             BuildError: if the backend failed or the directory cannot be written; what was there before is there still.
             EngineRefusedError: if the new engine failed its self-check.
         """
         environment = self._detect(wanted.job.device)
-        expected = self._expected(wanted)
+        expected = self.expected(wanted)
         elapsed = math.nan
 
         def make(path: Path) -> EngineRecord:
@@ -291,7 +313,12 @@ class EngineRuntime:
             record.verification[f"{machine}/{profile.name}"] = result
             return record
 
-        _, record = self.store.build(expected, make, accept)
+        here = selfcheck.machine_id(environment) + "/"
+
+        def stands(record: EngineRecord) -> bool:
+            return all(result.passed for name, result in record.verification.items() if name.startswith(here))
+
+        _, record = self.store.build(expected, make, accept, stands if self._verify else None)
         if not math.isnan(elapsed):
             self._journal.build(wanted.path, elapsed)
             logger.info("built engine %s in %.1f s", wanted.path, elapsed)

@@ -16,7 +16,7 @@ from torch import Tensor
 from qwen_vae_accel.backends.base import Environment, Job, Program
 from qwen_vae_accel.engines.manifest import Verification
 from qwen_vae_accel.model import ModelSource
-from qwen_vae_accel.model.tiling import decode_banded, encode_banded
+from qwen_vae_accel.model.tiling import run_banded
 from qwen_vae_accel.plan import Size
 
 # ||engine - exact|| / ||exact||, the exact model in float32. float32 leaves room for TF32, which PyTorch allows
@@ -55,7 +55,7 @@ def sample_input(job: Job, size: Size, config: Mapping[str, Any]) -> Tensor:
 def exact_output(source: ModelSource, job: Job, x: Tensor) -> Tensor:
     """What the exact model computes in float32, in bands where the image is large."""
     network = source.model(job.method, torch.float32, job.device)
-    return (encode_banded if job.method == "encode" else decode_banded)(network, x, _BAND)
+    return run_banded(network, x, _BAND)
 
 
 def compare(output: Tensor, exact: Tensor, method: str) -> tuple[float, float]:
@@ -72,15 +72,17 @@ def compare(output: Tensor, exact: Tensor, method: str) -> tuple[float, float]:
 def check(source: ModelSource, job: Job, program: Program, size: Size, profile: int, machine: str) -> Verification:
     """Run ``program`` once and compare; ``job.dtype`` picks the tolerance."""
     config = dict(getattr(source.vae, "config", {}) or {})
-    with torch.no_grad():
-        x = sample_input(job, size, config).to(job.dtype)
-        exact = exact_output(source, job, x.float())
-        output = program(x, profile)
+    try:
+        with torch.no_grad():
+            x = sample_input(job, size, config).to(job.dtype)
+            exact = exact_output(source, job, x.float())
+            output = program(x, profile)
+    finally:
+        source.release()
     if output.shape == exact.shape:
         relative, psnr = compare(output, exact, job.method)
     else:
         relative, psnr = math.inf, -math.inf
-    source.release()
     tolerance = TOLERANCE[job.dtype]
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return Verification(relative <= tolerance, relative, tolerance, psnr, machine, now)

@@ -90,9 +90,13 @@ class EngineStore:
     """
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(root).expanduser()
         self._threads = threading.Lock()
-        if self.root.exists() and not self.root.is_dir():
+        try:
+            self.root = Path(root).expanduser()
+            is_file = self.root.exists() and not self.root.is_dir()
+        except (OSError, RuntimeError, ValueError) as error:  # no rights on a parent, nobody's home, not a path
+            raise EngineError(f"engine_dir {str(root)!r} cannot be used: {error}") from error
+        if is_file:
             raise EngineError(f"engine_dir {self.root} is a file; name a folder")
 
     # Reading.
@@ -156,6 +160,9 @@ class EngineStore:
             lock.release()
 
     def _write_manifest(self, manifest: Manifest) -> None:
+        # Under the manifest's lock, what a killed writer left behind is nobody's.
+        for leftover in self.root.glob(f".{NAME}.*"):
+            leftover.unlink(missing_ok=True)
         temporary = self.root / f".{NAME}.{uuid.uuid4().hex}"
         try:
             with temporary.open("w", encoding="utf-8") as file:
@@ -179,6 +186,7 @@ class EngineStore:
         expected: Expected,
         make: Callable[[Path], EngineRecord],
         accept: Callable[[Path, EngineRecord], EngineRecord] | None = None,
+        stands: Callable[[EngineRecord], bool] | None = None,
     ) -> tuple[Path, EngineRecord]:
         """Have ``make`` write an engine and publish it; whoever comes second finds the first one's and waits.
 
@@ -186,13 +194,16 @@ class EngineStore:
             expected: the engine wanted. If a usable one is there by the time the lock is ours, it is returned.
             make: writes the given path and returns its record, with any hash and size.
             accept: looks at the written file before it is published; its record is published, its exception stops it.
+            stands: whether an engine that is there already may stay; None: it may.
 
         Raises:
             BuildError: if making or writing it failed. What was there before is there still.
         """
         with self._threads, self._locked(expected.path):
             try:
-                return self.find(expected)
+                path, record = self.find(expected)
+                if stands is None or stands(record):
+                    return path, record
             except (EngineMissingError, EngineRefusedError):
                 pass
             prefix = expected.path.replace("/", ".")

@@ -54,6 +54,9 @@ class ImageEncoder(nn.Module):
 class UpBlock(nn.Module):
     """Residual blocks of one resolution and, but for the last, the step to the next."""
 
+    resnets: nn.ModuleList
+    upsamplers: nn.ModuleList
+
     def __init__(self, state: State) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(ResidualBlock(under(state, f"resnets.{i}")) for i in _indices(state, "resnets"))
@@ -83,6 +86,10 @@ class ImageDecoder(nn.Module):
         self.up_blocks = nn.ModuleList(UpBlock(under(state, f"up_blocks.{i}")) for i in _indices(state, "up_blocks"))
         self.norm_out = RMSNorm(under(state, "norm_out"), silu=True)
         self.conv_out = Conv(under(state, "conv_out"))
+
+    def blocks(self) -> list[UpBlock]:
+        """The resolutions, from the latent's to the image's."""
+        return [block for block in self.up_blocks if isinstance(block, UpBlock)]
 
     def mixing(self, z: Tensor) -> Tensor:
         """The part around the attention, where every pixel depends on all: latents -> features at 1/8 size."""

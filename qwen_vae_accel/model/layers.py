@@ -82,16 +82,17 @@ def fold_upsample(weight: Tensor) -> Tensor:
 
 
 class Upsample(nn.Module):
-    """Double the image (nearest) and convolve it 3x3; as one transposed convolution but in float16.
+    """Double the image (nearest) and convolve it 3x3; on the CPU as one transposed convolution, but in float16.
 
     Folding rounds sums of weights. In bfloat16 that drowns in the activations' own rounding; in float16 it would raise
-    the decoder's error by a tenth over diffusers' (measured on the trained tiny VAE), so there the two steps stay.
+    the decoder's error by a tenth over diffusers' (measured on the trained tiny VAE), so there the two steps stay. On
+    the GPU they stay because cuDNN is slow at this transposed convolution.
     """
 
     def __init__(self, state: State) -> None:
         super().__init__()
         weight = state["resample.1.weight"].detach()
-        self.folded = weight.dtype != torch.float16
+        self.folded = weight.device.type == "cpu" and weight.dtype != torch.float16
         self.weight = _frozen(fold_upsample(weight) if self.folded else weight)
         self.bias = _frozen(state["resample.1.bias"])
 

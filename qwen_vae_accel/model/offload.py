@@ -14,11 +14,9 @@ from torch import Tensor, nn
 
 def _hooks(module: nn.Module) -> Iterator[object]:
     hook = getattr(module, "_hf_hook", None)
-    while hook is not None:
+    if hook is not None:
         yield hook
-        for inner in getattr(hook, "hooks", ()):
-            yield inner
-        hook = None
+        yield from getattr(hook, "hooks", ())  # accelerate's SequentialHook
 
 
 def run_pre_forward(vae: nn.Module) -> None:
@@ -29,23 +27,36 @@ def run_pre_forward(vae: nn.Module) -> None:
 
 
 def execution_device(vae: nn.Module) -> torch.device:
-    """The device ``vae`` computes on: its hooks' execution device, else that of its parameters."""
+    """The device ``vae`` computes on: the execution device of its offloading hooks, else that of its parameters."""
+    own = _hook_device(vae)
+    if own is not None:
+        return own
     parameter = next(vae.parameters())
-    group = getattr(vae, "_diffusers_hook", None)
-    if group is None and not parameter.is_meta:
-        return parameter.device
-    if group is not None:
-        for hook in group.hooks.values():
-            for candidate in (hook, getattr(hook, "group", None), getattr(hook, "config", None)):
-                device = getattr(candidate, "onload_device", None)
-                if device is not None:
-                    return torch.device(device)
-    for module in vae.modules():
-        for hook in _hooks(module):
-            device = getattr(hook, "execution_device", None)
-            if device is not None:
-                return torch.device(f"cuda:{device}" if isinstance(device, int) else device)
+    if parameter.is_meta:
+        # Sequential offload: each module that owns parameters has a hook of its own.
+        return next(filter(None, map(_hook_device, vae.modules())), parameter.device)
     return parameter.device
+
+
+def _hook_device(module: nn.Module) -> torch.device | None:
+    for hook in _hooks(module):
+        device = getattr(hook, "execution_device", None)
+        if device is not None:
+            return torch.device("cuda", device) if isinstance(device, int) else _indexed(torch.device(device))
+    group = getattr(module, "_diffusers_hook", None)
+    for hook in group.hooks.values() if group is not None else ():
+        for candidate in (hook, getattr(hook, "group", None), getattr(hook, "config", None)):
+            device = getattr(candidate, "onload_device", None)
+            if device is not None:
+                return _indexed(torch.device(device))
+    return None
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """``cuda`` as tensors name it, with its number."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def values(module: nn.Module) -> dict[str, Tensor]:

@@ -16,10 +16,10 @@ from qwen_vae_accel.model.layers import Downsample
 
 def _decoder_halo(decoder: ImageDecoder) -> int:
     """Rows at latent size that an output row can see on either side, through ``decoder.local``."""
-    reach, rate = 0.0, 1.0
-    for block in decoder.up_blocks:
+    reach, rate = 0.0, 1
+    for block in decoder.blocks():
         reach += 2 * len(block.resnets) / rate
-        if len(block.upsamplers):
+        if block.upsamplers:
             reach += 1 / rate
             rate *= 2
     return int(reach + 1 / rate) + 1
@@ -51,7 +51,7 @@ def decode_banded(decoder: ImageDecoder, z: Tensor, tile_pixels: int) -> Tensor:
     """
     features = decoder.mixing(z)
     rows = features.shape[2]
-    scale = 2 ** sum(len(block.upsamplers) for block in decoder.up_blocks)
+    scale = 2 ** sum(len(block.upsamplers) for block in decoder.blocks())
     halo = _decoder_halo(decoder)
     image = None
     for start, stop in _bands(rows, max(1, tile_pixels // scale)):
@@ -82,3 +82,10 @@ def encode_banded(encoder: ImageEncoder, x: Tensor, tile_pixels: int) -> Tensor:
         high = height if stop + halo >= rows else (stop + halo) * rate
         bands.append(encoder.local(x[:, :, low * rate : high])[:, :, start - low : stop - low])
     return encoder.mixing(torch.cat(bands, dim=2))
+
+
+def run_banded(network: ImageEncoder | ImageDecoder, x: Tensor, tile_pixels: int) -> Tensor:
+    """:func:`encode_banded` or :func:`decode_banded`, whichever ``network`` is for."""
+    if isinstance(network, ImageEncoder):
+        return encode_banded(network, x, tile_pixels)
+    return decode_banded(network, x, tile_pixels)

@@ -73,6 +73,21 @@ def _widths(shapes: Mapping[str, tuple[int, ...]], part: str) -> tuple[int, ...]
     return (first, *(shapes[key][0] for key in order))
 
 
+def _missing_companions(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Parameters that are not there although others of the same layer or block are."""
+    expected = set()
+    for key in shapes:
+        layer, _, leaf = key.rpartition(".")
+        block, _, name = layer.rpartition(".")
+        if leaf in ("weight", "bias"):
+            expected |= {f"{layer}.weight", f"{layer}.bias"}
+        if name == "conv1":
+            expected |= {f"{block}.{other}" for other in ("norm1.gamma", "norm2.gamma", "conv2.weight")}
+        if name == "to_qkv":
+            expected |= {f"{block}.{other}" for other in ("norm.gamma", "proj.weight")}
+    return sorted(expected - set(shapes) - {key for key, _ in _REQUIRED})
+
+
 def _config_reasons(config: Mapping[str, Any]) -> list[str]:
     reasons = []
     if config.get("is_residual"):
@@ -96,6 +111,7 @@ def inspect_vae(vae: nn.Module) -> Topology:
     if len(reasons) == len(_REQUIRED):
         reasons = ["none of the parameters of a Qwen-Image VAE (encoder.conv_in, decoder.conv_in, quant_conv, ...) is there"]
     else:
+        reasons += [f"it has no parameter {key!r}" for key in _missing_companions(shapes)]
         unknown = [key for key in shapes if not _KNOWN_KEY.fullmatch(key)]
         if unknown:
             more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
@@ -106,7 +122,8 @@ def inspect_vae(vae: nn.Module) -> Topology:
     reasons += _config_reasons(dict(getattr(vae, "config", {}) or {}))
     dtypes = {p.dtype for p in parameters.values()} - set(_FLOAT_DTYPES)
     if dtypes:
-        reasons.append(f"parameters are stored as {', '.join(sorted(map(str, dtypes)))}; float32, bfloat16 and float16 are known")
+        stored = ", ".join(sorted(map(str, dtypes)))
+        reasons.append(f"parameters are stored as {stored}; float32, bfloat16 and float16 are known")
     if not reasons:
         reasons = _shape_reasons(shapes)
     if reasons:

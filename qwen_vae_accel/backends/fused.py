@@ -1,0 +1,78 @@
+"""Backend ``fused``: the published networks in hand-written kernels. Any size and batch, nothing to build beforehand."""
+
+from __future__ import annotations
+
+import logging
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from qwen_vae_accel.backends.base import DirectBackend, Environment, Job
+from qwen_vae_accel.engines.selfcheck import sample_input
+from qwen_vae_accel.errors import BackendUnavailableError
+from qwen_vae_accel.kernels import FusedDecoder, FusedEncoder, device_reasons
+from qwen_vae_accel.kernels.topology import IMAGE_CHANNELS, LATENT_CHANNELS, WIDTHS
+from qwen_vae_accel.model import ModelSource
+from qwen_vae_accel.model.ranges import activation_peaks
+from qwen_vae_accel.plan import Size
+
+logger = logging.getLogger(__name__)
+
+# float16 ends at 65504. The calibration input is one sample of many: what it leaves is the margin for the others.
+_FLOAT16_LIMIT = 65504 / 4
+_CALIBRATION_SIZE = Size(512, 512)
+
+
+class FusedProgram:
+    """The network as kernels; holds its weights packed for them."""
+
+    def __init__(self, network: FusedDecoder | FusedEncoder) -> None:
+        self._network = network
+        self.nbytes = network.nbytes
+
+    def __call__(self, x: Tensor, profile: int = 0) -> Tensor:
+        return self._network(x.contiguous())
+
+
+class FusedBackend(DirectBackend):
+    """Triton kernels on NVIDIA GPUs of compute capability 8.0 and later."""
+
+    name: ClassVar[str] = "fused"
+
+    def reasons(self, environment: Environment, job: Job) -> list[str]:
+        reasons = device_reasons(torch.device(environment.device_type), job.dtype, environment.capability)
+        topology = job.topology
+        first, *rest = WIDTHS
+        encoder = (first, *(width for width in WIDTHS for _ in range(2)), WIDTHS[-1], WIDTHS[-1])
+        decoder = (WIDTHS[-1],) * 3 + tuple(width for width in reversed(WIDTHS) for _ in range(3))
+        found = topology.encoder_widths if job.method == "encode" else topology.decoder_widths
+        expected = encoder if job.method == "encode" else decoder
+        if found != expected:
+            reasons.append(
+                f"its kernels are for channels {WIDTHS} by level; this {job.method}r has {tuple(dict.fromkeys(found))}"
+            )
+        if topology.z_dim != LATENT_CHANNELS or topology.image_channels not in IMAGE_CHANNELS:
+            reasons.append(
+                f"its kernels are for {LATENT_CHANNELS} latent and {IMAGE_CHANNELS} image channels; "
+                f"this VAE has {topology.z_dim} and {topology.image_channels}"
+            )
+        return reasons
+
+    def program(self, source: ModelSource, job: Job) -> FusedProgram:
+        if job.dtype == torch.float16:
+            self._check_float16(source, job)
+        network = FusedEncoder if job.method == "encode" else FusedDecoder
+        return FusedProgram(network(source.state(job.method), dtype=job.dtype, device=job.device))
+
+    def _check_float16(self, source: ModelSource, job: Job) -> None:
+        """Measure the activations of these weights in float32; refuse float16 where its range would not hold them."""
+        x = sample_input(job, _CALIBRATION_SIZE, dict(getattr(source.vae, "config", {}) or {}))
+        peaks = activation_peaks(source.model(job.method, torch.float32, job.device), x)
+        logger.info("float16 range of %s: largest |x| by level %s", job.method, {k: round(v, 1) for k, v in peaks.items()})
+        worst = max(peaks, key=lambda name: peaks[name])
+        if not peaks[worst] < _FLOAT16_LIMIT:
+            raise BackendUnavailableError(
+                self.name,
+                [f"activations reach {peaks[worst]:.0f} at {worst}; float16 holds 65504 and needs a margin of 4: use bfloat16"],
+            )

@@ -1,0 +1,140 @@
+"""Building the engines of a plan ahead of time: what is current is kept, a failure does not stop the rest."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qwen_vae_accel.backends.base import EngineBackend, Environment, Job
+from qwen_vae_accel.backends.registry import engine_backends, get_backend
+from qwen_vae_accel.config import AccelConfig
+from qwen_vae_accel.engines.manifest import EngineRecord
+from qwen_vae_accel.engines.runtime import EngineRuntime, Wanted
+from qwen_vae_accel.engines.store import EngineStore
+from qwen_vae_accel.errors import AccelError, BackendUnavailableError, ConfigError
+from qwen_vae_accel.model import ModelSource
+from qwen_vae_accel.report import Journal
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class BuildResult:
+    """One engine of the plan after a build.
+
+    Attributes:
+        path: below the engine directory.
+        status: ``"current"`` (was there), ``"built"`` or ``"failed"``.
+        seconds: wall time spent on it now.
+        record: its record, None where it failed.
+        reason: why it failed.
+    """
+
+    path: str
+    status: str
+    seconds: float
+    record: EngineRecord | None = None
+    reason: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        values: dict[str, Any] = {"path": self.path, "status": self.status, "seconds": round(self.seconds, 3)}
+        if self.record is not None:
+            values["bytes"] = self.record.size
+        if self.reason:
+            values["reason"] = self.reason
+        return values
+
+
+def engine_backend(config: AccelConfig, environment: Environment, jobs: Iterable[Job]) -> EngineBackend:
+    """The backend to build with: the one named, or for ``auto`` the fastest that has engines and can run.
+
+    Raises:
+        ConfigError: if the named backend has no engines.
+        BackendUnavailableError: if it, or under ``auto`` none, can do the jobs here.
+    """
+    jobs = tuple(jobs)
+    if config.backend != "auto":
+        backend = get_backend(config.backend)
+        if not isinstance(backend, EngineBackend):
+            names = ", ".join(other.name for other in engine_backends())
+            raise ConfigError(f"backend {backend.name!r} needs no engines, so there is nothing to build; {names} do")
+        candidates: tuple[EngineBackend, ...] = (backend,)
+    else:
+        candidates = engine_backends()
+    refused = []
+    for backend in candidates:
+        reasons = list(dict.fromkeys(text for job in jobs for text in backend.reasons(environment, job)))
+        if not reasons:
+            return backend
+        refused += reasons if config.backend != "auto" else [f"{backend.name}: {text}" for text in reasons]
+    raise BackendUnavailableError(config.backend, refused)
+
+
+class Builder:
+    """The engines of one configuration for one VAE.
+
+    Args:
+        config: with an ``engine_dir``.
+        source: the VAE's networks.
+        device: where the engines are to run.
+
+    Raises:
+        ConfigError: if there is no ``engine_dir``, or the backend needs no engines.
+        BackendUnavailableError: if no engine backend can run here.
+    """
+
+    def __init__(self, config: AccelConfig, source: ModelSource, device: torch.device) -> None:
+        if config.engine_dir is None:
+            raise ConfigError("there is no engine_dir to build into: give --engine-dir")
+        vae_dtype = next(source.vae.parameters()).dtype
+        jobs = {
+            method: Job(method, source.topology, config.compute_dtype(method, vae_dtype), device) for method in config.methods
+        }
+        environment = Environment.detect(device)
+        self.backend = engine_backend(config, environment, jobs.values())
+        self.store = EngineStore(config.engine_dir)
+        self._runtime = EngineRuntime(
+            self.store, source, Journal(), None, config.vram_budget, config.verify, lambda _: environment
+        )
+        plan = config.plan(source.topology.scale)
+        self.wanted = tuple(
+            Wanted(self.backend, job, key, source.fingerprint(method, job.dtype))
+            for method, job in jobs.items()
+            for key in plan.engines(method)
+        )
+
+    def estimate(self, wanted: Wanted) -> float | None:
+        """Seconds that a build of its kind took before in this directory; None where there was none."""
+        records = [records[-1] for records in self.store.manifest().engines.values() if records]
+        alike = [r.build_seconds for r in records if r.backend == wanted.backend.name and r.build_seconds > 0]
+        same = [r.build_seconds for r in records if r.backend == wanted.backend.name and r.method == wanted.job.method]
+        return statistics.median(same or alike) if alike else None
+
+    def run(self, report: Callable[[Wanted, BuildResult | None], None]) -> list[BuildResult]:
+        """Build what is not current; ``report`` is told before (with None) and after each engine."""
+        results = []
+        for wanted in self.wanted:
+            report(wanted, None)
+            results.append(self._one(wanted))
+            report(wanted, results[-1])
+        return results
+
+    def _one(self, wanted: Wanted) -> BuildResult:
+        start = time.perf_counter()
+        try:
+            try:
+                _, record = self.store.find(self._runtime.expected(wanted))
+                return BuildResult(wanted.path, "current", time.perf_counter() - start, record)
+            except AccelError as error:
+                logger.info("building: %s", error)
+            record = self._runtime.build(wanted)
+        except AccelError as error:
+            return BuildResult(wanted.path, "failed", time.perf_counter() - start, reason=str(error))
+        return BuildResult(wanted.path, "built", time.perf_counter() - start, record)

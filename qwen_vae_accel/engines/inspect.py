@@ -1,0 +1,344 @@
+"""Looking at an engine directory: what is in it, whether it would be run here, what can go, what may be taken in."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from qwen_vae_accel.backends.base import EngineBackend, Environment, Job
+from qwen_vae_accel.backends.registry import engine_backends, get_backend
+from qwen_vae_accel.config import DTYPES, AccelConfig
+from qwen_vae_accel.engines import selfcheck
+from qwen_vae_accel.engines.manifest import NAME, EngineRecord, Verification
+from qwen_vae_accel.engines.runtime import EngineRuntime, Wanted
+from qwen_vae_accel.engines.store import EngineStore, Expected, hash_file
+from qwen_vae_accel.errors import AccelError, ConfigError, EngineError, EngineMissingError, EngineRefusedError
+from qwen_vae_accel.model import ModelSource
+from qwen_vae_accel.plan import MULTI_PROFILE, STATIC_MULTIPLE, Choice, EngineKey, Profile, folder_name, parse_size
+from qwen_vae_accel.report import Journal
+
+logger = logging.getLogger(__name__)
+
+_NETWORKS = {"vae_encoder": "encode", "vae_decoder": "decode"}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """One engine file as it is found.
+
+    Attributes:
+        path: below the engine directory.
+        size: bytes of the file; 0 where it is gone.
+        record: what the manifest says of it, if anything.
+        reasons: why it would not be run here; empty if it would.
+        checks: results of its self-checks on this machine, by profile.
+    """
+
+    path: str
+    size: int
+    record: EngineRecord | None
+    reasons: tuple[str, ...]
+    checks: dict[str, Verification] = dataclasses.field(default_factory=dict)
+
+    @property
+    def current(self) -> bool:
+        """Whether it would be run here."""
+        return not self.reasons
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        values: dict[str, Any] = {"path": self.path, "bytes": self.size, "current": self.current, "reasons": list(self.reasons)}
+        if self.record is not None:
+            r = self.record
+            values |= {
+                "backend": r.backend,
+                "method": r.method,
+                "dtype": r.dtype,
+                "profiles": [
+                    {"name": p.name, "min": str(p.minimum), "opt": str(p.optimum), "max": str(p.maximum)} for p in r.profiles
+                ],
+                "origin": r.origin,
+                "built_at": r.built_at,
+                "build_seconds": r.build_seconds,
+                "checks": {name: check_values(result) for name, result in self.checks.items()},
+            }
+        return values
+
+
+def check_values(result: Verification) -> dict[str, Any]:
+    """A self-check's result as JSON values; an infinite PSNR as text."""
+    values = dataclasses.asdict(result)
+    return {name: str(v) if isinstance(v, float) and not abs(v) < float("inf") else v for name, v in values.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """Something that can go. ``engine`` is its path below the directory, or None for a file that is no engine."""
+
+    path: Path
+    engine: str | None
+    size: int
+    reason: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"path": str(self.path), "bytes": self.size, "reason": self.reason}
+
+
+class Inspector:
+    """One engine directory, seen from one machine.
+
+    Args:
+        root: the directory.
+        device: where engines are to run.
+        source: a VAE's networks, to compare weights with; None: weights are not compared.
+
+    Raises:
+        EngineError: if there is no such directory.
+    """
+
+    def __init__(self, root: Path, device: torch.device, source: ModelSource | None = None) -> None:
+        self.store = EngineStore(root)
+        if not self.store.root.is_dir():
+            raise EngineError(f"there is no engine directory {root}")
+        self._device = device
+        self._source = source
+        self._environment = Environment.detect(device)
+        self._machine = selfcheck.machine_id(self._environment)
+
+    # What is there.
+
+    def survey(self) -> list[EngineStatus]:
+        """Every engine file and every record, compared with this machine and, where given, with the VAE."""
+        known = [self._status(path, records[-1]) for path, records in sorted(self.store.manifest().engines.items()) if records]
+        unknown = [
+            EngineStatus(path, self._size(path), None, ("the manifest does not know it: adopt --trust takes it in",))
+            for path in self.store.unknown_files(self._suffixes())
+        ]
+        return known + unknown
+
+    @staticmethod
+    def _suffixes() -> tuple[str, ...]:
+        return tuple(dict.fromkeys(backend.suffix for backend in engine_backends()))
+
+    def _size(self, path: str) -> int:
+        try:
+            return (self.store.root / path).stat().st_size
+        except OSError:
+            return 0
+
+    def _status(self, path: str, record: EngineRecord) -> EngineStatus:
+        reasons: list[str] = []
+        try:
+            _, record = self.store.find(self._expected(path, record))
+        except EngineMissingError:
+            reasons = ["the file is gone"]
+        except EngineRefusedError as error:
+            reasons = list(error.differences)
+        except AccelError as error:
+            reasons = [str(error)]
+        checks = {
+            profile.name: record.verification[name]
+            for profile in record.profiles
+            if (name := f"{self._machine}/{profile.name}") in record.verification
+        }
+        reasons += [
+            f"self-check of {name} failed: relative error {result.relative_error:.2e}, allowed {result.tolerance:.0e}"
+            for name, result in checks.items()
+            if not result.passed
+        ]
+        return EngineStatus(path, self._size(path), record, tuple(reasons), checks)
+
+    def _expected(self, path: str, record: EngineRecord) -> Expected:
+        """What the file of ``record`` must be to be run here."""
+        backend = get_backend(record.backend)
+        if not isinstance(backend, EngineBackend):
+            raise EngineError(f"backend {record.backend!r} has no engines in this release")
+        if record.dtype not in DTYPES:
+            raise EngineError(f"dtype {record.dtype!r} is not known")
+        weights = record.weights
+        if self._source is not None:
+            weights = self._source.fingerprint(record.method, DTYPES[record.dtype])
+        identity = backend.identity(self._environment)
+        expected = Expected(record.key, record.backend, backend.suffix, record.dtype, weights, identity)
+        if expected.path != path:
+            raise EngineError(f"its record belongs to {expected.path}")
+        return expected
+
+    # Self-checks.
+
+    def _runtime(self, source: ModelSource) -> EngineRuntime:
+        return EngineRuntime(self.store, source, Journal(), None, 2**62, False, lambda _: self._environment)
+
+    def _wanted(self, source: ModelSource, record: EngineRecord) -> Wanted:
+        backend = get_backend(record.backend)
+        assert isinstance(backend, EngineBackend)
+        job = Job(record.method, source.topology, DTYPES[record.dtype], self._device)
+        return Wanted(backend, job, record.key, record.weights)
+
+    def verify(self, status: EngineStatus) -> Iterator[tuple[Profile, Verification]]:
+        """Run the self-check of every profile of an engine again and keep the results.
+
+        Raises:
+            EngineError: if it cannot be loaded.
+        """
+        if self._source is None or status.record is None:
+            raise EngineError("a self-check needs the VAE and a record")
+        wanted = self._wanted(self._source, status.record)
+        runtime = self._runtime(self._source)
+        for profile in status.record.profiles:
+            with runtime.use(wanted, Choice(wanted.key, profile)) as program:
+                result = runtime.run_check(wanted, profile, program, self._machine)
+            self.store.record_verification(status.path, status.record.sha256, f"{self._machine}/{profile.name}", result)
+            yield profile, result
+        runtime.release()
+
+    # What can go.
+
+    def prunable(self, planned: Collection[str] | None = None) -> list[Removal]:
+        """Leftovers of killed builds, engines that would not be run here, and engines that are not ``planned`` (paths)."""
+        found = [Removal(path, None, path.stat().st_size, "left behind by a killed build") for path in self._leftovers()]
+        for status in self.survey():
+            if status.record is None:
+                continue
+            reasons = list(status.reasons)
+            if planned is not None and status.path not in planned:
+                reasons.append("not in the plan")
+            if reasons:
+                found.append(Removal(self.store.root / status.path, status.path, status.size, "; ".join(reasons)))
+        return found
+
+    def _leftovers(self) -> Iterator[Path]:
+        for path in self.store.leftovers():
+            # .tmp/<engine's path with dots>.<id><suffix>: under the engine's lock a build may be writing it right now.
+            lock = self.store.root / ".locks" / f"{re.sub(r'[.][0-9a-f]{32}[.][^.]*$', '', path.name)}.lock"
+            if not _held(lock):
+                yield path
+        if not _held(self.store.root / ".locks" / f"{NAME}.lock"):
+            yield from sorted(self.store.root.glob(f".{NAME}.*"))
+
+    def remove(self, removal: Removal) -> None:
+        """Delete it, with its record.
+
+        Raises:
+            EngineError: if it cannot be deleted.
+        """
+        try:
+            if removal.engine is not None:
+                self.store.remove(removal.engine)
+            else:
+                removal.path.unlink(missing_ok=True)
+        except OSError as error:
+            raise EngineError(f"cannot remove {removal.path}: {error}") from error
+
+    # What may be taken in.
+
+    def unknown(self) -> list[str]:
+        """Engine files without a record, below the directory."""
+        return self.store.unknown_files(self._suffixes())
+
+    def adopt(self, path: str, config: AccelConfig) -> EngineRecord:
+        """Take in an engine file made elsewhere. This runs its code: only for files the user trusts.
+
+        Its record is written only if the engine passes the self-check of every profile against the VAE.
+
+        Args:
+            path: below the directory.
+            config: its dtypes, and with ``multi_profile`` the profiles that the file was made for.
+
+        Raises:
+            EngineRefusedError: if it is not an engine of this VAE.
+            ConfigError: if ``config`` cannot say what the file is.
+        """
+        source = self._source
+        if source is None:
+            raise ConfigError("adopting needs the VAE that the engines were made from: give --vae")
+        key = self._key(path, config)
+        backend = self._backend(path, config)
+        dtype = config.compute_dtype(key.method, next(source.vae.parameters()).dtype)
+        job = Job(key.method, source.topology, dtype, self._device)
+        reasons = backend.reasons(self._environment, job)
+        if reasons:
+            raise EngineRefusedError(path, reasons)
+        file = self.store.root / path
+        try:
+            digest, size = hash_file(file), file.stat().st_size
+            program = backend.load(file, job, key)
+            checks = {}
+            for index, profile in enumerate(key.profiles):
+                result = selfcheck.check(source, job, program, profile.optimum, index, self._machine)
+                checks[f"{self._machine}/{profile.name}"] = result
+                if not result.passed:
+                    allowed = f"relative error {result.relative_error:.2e}, {dtype} allows {result.tolerance:.0e}"
+                    raise EngineRefusedError(path, [f"self-check failed at {profile.optimum} against this VAE: {allowed}"])
+            if hash_file(file) != digest:
+                raise EngineRefusedError(path, ["the file changed while it was being checked"])
+        except AccelError:
+            raise
+        except Exception as error:
+            raise EngineRefusedError(path, [f"{backend.name} cannot load or run it: {error}"]) from error
+        record = EngineRecord(
+            sha256=digest,
+            size=size,
+            backend=backend.name,
+            method=key.method,
+            name=key.name,
+            profiles=key.profiles,
+            dtype=str(dtype).removeprefix("torch."),
+            weights=source.fingerprint(key.method, dtype),
+            identity=backend.identity(self._environment),
+            environment=self._environment.describe(),
+            built_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            build_seconds=0.0,
+            origin="adopted",
+            verification=checks,
+        )
+        self.store.add(path, record)
+        return record
+
+    def _backend(self, path: str, config: AccelConfig) -> EngineBackend:
+        suffix = PurePosixPath(path).suffix
+        fitting = [backend for backend in engine_backends() if backend.suffix == suffix]
+        named = [backend for backend in fitting if backend.name == config.backend]
+        if config.backend != "auto" and not named:
+            raise EngineRefusedError(path, [f"{suffix} is not the suffix of backend {config.backend!r}"])
+        return (named or fitting)[0]
+
+    @staticmethod
+    def _key(path: str, config: AccelConfig) -> EngineKey:
+        """The engine that a file is by its path in the guide's layout."""
+        pure = PurePosixPath(path)
+        if len(pure.parts) == 1:
+            method = _NETWORKS.get(pure.stem.removesuffix(f"_{MULTI_PROFILE}"))
+            if method is None or not pure.stem.endswith(MULTI_PROFILE):
+                raise EngineRefusedError(path, ["its name is not one of an engine directory's"])
+            if not config.multi_profile:
+                raise ConfigError(f"{path} has several profiles: say which with --multi-profile and --sizes")
+            return EngineKey(method, MULTI_PROFILE, config.plan().profiles)
+        method = _NETWORKS.get(pure.stem)
+        if method is None or len(pure.parts) != 2:
+            raise EngineRefusedError(path, ["its name is not one of an engine directory's"])
+        size = parse_size(pure.parts[0]).floor(STATIC_MULTIPLE)
+        if folder_name(size) != pure.parts[0]:
+            raise EngineRefusedError(path, [f"engines of {size} belong in the folder {folder_name(size)}"])
+        return EngineKey(method, pure.parts[0], (Profile.static(pure.parts[0], size),))
+
+
+def _held(lock: Path) -> bool:
+    """Whether some process holds ``lock`` now."""
+    if not lock.exists():
+        return False
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except (Timeout, OSError):
+        return True

@@ -1,0 +1,199 @@
+"""``FusedDecoder`` and ``FusedEncoder``: the whole network in hand-written kernels, any batch, height and width."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qwen_vae_accel.kernels.graphs import GraphCache
+from qwen_vae_accel.kernels.program import Program
+from qwen_vae_accel.kernels.topology import LATENT_CHANNELS, state_reasons
+from qwen_vae_accel.kernels.tuning import Device, Tuning
+from qwen_vae_accel.kernels.weights import Packer
+
+# The kernels' modules need Triton, so they are imported when a network is made.
+if TYPE_CHECKING:
+    from qwen_vae_accel.kernels.network import Planner
+
+_PROGRAMS = 64  # plans kept, least recently used dropped first; a plan is a few kB of host memory
+
+
+@dataclass(frozen=True, slots=True)
+class FusedConfig:
+    """Launch options.
+
+    Attributes:
+        graphs: CUDA graphs kept per object, 0 for plain launches. Their scratch memory stays allocated.
+        graph_after: Uses of an input shape before it is captured.
+        tuning: Tile configurations.
+        device: What to know of the GPU, None to ask it.
+    """
+
+    graphs: int = 8
+    graph_after: int = 2
+    tuning: Tuning = field(default_factory=Tuning)
+    device: Device | None = None
+
+
+class KernelTime(NamedTuple):
+    kernel: str
+    shape: str
+    milliseconds: float
+    teraflop: float
+
+
+def describe_device(device: torch.device) -> Device:
+    properties = torch.cuda.get_device_properties(device)
+    shared = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
+    return Device(properties.multi_processor_count, shared, properties.major >= 9, properties.major == 9)
+
+
+def _nbytes(weights: object) -> int:
+    if isinstance(weights, Tensor):
+        return weights.nbytes
+    if isinstance(weights, tuple):
+        return sum(map(_nbytes, weights))
+    if is_dataclass(weights):
+        return sum(_nbytes(getattr(weights, f.name)) for f in fields(weights))
+    return 0
+
+
+class _Fused:
+    """Shared by both directions: plans by shape, plain launches or graphs."""
+
+    channels: int  # of the input
+
+    def __init__(
+        self, state: Mapping[str, Tensor], *, dtype: torch.dtype, device: torch.device,
+        config: FusedConfig | None = None,
+    ):  # fmt: skip
+        """Pack ``state``: diffusers names without ``encoder.`` / ``decoder.``, every weight 2-D.
+
+        Raises:
+            ValueError: the state does not have the published topology; the message lists the differences.
+        """
+        reasons = state_reasons(state)
+        if reasons:
+            raise ValueError(f"{type(self).__name__} cannot run this model: " + "; ".join(reasons))
+        self.dtype, self.device = dtype, torch.device(device)
+        self.config = config or FusedConfig()
+        self._traits = self.config.device or describe_device(self.device)
+        self._weights = self._pack(Packer(state, dtype, self.device))
+        self.nbytes = _nbytes(self._weights)
+        self._hopper = None
+        if self.config.tuning.hopper_convs and self._traits.wgmma:
+            from qwen_vae_accel.kernels.hopper import HopperConvs
+
+            self._hopper = HopperConvs()
+        self._programs: OrderedDict[tuple, Program] = OrderedDict()
+        use_graphs = self.config.graphs > 0 and self.device.type == "cuda"
+        self._graphs = GraphCache(self.config.graphs, self.config.graph_after) if use_graphs else None
+
+    def _pack(self, pack: Packer):
+        raise NotImplementedError
+
+    def _plan(self, shape: tuple[int, ...], planner: Planner) -> Program:
+        raise NotImplementedError
+
+    def program(self, shape: tuple[int, ...]) -> Program:
+        """The launches for inputs of ``shape``; planning takes about a millisecond and no GPU work."""
+        program = self._programs.get(shape)
+        if program is None:
+            from qwen_vae_accel.kernels.network import Planner
+
+            program = self._plan(shape, Planner(self.dtype, self._traits, self.config.tuning, self._hopper))
+            while len(self._programs) >= _PROGRAMS:
+                self._programs.popitem(last=False)
+            self._programs[shape] = program
+        return program
+
+    def __call__(self, image: Tensor) -> Tensor:
+        if image.dim() != 4 or image.shape[1] != self.channels or image.dtype != self.dtype:
+            raise ValueError(
+                f"{type(self).__name__}: expected {self.dtype} [B, {self.channels}, H, W], "
+                f"got {image.dtype} {list(image.shape)}"
+            )
+        program = self.program(tuple(image.shape))
+        if min(program.output_shape) < 1:
+            raise ValueError(f"{type(self).__name__}: input {list(image.shape)} is too small")
+        if self._graphs is not None and not torch.cuda.is_current_stream_capturing():
+            with torch.cuda.device(self.device):
+                output = self._graphs.run(program, image)
+            if output is not None:
+                return output
+        return self.run_plain(image)
+
+    def run_plain(self, image: Tensor) -> Tensor:
+        """Without graphs: scratch and output come from torch's allocator on the current stream."""
+        memory = self.program(tuple(image.shape)).memory(image)
+        with torch.cuda.device(self.device if self.device.type == "cuda" else -1):
+            self.program(tuple(image.shape)).run(memory)
+        return memory.output
+
+    def release(self) -> None:
+        """Free graphs and their scratch memory."""
+        if self._graphs is not None:
+            self._graphs.clear()
+
+    def kernel_times(self, image: Tensor, repeats: int = 8) -> list[KernelTime]:
+        """Time every kernel of one call alone, ``repeats`` launches in one graph, best of three.
+
+        Sums and residuals accumulate over the repeats, so only the times mean anything.
+        """
+        program = self.program(tuple(image.shape))
+        memory = program.memory(image)
+        program.run(memory)
+        times = []
+        for step in program.steps:
+            step.launch(memory)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for _ in range(repeats):
+                    step.launch(memory)
+            spans = []
+            for _ in range(3):
+                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                begin.record()
+                graph.replay()
+                end.record()
+                end.synchronize()
+                spans.append(begin.elapsed_time(end) / repeats)
+            times.append(KernelTime(step.kernel, step.shape, min(spans), step.flops / 1e12))
+        return times
+
+
+class FusedDecoder(_Fused):
+    """``[B, 16, h, w]`` latents -> ``[B, C, 8h, 8w]`` clamped to [-1, 1]. Safe to call from several threads."""
+
+    channels = LATENT_CHANNELS
+
+    def _pack(self, pack: Packer):
+        from qwen_vae_accel.kernels.network import pack_decoder
+
+        return pack_decoder(pack)
+
+    def _plan(self, shape: tuple[int, ...], planner: Planner) -> Program:
+        from qwen_vae_accel.kernels.network import plan_decoder
+
+        return plan_decoder(self._weights, shape, planner)
+
+
+class FusedEncoder(_Fused):
+    """``[B, C, H, W]`` images -> ``[B, 32, H // 8, W // 8]`` mean and log-variance, quant_conv applied.
+    Safe to call from several threads."""
+
+    def _pack(self, pack: Packer):
+        self.channels = pack.state["conv_in.weight"].shape[1]
+        from qwen_vae_accel.kernels.network import pack_encoder
+
+        return pack_encoder(pack)
+
+    def _plan(self, shape: tuple[int, ...], planner: Planner) -> Program:
+        from qwen_vae_accel.kernels.network import plan_encoder
+
+        return plan_encoder(self._weights, shape, planner)

@@ -1,0 +1,99 @@
+"""CUDA graphs of whole programs: a call costs one graph launch on the host instead of sixty kernel launches.
+
+All graphs of one object run in one scratch allocation, as large as the largest of them needs, and each has its own
+input; results are copied out, so the caller owns what it gets. Calls are ordered by an event: a second stream or
+thread waits on the GPU, never on the host. Graphs are kept by input shape, the least recently used dropped first.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qwen_vae_accel.kernels.program import Program
+
+
+@dataclass(slots=True)
+class _Entry:
+    graph: torch.cuda.CUDAGraph
+    image: Tensor
+    output: Tensor
+
+
+class GraphCache:
+    """At most ``limit`` graphs; a shape is captured on its ``after``-th use, run plainly before."""
+
+    def __init__(self, limit: int = 8, after: int = 2):
+        self._limit, self._after = limit, after
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[tuple, _Entry] = OrderedDict()
+        self._uses: OrderedDict[tuple, int] = OrderedDict()
+        self._scratch: Tensor | None = None
+        self._done: torch.cuda.Event | None = None
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def clear(self) -> None:
+        """Drop every graph and the scratch memory, once the GPU has finished with them."""
+        with self._lock:
+            self._drop()
+
+    def _drop(self) -> None:
+        if self._done is not None:
+            self._done.synchronize()
+        self._entries.clear()
+        self._scratch, self._done = None, None
+
+    def run(self, program: Program, image: Tensor) -> Tensor | None:
+        """Replay, or capture and replay, for ``image`` on the current stream; None: not its turn yet, run plainly."""
+        key = tuple(image.shape)
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None:
+                if not self._due(key):
+                    return None
+                entry = self._capture(program, image, key)
+            self._entries.move_to_end(key)
+            stream = torch.cuda.current_stream(image.device)
+            if self._done is not None:
+                stream.wait_event(self._done)
+            entry.image.copy_(image)
+            entry.graph.replay()
+            output = entry.output.clone()
+            self._done = torch.cuda.Event()
+            self._done.record(stream)
+            return output
+
+    def _due(self, key: tuple) -> bool:
+        self._uses[key] = self._uses.pop(key, 0) + 1
+        if len(self._uses) > 16 * self._limit:
+            self._uses.popitem(last=False)
+        return self._uses[key] >= self._after
+
+    def _capture(self, program: Program, image: Tensor, key: tuple) -> _Entry:
+        if self._scratch is None or self._scratch.numel() < program.scratch_bytes:
+            self._drop()
+            self._scratch = torch.empty(program.scratch_bytes, dtype=torch.uint8, device=image.device)
+        while len(self._entries) >= self._limit:
+            self._done.synchronize()
+            self._entries.popitem(last=False)
+        memory = program.memory(torch.empty_like(image, memory_format=torch.contiguous_format), self._scratch)
+        entry = _Entry(torch.cuda.CUDAGraph(), memory.image, memory.output)
+        stream = torch.cuda.Stream(image.device)
+        stream.wait_stream(torch.cuda.current_stream(image.device))
+        if self._done is not None:
+            stream.wait_event(self._done)
+        # Kernels are compiled, and described for these addresses, before the capture, where neither may happen.
+        with torch.cuda.stream(stream):
+            program.run(memory)
+        # Other threads may allocate or launch meanwhile; nothing inside allocates.
+        with torch.cuda.graph(entry.graph, stream=stream, capture_error_mode="thread_local"):
+            program.run(memory)
+        torch.cuda.current_stream(image.device).wait_stream(stream)
+        self._entries[key] = entry
+        return entry

@@ -1,0 +1,118 @@
+"""A network for one input size, as a list of kernel launches over one scratch allocation.
+
+Buffers are planned before anything runs: a matrix lives from ``take`` to ``give``, and ``Arena.place`` gives matrices
+whose lives overlap disjoint offsets, largest first. The peak is the size of the one allocation a call makes, so calls on
+different streams never share scratch unless they share the allocation (graphs.py, which orders them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A matrix in the arena."""
+
+    index: int
+    rows: int
+    columns: int
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows * self.columns * self.dtype.itemsize
+
+
+@dataclass(slots=True)
+class Arena:
+    slots: list[Slot] = field(default_factory=list)
+    lives: list[list[float]] = field(default_factory=list)  # first and last event of each slot
+    events: int = 0
+
+    def take(self, rows: int, columns: int, dtype: torch.dtype) -> Slot:
+        """A matrix that may be written by the next step."""
+        slot = Slot(len(self.slots), rows, columns, dtype)
+        self.slots.append(slot)
+        self.lives.append([self.events, float("inf")])
+        self.events += 1
+        return slot
+
+    def give(self, slot: Slot) -> None:
+        """No step after the ones listed so far reads it."""
+        self.lives[slot.index][1] = self.events
+        self.events += 1
+
+    def place(self) -> tuple[tuple[int, ...], int]:
+        """Offsets by slot index, and the bytes needed in all."""
+        offsets: dict[int, int] = {}
+        for slot in sorted(self.slots, key=lambda s: (-s.nbytes, s.index)):
+            begin, end = self.lives[slot.index]
+            size = -(-slot.nbytes // ALIGNMENT) * ALIGNMENT
+            neighbours = sorted(
+                (offset, offset + self.slots[i].nbytes)
+                for i, offset in offsets.items()
+                if self.lives[i][0] < end and begin < self.lives[i][1]
+            )
+            offset = 0
+            for low, high in neighbours:
+                if offset + size <= low:
+                    break
+                offset = max(offset, -(-high // ALIGNMENT) * ALIGNMENT)
+            offsets[slot.index] = offset
+        total = max(offset + self.slots[i].nbytes for i, offset in offsets.items())
+        return tuple(offsets[i] for i in range(len(self.slots))), total
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a launch reads and writes: the call's scratch, input and output."""
+
+    scratch: Tensor  # uint8
+    offsets: tuple[int, ...]
+    image: Tensor
+    output: Tensor
+
+    def view(self, slot: Slot | None) -> Tensor | None:
+        if slot is None:
+            return None
+        offset = self.offsets[slot.index]
+        return self.scratch[offset : offset + slot.nbytes].view(slot.dtype).view(slot.rows, slot.columns)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One kernel launch."""
+
+    kernel: str  # e.g. "conv3x3 96->96 residual x norm"
+    shape: str  # pixels it writes, e.g. "1x1024x1024"
+    flops: int
+    launch: Callable[[Memory], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    steps: tuple[Step, ...]
+    offsets: tuple[int, ...]
+    scratch_bytes: int
+    output_shape: tuple[int, ...]
+
+    @property
+    def flops(self) -> int:
+        return sum(step.flops for step in self.steps)
+
+    def memory(self, image: Tensor, scratch: Tensor | None = None) -> Memory:
+        """Output, and unless given scratch, for one call, from torch's allocator on the current stream."""
+        if scratch is None:
+            scratch = torch.empty(self.scratch_bytes, dtype=torch.uint8, device=image.device)
+        return Memory(scratch, self.offsets, image, image.new_empty(self.output_shape))
+
+    def run(self, memory: Memory) -> None:
+        for step in self.steps:
+            step.launch(memory)

@@ -1,0 +1,195 @@
+// Convolutions of the VAE as implicit matrix products on Hopper's warpgroup matrix instructions, with bias, residual,
+// channel-wise RMS norm and SiLU in the epilogue.
+//
+// A work item ("tile") is a rectangle of pixels. The copy engine brings the input under it with its halo into shared
+// memory once per chunk of KC channels, out-of-image pixels as zeros; all taps then read that one copy through shifted
+// matrix descriptors. Eight neighbouring pixels of a row are the eight rows of a descriptor's row group, so the 64 rows
+// of a matrix instruction are an 8x8 block of pixels.
+//
+// One warpgroup feeds (a thread per ring of buffers), the others compute. Two schedules:
+//   RESIDENT 1  weights stay in shared memory (96 channels: 166 KB); each computing warpgroup owns every other tile, so
+//               that one multiplies while the other is in its epilogue ("ping-pong").
+//   RESIDENT 0  weights stream through a ring; the computing warpgroups share each tile, hence each weight block.
+// With SPLIT > 1 the output channels are divided among the blocks of a cluster, which exchange per-pixel sums of squares.
+//
+// MODE 0  3x3, stride 1, zero padding 1; SHORTCUT > 0: plus a 1x1 convolution of a second input of that many channels
+// MODE 1  nearest 2x upsampling and 3x3, folded: one 2x2 convolution for each parity of the output; tiles of the input
+// MODE 2  3x3, stride 2, zero padding (0, 1, 0, 1); the input is read as its four parity planes
+//
+// Compile-time parameters (-D): MODE, CIN, COUT, SHORTCUT, RESIDUAL, WRITE_X, NORM (0, 1: norm, 2: norm and SiLU), SPLIT,
+// KC, MB (8x8 pixel blocks per warpgroup), WARPGROUPS (computing), A_STAGES, B_STAGES, R_STAGES, RESIDENT, STAGGER, BF16,
+// SHARED_BYTES.
+
+constexpr int CONV = 0, UPSAMPLE = 1, DOWNSAMPLE = 2;
+constexpr int PASSES = MODE == DOWNSAMPLE ? 4 : SHORTCUT ? 2 : 1;  // inputs, or parity planes of the input
+constexpr int PARITIES = MODE == UPSAMPLE ? 4 : 1;
+HOST_DEVICE constexpr int chunks_of(int pass) { return (MODE == CONV && pass ? SHORTCUT + KC - 1 : CIN) / KC; }
+HOST_DEVICE constexpr int taps_of(int pass) {
+  return MODE == DOWNSAMPLE ? (2 - pass / 2) * (2 - pass % 2) : MODE == UPSAMPLE ? 4 : pass ? 1 : 9;
+}
+HOST_DEVICE constexpr int tap_row(int pass, int tap) {
+  return MODE == DOWNSAMPLE ? tap / (2 - pass % 2) : MODE == UPSAMPLE ? tap / 2 : pass ? 1 : tap / 3;
+}
+HOST_DEVICE constexpr int tap_column(int pass, int tap) {
+  return MODE == DOWNSAMPLE ? tap % (2 - pass % 2) : MODE == UPSAMPLE ? tap % 2 : pass ? 1 : tap % 3;
+}
+HOST_DEVICE constexpr int steps_before(int pass) {
+  int steps = 0;
+  for (int p = 0; p < pass; ++p) steps += chunks_of(p) * taps_of(p);
+  return steps;
+}
+HOST_DEVICE constexpr int chunks_total() {
+  int chunks = 0;
+  for (int p = 0; p < PASSES; ++p) chunks += chunks_of(p);
+  return chunks;
+}
+
+constexpr int NB = COUT / SPLIT;  // output channels of this block
+constexpr int CHUNKS = chunks_total();
+constexpr int STEPS = steps_before(PASSES);  // weight blocks of one tile
+constexpr int HALO = MODE == DOWNSAMPLE ? 1 : 2;
+constexpr int TILE_H = RESIDENT ? 8 : 8 * WARPGROUPS;
+constexpr int TILE_W = 8 * MB;
+constexpr int SCALE = MODE == UPSAMPLE ? 2 : 1;  // output pixels per tile pixel and side
+constexpr int PITCH = TILE_W + HALO;             // pixels per shared-memory row
+constexpr int PIXEL_BYTES = KC * 2;
+constexpr int A_LOAD = (TILE_H + HALO) * PITCH * PIXEL_BYTES;
+constexpr int A_BYTES = (A_LOAD + 1023) / 1024 * 1024;
+constexpr int B_BYTES = NB * KC * 2;
+constexpr int R_BYTES = 8 * TILE_W * 64;       // residual: 32 channels of a warpgroup's pixels
+constexpr int GROUPS = NB / 32;                // a thread owns eight consecutive channels in each group of 32
+constexpr bool R_RING = RESIDUAL && !RESIDENT;
+constexpr int R_BUFFERS = R_RING ? R_STAGES * WARPGROUPS : 0;  // a ring for each: neither waits for the other
+constexpr bool R_EARLY = RESIDUAL && RESIDENT && WARPGROUPS == 2;  // residual in registers, loaded before the products
+constexpr int B_BUFFERS = RESIDENT ? 1 : B_STAGES;
+
+constexpr int B_OFFSET = A_STAGES * A_BYTES;
+constexpr int R_OFFSET = B_OFFSET + (RESIDENT ? STEPS : B_STAGES) * B_BYTES;
+constexpr int VECTOR_OFFSET = R_OFFSET + R_BUFFERS * R_BYTES;  // bias, gamma: NB floats each
+constexpr int SUM_OFFSET = VECTOR_OFFSET + 2 * NB * 4;         // sums of squares of the peers
+constexpr int SUM_BYTES = WARPGROUPS * 2 * (SPLIT - 1) * MB * 64 * 4;
+constexpr int BARRIER_OFFSET = SUM_OFFSET + SUM_BYTES;
+constexpr int BARRIERS = 2 * A_STAGES + 2 * B_BUFFERS + 2 * R_BUFFERS + 2 * WARPGROUPS;
+constexpr int SMEM_BYTES = BARRIER_OFFSET + BARRIERS * 8;
+static_assert(SMEM_BYTES <= 232448, "shared memory of one block");
+static_assert(SMEM_BYTES == SHARED_BYTES, "Variant.shared_bytes() in schedules.py must agree");
+static_assert(NB % 32 == 0 && CIN % KC == 0 && KC % 16 == 0, "shapes");
+static_assert(STAGGER < B_STAGES && !(RESIDUAL && MODE != CONV), "schedule");
+
+struct Args {
+  const void* weights;   // [SPLIT][PARITIES][STEPS][NB][KC], swizzled, rows permuted: see packing.py
+  const float* bias;     // [COUT]
+  const float* gamma;    // [COUT], already times sqrt(COUT)
+  const void* residual;  // [B, H, W, COUT]
+  void* x;               // [B, H, W, COUT]: the sum; may be the residual itself
+  void* n;               // [B, H, W, COUT]: its norm
+  i64 residual_row, residual_image, x_row, x_image, n_row, n_image;  // strides in elements; pixels are dense
+  int height, width;     // of the tiled grid: the input's for MODE 1, else the output's
+  int tiles_x, tiles_y, tiles;  // tiles: in all, times PARITIES
+  int halo_lines, halo_pitch, halo_period;  // outputs in the flat layout: its halo is to be zeroed (0 lines: none)
+};
+
+struct Ring {  // position in a ring of buffers, and the parity its barriers are at
+  u32 stage = 0, parity = 0;
+  template <int Stages> DEVICE void advance(u32 by = 1) {
+    stage += by;
+    while (stage >= Stages) { stage -= Stages; parity ^= 1; }
+  }
+};
+
+struct Tile { int image, y, x, parity; };
+DEVICE Tile tile_at(const Args& a, int index) {
+  const int place = index / PARITIES, column = place % a.tiles_x, rest = place / a.tiles_x;
+  return {rest / a.tiles_y, rest % a.tiles_y * TILE_H, column * TILE_W, index % PARITIES};
+}
+
+struct Shared {
+  u32 base;
+  u32 lane, warp;  // warp: within its warpgroup
+  DEVICE u32 a(u32 stage) const { return base + stage * A_BYTES; }
+  DEVICE u32 b(u32 stage) const { return base + B_OFFSET + stage * B_BYTES; }
+  DEVICE u32 r(u32 stage) const { return base + R_OFFSET + stage * R_BYTES; }
+  DEVICE u32 bar(u32 i) const { return base + BARRIER_OFFSET + i * 8; }
+  DEVICE u32 a_full(u32 s) const { return bar(s); }
+  DEVICE u32 a_empty(u32 s) const { return bar(A_STAGES + s); }
+  DEVICE u32 b_full(u32 s) const { return bar(2 * A_STAGES + s); }
+  DEVICE u32 b_empty(u32 s) const { return bar(2 * A_STAGES + B_BUFFERS + s); }
+  DEVICE u32 r_full(u32 s) const { return bar(2 * (A_STAGES + B_BUFFERS) + s); }
+  DEVICE u32 r_empty(u32 s) const { return bar(2 * (A_STAGES + B_BUFFERS) + R_BUFFERS + s); }
+  DEVICE u32 sums_full(u32 wg, u32 p) const { return bar(2 * (A_STAGES + B_BUFFERS + R_BUFFERS) + 2 * wg + p); }
+  // partial sums sent by peer number `peer` (0 .. SPLIT-2) for pixel `row` of a warpgroup
+  DEVICE u32 sums(u32 wg, u32 p, u32 peer, u32 row) const {
+    return base + SUM_OFFSET + (((wg * 2 + p) * (SPLIT - 1) + peer) * MB * 64 + row) * 4;
+  }
+};
+
+// ---- the feeding warpgroup ----------------------------------------------------------------------------------------
+DEVICE void prefetch_residual(const TensorMap* map, const Tile& tile, int y, u32 rank) {
+  for (int g = 0; g < GROUPS; ++g) tma_prefetch_4d(map, rank * NB + 32 * g, tile.x, y, tile.image);
+}
+
+DEVICE void feed_activations(const Shared& s, const TensorMap* input, const TensorMap* second, const TensorMap* addend,
+                             const Args& args, int first, int step) {
+  Ring ring;
+  for (int t = first; t < args.tiles; t += step) {
+    const Tile tile = tile_at(args, t);
+    for (int pass = 0; pass < PASSES; ++pass) {
+      const TensorMap* map = MODE == CONV && pass ? second : input;
+      const int x = MODE == DOWNSAMPLE ? 2 * tile.x + pass % 2 : tile.x - 1;
+      const int y = MODE == DOWNSAMPLE ? 2 * tile.y + pass / 2 : tile.y - 1;
+      for (int c = 0; c < chunks_of(pass); ++c) {
+        mbar_wait(s.a_empty(ring.stage), ring.parity ^ 1);
+        mbar_expect(s.a_full(ring.stage), A_LOAD);
+        tma_load_4d(s.a(ring.stage), map, s.a_full(ring.stage), c * KC, x, y, tile.image);
+        ring.advance<A_STAGES>();
+      }
+    }
+    if (RESIDUAL && RESIDENT && !R_EARLY) prefetch_residual(addend, tile, tile.y, 0);
+  }
+}
+
+DEVICE void feed_weights(const Shared& s, const Args& args, u32 rank, int first, int step) {
+  const unsigned char* source = static_cast<const unsigned char*>(args.weights) + i64(rank) * PARITIES * STEPS * B_BYTES;
+  if constexpr (RESIDENT) {  // every tile of a block has the same parity: the grid is a multiple of PARITIES
+    source += first % PARITIES * STEPS * B_BYTES;
+    mbar_expect(s.b_full(0), STEPS * B_BYTES);
+    for (int k = 0; k < STEPS; ++k) bulk_load(s.b(k), source + k * B_BYTES, B_BYTES, s.b_full(0));
+  } else {
+    Ring ring;
+    for (int t = first; t < args.tiles; t += step)
+      for (int k = 0; k < STEPS; ++k) {
+        mbar_wait(s.b_empty(ring.stage), ring.parity ^ 1);
+        mbar_expect(s.b_full(ring.stage), B_BYTES);
+        bulk_load(s.b(ring.stage), source + (t % PARITIES * STEPS + k) * B_BYTES, B_BYTES, s.b_full(ring.stage));
+        ring.advance<B_STAGES>();
+      }
+  }
+}
+
+// For one computing warpgroup, through its ring; to the L2 cache beforehand, for the ring holds only part of a tile.
+DEVICE void feed_residual(const Shared& s, const TensorMap* map, const Args& args, u32 wg, u32 rank, int first, int step) {
+  Ring ring;
+  for (int t = first; t < args.tiles; t += step) {
+    const Tile tile = tile_at(args, t);
+    const int y = tile.y + 8 * wg;
+    prefetch_residual(map, tile, y, rank);
+    for (int g = 0; g < GROUPS; ++g) {
+      const u32 buffer = wg * R_STAGES + ring.stage;
+      mbar_wait(s.r_empty(buffer), ring.parity ^ 1);
+      mbar_expect(s.r_full(buffer), R_BYTES);
+      tma_load_4d(s.r(buffer), map, s.r_full(buffer), rank * NB + 32 * g, tile.x, y, tile.image);
+      ring.advance<R_STAGES>();
+    }
+  }
+}
+
+// Zeros in the halo of an output in the flat layout (layout.py): the first pixel of every line, and whole lines above,
+// between and below the images. `pixels` is the address of pixel (0, 0, 0). One warp of every block.
+DEVICE void zero_halo(u16* pixels, const Args& a) {
+  u16* const start = pixels - (a.halo_pitch + 1) * COUT;
+  for (int line = blockIdx.x; line < a.halo_lines; line += gridDim.x) {
+    const int units = (line % a.halo_period ? 1 : a.halo_pitch) * (COUT / 8);
+    for (int i = threadIdx.x % 32; i < units; i += 32)
+      store_16(start + i64(line) * a.halo_pitch * COUT + i * 8, make_uint4(0, 0, 0, 0));
+  }
+}

@@ -1,0 +1,261 @@
+"""The VAE's 3x3 convolutions with their whole epilogue in one Hopper kernel (conv.cu).
+
+    value  = conv(a) [+ 1x1 shortcut of a second input] + bias [+ residual]
+    x      = value                                    if asked for
+    normed = value / rms * gamma, then SiLU           if asked for, rms over the channels of a pixel, in fp32
+
+``conv`` is the plain convolution, the one after nearest 2x upsampling (folded) or the stride-2 one. The matrices are
+those of the Triton kernels: the flat haloed layout (layout.py), or plain NHWC rows with ``flat=False``. The kernel reads
+pixels outside the image as zeros by itself, and zeroes the halo of what it writes. Reference: kernels/conv3x3.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qwen_vae_accel.kernels.layout import Grid
+from qwen_vae_accel.kernels.sm90 import driver, nvrtc
+from qwen_vae_accel.kernels.sm90.packing import pack
+from qwen_vae_accel.kernels.sm90.schedules import (
+    SCHEDULES,
+    Mode,
+    Schedule,
+    Variant,
+    choose_schedule,
+    grid_blocks,
+    tile_count,
+)
+from qwen_vae_accel.kernels.sm90.source import kernel_source
+from qwen_vae_accel.kernels.weights import ConvWeights
+
+_PLANS = 512  # launches a layer remembers, each by its addresses and grid
+
+
+def unsupported(capability: tuple[int, int] | None, mode: Mode, channels: int, out: int, dtype: torch.dtype) -> list[str]:
+    """Why the kernel cannot be used; empty if it can. ``capability``: of the GPU, None without one."""
+    reasons = []
+    if capability is None:
+        reasons.append("no CUDA device")
+    elif capability != (9, 0):
+        reasons.append(f"needs compute capability 9.0 (Hopper), this GPU has {capability[0]}.{capability[1]}")
+    if (mode, channels, out) not in SCHEDULES:
+        widths = ", ".join(f"{m.name.lower()} {c} -> {n}" for m, c, n in SCHEDULES)
+        reasons.append(f"no kernel for {mode.name.lower()} {channels} -> {out} channels; have {widths}")
+    if dtype not in (torch.bfloat16, torch.float16):
+        reasons.append(f"needs bfloat16 or float16, not {dtype}")
+    if nvrtc.library() is None:
+        reasons.append("NVRTC (libnvrtc.so, part of torch's CUDA wheels) not found")
+    if driver.library() is None:
+        reasons.append("CUDA driver (libcuda.so.1) not found")
+    return reasons
+
+
+def compile_variant(variant: Variant, dtype: torch.dtype, cache: Path | None = None) -> bytes:
+    """Machine code of one kernel; needs NVRTC but no GPU, and may run in several threads at once."""
+    bf16 = dtype == torch.bfloat16
+    source = kernel_source(variant.columns, bf16)
+    return nvrtc.compile_cubin(source, variant.defines() | {"BF16": int(bf16)}, cache)
+
+
+@functools.cache
+def _kernel(variant: Variant, dtype: torch.dtype, device: int, cache: Path | None) -> driver.Kernel:
+    return driver.Kernel(compile_variant(variant, dtype, cache), "conv", variant.shared_bytes(), device)
+
+
+class _Args(ctypes.Structure):
+    """``Args`` of conv.cu."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weights", "bias", "gamma", "residual", "x", "n")),
+        *((f"{name}_{what}", ctypes.c_int64) for name in ("residual", "x", "n") for what in ("row", "image")),
+        *((name, ctypes.c_int) for name in ("height", "width", "tiles_x", "tiles_y", "tiles")),
+        *((name, ctypes.c_int) for name in ("halo_lines", "halo_pitch", "halo_period")),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A launch with everything it points to."""
+
+    kernel: driver.Kernel
+    blocks: int
+    threads: int
+    arguments: ctypes.Array
+    keep: tuple
+
+
+def _strides(grid: Grid, channels: int, flat: bool) -> tuple[int, int, int]:
+    """Elements before pixel (0, 0, 0), from row to row, from image to image."""
+    if not flat:
+        return 0, grid.width * channels, grid.height * grid.width * channels
+    return (grid.pitch + 1) * channels, grid.pitch * channels, (grid.height + 1) * grid.pitch * channels
+
+
+class Conv3x3:
+    """One convolution layer with its weights packed for the GPU they are on.
+
+    Args:
+        weights: a 3x3 convolution of ``kernels.weights``, with or without a shortcut; for UPSAMPLE the folded one.
+        mode: which convolution.
+        schedule: compile-time choices; default: by the image size, from measurements.
+        cache: directory of compiled kernels; default: ``nvrtc.default_cache()``.
+
+    Raises:
+        ValueError: the layer cannot run here (``unsupported`` lists why).
+    """
+
+    def __init__(
+        self,
+        weights: ConvWeights,
+        mode: Mode = Mode.CONV,
+        *,
+        schedule: Schedule | None = None,
+        cache: Path | None = None,
+    ) -> None:
+        matrix = weights.weight
+        capability = torch.cuda.get_device_capability(matrix.device) if matrix.is_cuda else None
+        if reasons := unsupported(capability, mode, weights.in_channels, weights.out_channels, matrix.dtype):
+            raise ValueError("conv3x3: " + "; ".join(reasons))
+        self.mode, self.channels, self.out, self.shortcut = (
+            mode, weights.in_channels, weights.out_channels, weights.shortcut,
+        )  # fmt: skip
+        self.dtype, self.device = matrix.dtype, matrix.device
+        self._index = matrix.get_device()
+        self._matrix, self._bias = matrix, weights.bias
+        self._schedule, self._cache = schedule, cache
+        self._packed: dict[tuple[int, int], Tensor] = {}
+        self._plans: dict[tuple, _Plan] = {}
+        self._lock = threading.Lock()
+        self._multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
+
+    def variant(
+        self, grid: Grid, *, residual: bool = False, write_x: bool = False, norm: bool = False, silu: bool = True
+    ) -> Variant:
+        """The kernel that such a call on ``grid`` (of the input) will use: to compile it early."""
+        tiled = grid.halved() if self.mode == Mode.DOWNSAMPLE else grid
+        schedule = self._schedule or choose_schedule(
+            self.mode, self.channels, self.out, grid.batch, tiled.height, tiled.width, self._multiprocessors
+        )
+        level = (2 if silu else 1) if norm else 0
+        return Variant(self.mode, self.channels, self.out, self.shortcut, residual, write_x, level, schedule)
+
+    def __call__(
+        self,
+        a: Tensor,
+        grid: Grid,
+        *,
+        x: Tensor | None = None,
+        normed: Tensor | None = None,
+        gamma: Tensor | None = None,
+        silu: bool = True,
+        residual: Tensor | None = None,
+        shortcut: Tensor | None = None,
+        flat: bool = True,
+    ) -> None:
+        """Launch on the current stream of the layer's device; into a CUDA graph only what was launched before.
+
+        Args:
+            a: input ``[rows, C]`` on ``grid``.
+            x, normed: outputs ``[rows, N]`` on the output's grid; at least one. Neither may overlap ``a``.
+            gamma: fp32 ``[N]``, sqrt(N) included; with ``normed``.
+            residual: ``[rows, N]``; may be ``x``.
+            shortcut: ``[rows, S]``, if the weights have a shortcut.
+
+        Raises:
+            ValueError: a tensor of the wrong shape, dtype or device, or a combination that has no meaning.
+        """
+        tensors = (a, x, normed, gamma, residual, shortcut)
+        where = (grid.batch, grid.height, grid.width, flat, silu)
+        key = (where, *(None if t is None else t.data_ptr() for t in tensors))
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plan(grid, flat, silu, *tensors)
+            with self._lock:
+                if len(self._plans) >= _PLANS:
+                    self._plans.clear()
+                self._plans[key] = plan
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        if torch.cuda.current_device() == self._index:
+            plan.kernel.launch(plan.blocks, plan.threads, plan.arguments, stream)
+        else:
+            with torch.cuda.device(self._index):
+                plan.kernel.launch(plan.blocks, plan.threads, plan.arguments, stream)
+
+    def _plan(self, grid, flat, silu, a, x, normed, gamma, residual, shortcut) -> _Plan:
+        after = {Mode.CONV: grid, Mode.UPSAMPLE: grid.doubled(), Mode.DOWNSAMPLE: grid.halved()}[self.mode]
+        tiled = grid if self.mode == Mode.UPSAMPLE else after
+        self._check_call(grid, after, flat, a, x, normed, gamma, residual, shortcut)
+        variant = self.variant(grid, residual=residual is not None, write_x=x is not None, norm=normed is not None, silu=silu)
+        schedule = variant.schedule
+        tiles_x, tiles_y, tiles = tile_count(schedule, self.mode, grid.batch, tiled.height, tiled.width)
+        packed = self._weights(schedule)
+        args = _Args(
+            weights=packed.data_ptr(), bias=self._bias.data_ptr(), gamma=None if gamma is None else gamma.data_ptr(),
+            height=tiled.height, width=tiled.width, tiles_x=tiles_x, tiles_y=tiles_y, tiles=tiles,
+            halo_lines=grid.batch * (after.height + 1) + 1 if flat else 0,
+            halo_pitch=after.pitch, halo_period=after.height + 1,
+        )  # fmt: skip
+        start, row, image = _strides(after, self.out, flat)
+        for name, tensor in (("residual", residual), ("x", x), ("n", normed)):
+            if tensor is not None:
+                setattr(args, name, tensor.data_ptr() + 2 * start)
+                setattr(args, f"{name}_row", row)
+                setattr(args, f"{name}_image", image)
+        driver.bind_context(self._index)  # describing tensors needs one too, and this thread may be new to CUDA
+        rows, columns = schedule.tile()
+        box = (schedule.kc, columns + variant.halo, rows + variant.halo)
+        maps = [self._map(a, grid, self.channels, flat, box, 2 if self.mode == Mode.DOWNSAMPLE else 1)]
+        maps.append(maps[0] if shortcut is None else self._map(shortcut, grid, self.shortcut, flat, box))
+        maps.append(maps[0] if residual is None else self._map(residual, after, self.out, flat, (32, columns, 8)))
+        arguments = (ctypes.c_void_p * 4)(*(ctypes.addressof(part) for part in (*maps, args)))
+        with torch.cuda.device(self._index):
+            kernel = _kernel(variant, self.dtype, self._index, self._cache)
+        blocks = grid_blocks(schedule, self.mode, tiles, self._multiprocessors)
+        return _Plan(kernel, blocks, schedule.threads, arguments, (maps, args, packed, gamma))
+
+    def _map(self, matrix: Tensor, grid: Grid, channels: int, flat: bool, box: tuple[int, int, int], step: int = 1):
+        start, row, image = _strides(grid, channels, flat)
+        # a box that takes every step-th pixel is given in pixels of the tensor
+        spans = (box[0], *((extent - 1) * step + 1 for extent in box[1:]), 1)
+        return driver.encode_tensor_map(
+            matrix.data_ptr() + 2 * start, self.dtype, (channels, grid.width, grid.height, grid.batch),
+            (2 * channels, 2 * row, 2 * image), spans, (1, step, step, 1), 2 * box[0],
+        )  # fmt: skip
+
+    def _weights(self, schedule: Schedule) -> Tensor:
+        key = (schedule.split, schedule.kc)
+        with self._lock:
+            if key not in self._packed:
+                self._packed[key] = pack(self._matrix, self.mode, self.channels, *key)
+            return self._packed[key]
+
+    def _check_call(self, grid, after, flat, a, x, normed, gamma, residual, shortcut) -> None:
+        if x is None and normed is None:
+            raise ValueError("nothing to write: give x, normed or both")
+        if (shortcut is not None) != (self.shortcut > 0):
+            raise ValueError("a shortcut's input is needed with, and only with, weights packed with a shortcut")
+        if residual is not None and self.mode != Mode.CONV:
+            raise ValueError(f"{self.mode.name.lower()} takes no residual")
+        if normed is not None and (gamma is None or gamma.dtype != torch.float32 or gamma.shape != (self.out,)):
+            raise ValueError(f"normed needs gamma: fp32 [{self.out}]")
+        wanted = (
+            ("input", a, grid, self.channels), ("shortcut", shortcut, grid, self.shortcut),
+            ("x", x, after, self.out), ("normed", normed, after, self.out), ("residual", residual, after, self.out),
+        )  # fmt: skip
+        for name, tensor, where, channels in wanted:
+            if tensor is None:
+                continue
+            shape = (where.rows if flat else where.pixels, channels)
+            good = tuple(tensor.shape) == shape and tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
+            if not good or tensor.dtype != self.dtype or tensor.device != self.device:
+                raise ValueError(
+                    f"{name}: expected contiguous {self.dtype} {list(shape)} on {self.device}, "
+                    f"got {tensor.dtype} {list(tensor.shape)}, strides {list(tensor.stride())}, on {tensor.device}"
+                )

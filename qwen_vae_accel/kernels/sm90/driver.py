@@ -1,0 +1,131 @@
+"""The few calls of the CUDA driver that launching a cubin takes, through ctypes: no package beyond torch is needed."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+
+import torch
+
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_TYPES = {torch.float16: 6, torch.bfloat16: 9}  # CU_TENSOR_MAP_DATA_TYPE_*
+_SWIZZLES = {64: 2, 128: 3}  # CU_TENSOR_MAP_SWIZZLE_*
+_L2_PROMOTION_256 = 3
+_INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
+
+
+class DriverError(RuntimeError):
+    """A CUDA driver call failed."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The CUDA driver, or None where there is none."""
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+
+
+def _cuda() -> ctypes.CDLL:
+    cuda = library()
+    if cuda is None:
+        raise DriverError("the CUDA driver (libcuda.so.1) is not installed")
+    return cuda
+
+
+def _check(status: int, what: str) -> None:
+    if status:
+        name = ctypes.c_char_p()
+        _cuda().cuGetErrorName(status, ctypes.byref(name))
+        raise DriverError(f"{what}: {(name.value or b'unknown error').decode()} ({status})")
+
+
+class TensorMap(ctypes.Structure):
+    """CUtensorMap: how the copy engine reads tiles of one tensor."""
+
+    _fields_ = [("opaque", ctypes.c_uint64 * 16)]
+
+
+def encode_tensor_map(
+    address: int,
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    box: Sequence[int],
+    steps: Sequence[int],
+    swizzle: int,
+) -> ctypes.Array:
+    """Tensor map of a tensor with contiguous innermost dimension; outside it, tiles read as zero.
+
+    Args:
+        shape, box: elements, innermost dimension first.
+        strides: bytes of every dimension but the innermost, multiples of 16.
+        steps: of every ``steps[i]`` elements of the box in dimension i, one is loaded.
+        swizzle: width in bytes, 64 or 128.
+
+    Returns:
+        Storage of the map, 64-byte aligned as the driver demands; pass ``ctypes.addressof`` of it as an argument.
+    """
+    rank = len(shape)
+    storage = aligned_storage(ctypes.sizeof(TensorMap), 64)
+    status = _cuda().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(ctypes.addressof(storage)),
+        _TYPES[dtype],
+        ctypes.c_uint32(rank),
+        ctypes.c_void_p(address),
+        (ctypes.c_uint64 * rank)(*shape),
+        (ctypes.c_uint64 * (rank - 1))(*strides),
+        (ctypes.c_uint32 * rank)(*box),
+        (ctypes.c_uint32 * rank)(*steps),
+        0,  # not interleaved
+        _SWIZZLES[swizzle],
+        _L2_PROMOTION_256,
+        0,  # outside the tensor: zeros
+    )
+    _check(status, f"cannot describe a tensor of {list(shape)}, strides {list(strides)}")
+    return storage
+
+
+def aligned_storage(size: int, alignment: int) -> ctypes.Array:
+    """Zeroed bytes whose address is a multiple of ``alignment``."""
+    raw = ctypes.create_string_buffer(size + alignment)
+    return (ctypes.c_char * size).from_buffer(raw, -ctypes.addressof(raw) % alignment)
+
+
+def bind_context(device: int) -> None:
+    """Make the device's primary context (torch's) current in this thread, if no context is."""
+    cuda, context = _cuda(), ctypes.c_void_p()
+    _check(cuda.cuInit(0), "initializing the driver")
+    _check(cuda.cuCtxGetCurrent(ctypes.byref(context)), "reading the context")
+    if not context.value:
+        _check(cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "retaining the context")
+        _check(cuda.cuCtxSetCurrent(context), "setting the context")
+
+
+class Kernel:
+    """One function of a cubin, loaded on ``device``, which must be the current one."""
+
+    def __init__(self, cubin: bytes, name: str, shared_bytes: int, device: int) -> None:
+        self.shared_bytes, self.device = shared_bytes, device
+        self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
+        bind_context(device)
+        cuda = _cuda()
+        _check(cuda.cuModuleLoadData(ctypes.byref(self._module), cubin), f"loading {name}")
+        _check(cuda.cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode()), f"finding {name}")
+        status = cuda.cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED, shared_bytes)
+        _check(status, f"{name}: {shared_bytes} bytes of shared memory")
+
+    def launch(self, blocks: int, threads: int, arguments: ctypes.Array, stream: int) -> None:
+        """``arguments``: array of pointers to the kernel's parameters. The kernel's device must be the current one."""
+        status = self._launch(blocks, threads, arguments, stream)
+        if status == _INVALID_CONTEXT:  # a thread that has not used CUDA yet
+            bind_context(self.device)
+            status = self._launch(blocks, threads, arguments, stream)
+        _check(status, "kernel launch")
+
+    def _launch(self, blocks: int, threads: int, arguments: ctypes.Array, stream: int) -> int:
+        return _cuda().cuLaunchKernel(
+            self._function, blocks, 1, 1, threads, 1, 1, self.shared_bytes, ctypes.c_void_p(stream), arguments, None
+        )

@@ -1,0 +1,137 @@
+// The computing warpgroups and the kernel itself.
+
+struct Position {  // of a warpgroup in the rings, and the buffers whose readers may still be running
+  Ring a, b;
+  u32 a_done = 0, b_done = 0;
+};
+
+// Products of one pass: all chunks of one input (or parity plane) times its taps. `origin`: shared-memory offset of the
+// first tap's first row, in 16-byte units. A buffer is released once the group of instructions after it is under way.
+template <int Pass>
+DEVICE void multiply_pass(float (&acc)[MB][NB / 2], const Shared& s, Position& at, int wg, u32 origin) {
+  constexpr int TAPS = taps_of(Pass);
+  const bool leader = s.lane == 0;
+#pragma unroll 1
+  for (int c = 0; c < chunks_of(Pass); ++c) {
+    mbar_wait(s.a_full(at.a.stage), at.a.parity);
+    const u64 a = matrix_descriptor<PIXEL_BYTES>(s.a(at.a.stage), PITCH * PIXEL_BYTES) + origin;
+#pragma unroll
+    for (int tap = 0; tap < TAPS; ++tap) {
+      if (!RESIDENT) mbar_wait(s.b_full(at.b.stage), at.b.parity);
+      const u32 block = RESIDENT ? steps_before(Pass) + c * TAPS + tap : at.b.stage;
+      const u64 b = matrix_descriptor<PIXEL_BYTES>(s.b(block), 8 * PIXEL_BYTES);
+      const int shift = tap_row(Pass, tap) * PITCH + tap_column(Pass, tap);
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < KC / 16; ++k)
+#pragma unroll
+        for (int m = 0; m < MB; ++m)
+          wgmma(acc[m], a + ((shift + 8 * m) * PIXEL_BYTES + k * 32) / 16, b + k * 2, Pass + tap + k > 0 || c > 0);
+      if (!RESIDENT || tap == 0 || tap == TAPS - 1) wgmma_commit();
+      if (!RESIDENT || tap == 0) {
+        const bool earlier = Pass + tap > 0 || c > 0;
+        wgmma_wait<1>();  // everything before this group has completed
+        if (tap == 0 && earlier && leader) mbar_arrive(s.a_empty(at.a_done));
+        if (!RESIDENT && earlier && leader) mbar_arrive(s.b_empty(at.b_done));
+      }
+      if (STAGGER && !RESIDENT && Pass == 0 && wg == 0 && c == STAGGER / TAPS && tap == STAGGER % TAPS)
+        named_arrive(1, 256);
+      at.b_done = at.b.stage;
+      if (!RESIDENT) at.b.advance<B_STAGES>();
+    }
+    at.a_done = at.a.stage;
+    at.a.advance<A_STAGES>();
+  }
+  if constexpr (Pass + 1 < PASSES) multiply_pass<Pass + 1>(acc, s, at, wg, origin);
+}
+
+DEVICE void compute(const Shared& s, const Args& args, const float* vectors, int wg, u32 rank, int first, int step) {
+  const bool leader = s.lane == 0;
+  Position at;
+  Ring rr;
+  int t = first, stride = step;
+  if constexpr (RESIDENT) {
+    t += wg * step;
+    stride *= WARPGROUPS;
+    at.a.advance<A_STAGES>(wg * CHUNKS);
+    if (wg == WARPGROUPS - 1) named_arrive(1, 256);  // warpgroup 0 has the first turn
+    mbar_wait(s.b_full(0), 0);
+  }
+  for (u32 count = 0; t < args.tiles; t += stride, ++count) {
+    float acc[MB][NB / 2];
+    Residual residual;
+    const Tile tile = tile_at(args, t);
+    const Place place = place_of(args, tile, s, wg, rank);
+    if constexpr (R_EARLY)
+#pragma unroll
+      for (int g = 0; g < GROUPS; ++g) load_residual(residual, place, args, g, g);
+
+    // Turns: without them both warpgroups would multiply, then both be in their epilogues. With streamed weights the
+    // second may only follow a few steps behind the first, as far as the ring of weights reaches.
+    if (RESIDENT) named_sync(1 + wg, 256);
+    if (STAGGER && !RESIDENT && wg == 1) named_sync(1, 256);
+    const u32 row = (RESIDENT ? 0 : wg * 8) + tile.parity / 2;
+    multiply_pass<0>(acc, s, at, wg, (row * PITCH + tile.parity % 2) * PIXEL_BYTES / 16);
+    if (RESIDENT && t + step < args.tiles) named_arrive(1 + (wg + 1) % WARPGROUPS, 256);
+
+    wgmma_wait<0>();
+#pragma unroll
+    for (int b = 0; b < MB; ++b) pin(acc[b]);
+    if (leader) {
+      mbar_arrive(s.a_empty(at.a_done));
+      if (!RESIDENT) mbar_arrive(s.b_empty(at.b_done));
+    }
+    epilogue(acc, residual, rr, place, args, s, vectors, wg, rank, count);
+    if (RESIDENT) at.a.advance<A_STAGES>((WARPGROUPS - 1) * CHUNKS);
+  }
+}
+
+// Registers move from the feeding warpgroup to the others; wide accumulators need every one of them.
+constexpr bool WIDE = MB * NB / 2 > 128;
+constexpr int FEED_REGISTERS = WARPGROUPS == 2 && !WIDE ? 40 : 24;
+constexpr int COMPUTE_REGISTERS = WARPGROUPS == 2 ? (WIDE ? 240 : 232) : 160;
+
+// `second`: the shortcut's input; `addend`: the residual. Absent tensors: any map, it is not touched.
+extern "C" __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(128 * (WARPGROUPS + 1), 1)
+conv(const __grid_constant__ TensorMap input, const __grid_constant__ TensorMap second,
+     const __grid_constant__ TensorMap addend, const __grid_constant__ Args args) {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  float* const vectors = reinterpret_cast<float*>(memory + VECTOR_OFFSET);
+  const u32 warp = __shfl_sync(~0u, threadIdx.x / 32, 0), wg = warp / 4;  // the compiler must see that they are uniform
+  const Shared s{smem_address(memory), lane_id(), warp % 4};
+  const u32 rank = SPLIT > 1 ? cluster_ctarank() : 0;
+  const int first = blockIdx.x / SPLIT, step = gridDim.x / SPLIT;
+
+  if (threadIdx.x == 0) {
+    constexpr int A_READERS = RESIDENT ? 4 : 4 * WARPGROUPS;  // a warp arrives once
+    tensormap_prefetch(&input);
+    for (int i = 0; i < A_STAGES; ++i) { mbar_init(s.a_full(i), 1); mbar_init(s.a_empty(i), A_READERS); }
+    for (int i = 0; i < B_BUFFERS; ++i) { mbar_init(s.b_full(i), 1); mbar_init(s.b_empty(i), 4 * WARPGROUPS); }
+    for (int i = 0; i < R_BUFFERS; ++i) { mbar_init(s.r_full(i), 1); mbar_init(s.r_empty(i), 4); }
+    for (int i = 0; i < 2 * WARPGROUPS; ++i) mbar_init(s.sums_full(i / 2, i % 2), 1);
+    mbar_init_fence();
+  }
+  for (int i = threadIdx.x; i < NB; i += blockDim.x) {
+    vectors[i] = args.bias[rank * NB + i];
+    if (NORM) vectors[NB + i] = args.gamma[rank * NB + i];
+  }
+  if constexpr (SPLIT > 1) cluster_sync();
+  __syncthreads();
+
+  if (wg == 0) {
+    registers_decrease<FEED_REGISTERS>();
+    if (warp == 3 && args.halo_lines) {
+      if (WRITE_X) zero_halo(static_cast<u16*>(args.x), args);
+      if (NORM) zero_halo(static_cast<u16*>(args.n), args);
+    }
+    if (s.lane == 0) {
+      if (warp == 0) feed_activations(s, &input, &second, &addend, args, first, step);
+      else if (warp == 1) feed_weights(s, args, rank, first, step);
+      else if (R_RING) feed_residual(s, &addend, args, warp - 2, rank, first, step);
+    }
+  } else {
+    registers_increase<COMPUTE_REGISTERS>();
+    compute(s, args, vectors, wg - 1, rank, first, step);
+  }
+  if constexpr (SPLIT > 1) cluster_sync();  // no block leaves while a peer may still write into it
+}

@@ -1,0 +1,122 @@
+"""Compile CUDA C++ to a cubin with NVRTC (torch's CUDA wheels bring it), and keep the result on disk."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+ARCHITECTURE = "sm_90a"
+_MAJORS = (13, 12)
+
+
+class CompileError(RuntimeError):
+    """NVRTC rejected the source; the message holds its log."""
+
+
+def _candidates() -> list[str]:
+    names = [f"libnvrtc.so.{major}" for major in _MAJORS]
+    folders = [Path(entry) / "nvidia" for entry in sys.path if entry]
+    wheels = [
+        str(path)
+        for folder in folders
+        for name in names
+        for pattern in (f"cu*/lib/{name}", f"cuda_nvrtc/lib/{name}")
+        for path in sorted(folder.glob(pattern))
+    ]
+    return names + wheels  # by plain name first: torch has usually loaded its own already
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """NVRTC, or None where it is not installed."""
+    for name in _candidates():
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    return None
+
+
+def version() -> str | None:
+    nvrtc = library()
+    if nvrtc is None:
+        return None
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return f"{major.value}.{minor.value}"
+
+
+def default_cache() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "qwen_vae_accel" / "cubin"
+
+
+def compile_cubin(source: str, defines: Mapping[str, int], cache: Path | None = None) -> bytes:
+    """Machine code of ``source`` for sm_90a, from the cache directory if it was compiled before.
+
+    Raises:
+        CompileError: NVRTC is missing or rejects the source.
+    """
+    options = [f"--gpu-architecture={ARCHITECTURE}", "--std=c++17", *(f"-D{k}={v}" for k, v in sorted(defines.items()))]
+    key = hashlib.sha256("\0".join([version() or "none", source, *options]).encode()).hexdigest()
+    path = (cache or default_cache()) / f"{key[:40]}.{ARCHITECTURE}.cubin"
+    try:
+        return path.read_bytes()
+    except OSError:
+        pass
+    cubin = _compile(source, options)
+    try:
+        _write_atomically(path, cubin)
+    except OSError as error:
+        logger.warning("cannot keep compiled kernels in %s: %s", path.parent, error)
+    return cubin
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _compile(source: str, options: list[str]) -> bytes:
+    nvrtc = library()
+    if nvrtc is None:
+        raise CompileError("NVRTC (libnvrtc.so) is not installed")
+    program = ctypes.c_void_p()
+    _check(nvrtc, nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"conv3x3.cu", 0, None, None))
+    try:
+        arguments = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        if nvrtc.nvrtcCompileProgram(program, len(options), arguments):
+            raise CompileError(_text(nvrtc, "nvrtcGetProgramLog", program).decode(errors="replace"))
+        return _text(nvrtc, "nvrtcGetCUBIN", program)
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _text(nvrtc: ctypes.CDLL, getter: str, program: ctypes.c_void_p) -> bytes:
+    size = ctypes.c_size_t()
+    _check(nvrtc, getattr(nvrtc, f"{getter}Size")(program, ctypes.byref(size)))
+    buffer = ctypes.create_string_buffer(size.value)
+    _check(nvrtc, getattr(nvrtc, getter)(program, buffer))
+    return buffer.raw
+
+
+def _check(nvrtc: ctypes.CDLL, status: int) -> None:
+    if status:
+        nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
+        raise CompileError(f"NVRTC: {nvrtc.nvrtcGetErrorString(status).decode()}")

@@ -1,0 +1,145 @@
+"""Compile-time choices of the kernel, as data, and the choice among them for one image size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+SHARED_LIMIT = 232448  # bytes one block may use on compute capability 9.0
+
+
+class Mode(IntEnum):
+    """What the kernel computes; see conv.cu."""
+
+    CONV = 0
+    UPSAMPLE = 1
+    DOWNSAMPLE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How; the names are those of conv.cu."""
+
+    split: int  # blocks of a cluster that share a tile's output channels
+    kc: int  # input channels per chunk
+    mb: int  # 8x8 pixel blocks per computing warpgroup
+    a_stages: int  # buffers of activations,
+    b_stages: int  # of weights,
+    r_stages: int = 1  # and, for each computing warpgroup, of residual
+    resident: bool = False  # weights stay in shared memory, warpgroups take turns
+    warpgroups: int = 2
+    stagger: int = 0  # steps by which the second warpgroup follows the first
+
+    @property
+    def threads(self) -> int:
+        return 128 * (self.warpgroups + 1)
+
+    def tile(self) -> tuple[int, int]:
+        """Height and width of a tile in pixels."""
+        return (8 if self.resident else 8 * self.warpgroups), 8 * self.mb
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One compiled kernel, up to the dtype."""
+
+    mode: Mode
+    channels: int
+    out: int
+    shortcut: int  # input channels of the 1x1 shortcut, 0 for none
+    residual: bool
+    write_x: bool
+    norm: int  # 0 none, 1 norm, 2 norm and SiLU
+    schedule: Schedule
+
+    @property
+    def columns(self) -> int:
+        """Output channels of one block."""
+        return self.out // self.schedule.split
+
+    @property
+    def parities(self) -> int:
+        return 4 if self.mode == Mode.UPSAMPLE else 1
+
+    @property
+    def halo(self) -> int:
+        return 1 if self.mode == Mode.DOWNSAMPLE else 2
+
+    def steps(self) -> int:
+        """Weight blocks (a tap of a chunk) of one tile."""
+        taps = 4 if self.mode == Mode.UPSAMPLE else 9
+        return self.channels // self.schedule.kc * taps + -(-self.shortcut // self.schedule.kc)
+
+    def shared_bytes(self) -> int:
+        """Shared memory of one block, as conv.cu lays it out."""
+        s = self.schedule
+        height, width = s.tile()
+        a = -(-(height + self.halo) * (width + self.halo) * s.kc * 2 // 1024) * 1024
+        b = self.columns * s.kc * 2
+        r_stages = s.r_stages * s.warpgroups if self.residual and not s.resident else 0
+        b_stages = 1 if s.resident else s.b_stages
+        sums = s.warpgroups * 2 * (s.split - 1) * s.mb * 64 * 4
+        barriers = 2 * (s.a_stages + b_stages + r_stages + s.warpgroups)
+        buffers = s.a_stages * a + (self.steps() if s.resident else b_stages) * b + r_stages * 8 * width * 64
+        return buffers + 8 * self.columns + sums + 8 * barriers
+
+    def defines(self) -> dict[str, int]:
+        """The ``-D`` options of the compilation, without the dtype's."""
+        s = self.schedule
+        return {
+            "MODE": int(self.mode), "CIN": self.channels, "COUT": self.out, "SHORTCUT": self.shortcut,
+            "RESIDUAL": int(self.residual), "WRITE_X": int(self.write_x), "NORM": self.norm,
+            "SPLIT": s.split, "KC": s.kc, "MB": s.mb, "A_STAGES": s.a_stages, "B_STAGES": s.b_stages,
+            "R_STAGES": s.r_stages, "RESIDENT": int(s.resident), "WARPGROUPS": s.warpgroups, "STAGGER": s.stagger,
+            "SHARED_BYTES": self.shared_bytes(),
+        }  # fmt: skip
+
+
+_RESIDENT = Schedule(split=1, kc=32, mb=2, a_stages=5, b_stages=1, resident=True)
+_WIDE = Schedule(split=1, kc=32, mb=2, a_stages=3, b_stages=9, r_stages=3, stagger=8)
+_PAIR = Schedule(split=2, kc=32, mb=2, a_stages=3, b_stages=9, r_stages=3, stagger=8)
+_SMALL_192 = Schedule(split=2, kc=32, mb=1, a_stages=4, b_stages=16, r_stages=3)
+_SMALL_384 = Schedule(split=4, kc=64, mb=1, a_stages=3, b_stages=8, r_stages=3)
+
+# (mode, input channels, output channels) -> candidates, the fastest on a full GPU first. Measured on one NVIDIA H200.
+SCHEDULES: dict[tuple[Mode, int, int], tuple[Schedule, ...]] = {
+    (Mode.CONV, 96, 96): (_RESIDENT,),
+    (Mode.CONV, 96, 192): (_WIDE, _SMALL_192),
+    (Mode.CONV, 192, 192): (_WIDE, _SMALL_192),
+    (Mode.CONV, 192, 384): (_PAIR, _SMALL_384),
+    (Mode.CONV, 384, 384): (_PAIR, _SMALL_384),
+    (Mode.UPSAMPLE, 384, 192): (_WIDE, _SMALL_192),
+    (Mode.UPSAMPLE, 192, 96): (_RESIDENT,),
+    (Mode.DOWNSAMPLE, 96, 96): (_RESIDENT,),
+    (Mode.DOWNSAMPLE, 192, 192): (_WIDE, _SMALL_192),
+    (Mode.DOWNSAMPLE, 384, 384): (_PAIR, _SMALL_384),
+}
+_NARROW_TILE_COST = 1.25  # a tile of one 8x8 block per warpgroup loads its weights for half as many pixels
+
+
+def tile_count(schedule: Schedule, mode: Mode, batch: int, height: int, width: int) -> tuple[int, int, int]:
+    """``(tiles_x, tiles_y, tiles)`` over the tiled grid: the input's for UPSAMPLE, else the output's."""
+    rows, columns = schedule.tile()
+    tiles_y, tiles_x = -(-height // rows), -(-width // columns)
+    return tiles_x, tiles_y, batch * tiles_y * tiles_x * (4 if mode == Mode.UPSAMPLE else 1)
+
+
+def grid_blocks(schedule: Schedule, mode: Mode, tiles: int, multiprocessors: int) -> int:
+    """Blocks to launch. Resident weights belong to one parity: then every parity has as many blocks."""
+    clusters = min(tiles, multiprocessors // schedule.split)
+    if schedule.resident and mode == Mode.UPSAMPLE:
+        clusters = clusters // 4 * 4
+    return clusters * schedule.split
+
+
+def choose_schedule(mode: Mode, channels: int, out: int, batch: int, height: int, width: int, multiprocessors: int) -> Schedule:
+    """The candidate whose busiest block has the least to do (whole rounds of tiles count, not fractions)."""
+
+    def cost(schedule: Schedule) -> float:
+        tiles = tile_count(schedule, mode, batch, height, width)[2]
+        clusters = grid_blocks(schedule, mode, tiles, multiprocessors) // schedule.split
+        rows, columns = schedule.tile()
+        narrow = _NARROW_TILE_COST if schedule.mb == 1 else 1.0
+        return -(-tiles // clusters) * rows * columns / schedule.split * narrow
+
+    return min(SCHEDULES[mode, channels, out], key=cost)

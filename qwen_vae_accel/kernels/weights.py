@@ -1,0 +1,155 @@
+"""Weights packed for the kernels, from a 2-D state dict with diffusers names.
+
+Every convolution is stored as ``[N, K]`` with K contiguous: K counts taps in reading order and, inside a tap, input
+channels. Sums of kernel entries (folded upsample, folded 1x1 convolutions) are taken in fp32 and rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ConvWeights:
+    """A 3x3 (taps 9) or 1x1 (taps 1) convolution; a 1x1 shortcut's K columns may follow the taps'."""
+
+    weight: Tensor  # [N, taps * C + shortcut]
+    bias: Tensor  # [N] fp32, the shortcut's bias added
+    in_channels: int
+    taps: int
+    shortcut: int = 0  # input channels of the shortcut, 0 for none
+
+    @property
+    def out_channels(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + self.bias.nbytes
+
+    def flops(self, pixels: int) -> int:
+        return 2 * pixels * self.weight.numel()
+
+
+@dataclass(frozen=True, slots=True)
+class SmallConvWeights:
+    """conv_in: 3x3 over few channels, with K padded to a multiple of 16. Columns 9 * C .. 9 * C + 8, if ``ones``, weigh
+    a constant-one channel (1 inside the image, 0 outside): a folded 1x1 convolution's bias, exact at the borders."""
+
+    weight: Tensor  # [N, K]
+    bias: Tensor  # [N] fp32
+    in_channels: int
+    ones: bool
+
+    @property
+    def out_channels(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + self.bias.nbytes
+
+
+def _round(value: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return value.to(device=device, dtype=dtype).contiguous()
+
+
+def _bias(value: Tensor, device: torch.device) -> Tensor:
+    return _round(value.float().reshape(-1), torch.float32, device)
+
+
+def _taps_last(weight: Tensor) -> Tensor:
+    """[O, I, kh, kw] -> [O, kh * kw * I]."""
+    return weight.float().permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
+
+
+@dataclass(frozen=True, slots=True)
+class Packer:
+    """Reads one state dict; every method packs one layer by its diffusers name."""
+
+    state: Mapping[str, Tensor]
+    dtype: torch.dtype
+    device: torch.device
+
+    def _layer(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.state[f"{name}.weight"].detach(), self.state[f"{name}.bias"].detach()
+
+    def conv(self, name: str, shortcut: str | None = None) -> ConvWeights:
+        """3x3 or 1x1 convolution, optionally with the 1x1 shortcut whose output is added to it."""
+        weight, bias = self._layer(name)
+        packed, total, extra = _taps_last(weight), bias.float(), 0
+        if shortcut is not None:
+            shortcut_weight, shortcut_bias = self._layer(shortcut)
+            extra = shortcut_weight.shape[1]
+            packed = torch.cat([packed, _taps_last(shortcut_weight)], 1)
+            total = total + shortcut_bias.float()
+        taps = weight.shape[2] * weight.shape[3]
+        return ConvWeights(_round(packed, self.dtype, self.device), _bias(total, self.device), weight.shape[1], taps, extra)
+
+    def upsample(self, name: str) -> ConvWeights:
+        """Nearest 2x then 3x3, folded: for each output parity (py, px) a 2x2 kernel over the small image.
+
+        K counts parities (0,0) (0,1) (1,0) (1,1), then the 2x2 taps, then channels.
+        """
+        weight, bias = self._layer(name)
+        weight = weight.float()
+        groups = {0: ((0,), (1, 2)), 1: ((0, 1), (2,))}
+        parts = [
+            weight[:, :, rows][:, :, :, columns].sum((2, 3))
+            for py in (0, 1)
+            for px in (0, 1)
+            for rows in groups[py]
+            for columns in groups[px]
+        ]
+        return ConvWeights(_round(torch.cat(parts, 1), self.dtype, self.device), _bias(bias, self.device), weight.shape[1], 16)
+
+    def conv_after_pointwise(self, name: str, pointwise: str | None) -> SmallConvWeights:
+        """3x3 conv of few channels, with a 1x1 convolution before it (post_quant_conv) folded in.
+
+        conv(P z + p) = (W P) * z + (W p) * 1, where 1 is the indicator of the image: the zero padding comes after P.
+        """
+        weight, bias = self._layer(name)
+        weight = weight.float()
+        ones = None
+        if pointwise is not None:
+            matrix, offset = self._layer(pointwise)
+            ones = torch.einsum("omyx,m->oyx", weight, offset.float()).flatten(1)
+            weight = torch.einsum("omyx,mi->oiyx", weight, matrix.float().flatten(1))
+        packed = _taps_last(weight)
+        if ones is not None:
+            packed = torch.cat([packed, ones], 1)
+        packed = torch.nn.functional.pad(packed, (0, -packed.shape[1] % 32))
+        return SmallConvWeights(
+            _round(packed, self.dtype, self.device), _bias(bias, self.device), weight.shape[1], ones is not None
+        )
+
+    def conv_before_pointwise(self, name: str, pointwise: str | None) -> ConvWeights:
+        """3x3 convolution with the 1x1 convolution after it (quant_conv) folded in: Q (W * x + b) + q."""
+        weight, bias = self._layer(name)
+        weight, bias = weight.float(), bias.float()
+        if pointwise is not None:
+            matrix, offset = self._layer(pointwise)
+            matrix = matrix.float().flatten(1)
+            weight = torch.einsum("om,miyx->oiyx", matrix, weight)
+            bias = matrix @ bias + offset.float()
+        return ConvWeights(_round(_taps_last(weight), self.dtype, self.device), _bias(bias, self.device), weight.shape[1], 9)
+
+    def head(self, name: str) -> tuple[Tensor, Tensor]:
+        """conv_out as one matrix product per pixel: ``[C, J]`` with J = 9 * O padded to a power of two, bias [O].
+
+        Column tap * O + o holds the weights of that tap, so the taps' products are summed over neighbours afterwards.
+        """
+        weight, bias = self._layer(name)
+        columns = weight.float().permute(1, 2, 3, 0).reshape(weight.shape[1], -1)
+        padded = 1 << (columns.shape[1] - 1).bit_length()
+        columns = torch.nn.functional.pad(columns, (0, padded - columns.shape[1]))
+        return _round(columns, self.dtype, self.device), _bias(bias, self.device)
+
+    def gamma(self, name: str) -> Tensor:
+        """RMS norm gain with the sqrt(C) of ``F.normalize(x) * sqrt(C) * gamma`` multiplied in, fp32 [C]."""
+        gamma = self.state[f"{name}.gamma"].detach().float().reshape(-1)
+        return _round(gamma * gamma.numel() ** 0.5, torch.float32, self.device)
