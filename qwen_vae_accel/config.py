@@ -78,6 +78,7 @@ class AccelConfig:
         on_miss: what to do when no usable engine is there: ``"build"`` it, ``"fallback"`` to a backend that needs none,
             or ``"error"``. None: build when an engine backend is named and ``engine_dir`` given, else fall back.
         verify: run an engine once against the exact model before its first use on a machine.
+        postprocess: make a pipeline's PIL images and arrays on the GPU too, byte for byte as diffusers does.
     """
 
     task: str = "t2i"
@@ -92,13 +93,14 @@ class AccelConfig:
     vram_budget: int = 4 * 2**30
     on_miss: str | None = None
     verify: bool = True
+    postprocess: bool = True
 
     def __post_init__(self) -> None:
         self._one_of("task", TASKS)
         self._one_of("backend", BACKENDS)
         if self.on_miss is not None:
             self._one_of("on_miss", ON_MISS)
-        for name in ("multi_profile", "verify"):
+        for name in ("multi_profile", "verify", "postprocess"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}")
         for name in ("dtype", "encode_dtype", "decode_dtype"):

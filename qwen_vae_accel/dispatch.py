@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,10 +19,14 @@ from qwen_vae_accel.engines.runtime import EngineRuntime, Wanted
 from qwen_vae_accel.engines.store import EngineStore
 from qwen_vae_accel.errors import BackendUnavailableError, ConfigError, EngineError, EngineMissingError
 from qwen_vae_accel.model import ModelSource
-from qwen_vae_accel.plan import Choice, EngineKey, Miss, Size
+from qwen_vae_accel.plan import Choice, EngineKey, Miss, Plan, Size
 from qwen_vae_accel.report import Journal
 
 logger = logging.getLogger(__name__)
+
+OUT_OF_MEMORY = object()
+# Bands of the last resort: a band of a 1920 pixel wide image needs about 1 GB in bfloat16.
+_LAST_RESORT_ROWS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,36 @@ class _Route:
     backend: DirectBackend
     program: Program
     refused: tuple[str, ...]
+    is_last: bool
+
+    def run(self, x: Tensor, tile_pixels: int) -> Tensor:
+        """The program's output, in bands of about ``tile_pixels`` image rows unless that is 0."""
+        program: Any = self.program
+        output: Tensor = program.tiled(x, tile_pixels) if tile_pixels else program(x)
+        return output
+
+
+class _NoRoomError(RuntimeError):
+    """Not even the weights of this backend's program fit."""
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # Compiled packages pass the allocator's error on as text.
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+
+
+def _unless_out_of_memory(call: Callable[[], Any], device: torch.device) -> Any:
+    """The result of ``call``, or ``OUT_OF_MEMORY`` with what it left behind given back."""
+    try:
+        return call()
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        logger.warning("%s", str(error).partition("\n")[0])
+    # Here the failed call's frames are gone, and with them their tensors.
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return OUT_OF_MEMORY
 
 
 class Dispatcher:
@@ -68,8 +102,9 @@ class Dispatcher:
         self._journal = journal
         self.plan = config.plan(source.topology.scale)
         self._environments: dict[torch.device, Environment] = {}
-        self._routes: dict[tuple[Job, bool], _Route] = {}
+        self._routes: dict[tuple[Job, bool, tuple[str, ...]], _Route] = {}
         self._misses: dict[tuple[str, Job, Size, str], str] = {}
+        self._adopted: dict[tuple[str, str], Plan] = {}
         self._lock = threading.RLock()
         self._engines = self._engine_candidates(device)
         self._direct = self._direct_candidates(device)
@@ -143,18 +178,35 @@ class Dispatcher:
             EngineError: if no engine serves it and ``on_miss`` is ``"error"``.
         """
         reasons: list[str] = []
+        spent: list[str] = []
         for backend in self._engines:
-            served = self._run_engine(backend, request, x, reasons)
-            if served is not None:
+            served = _unless_out_of_memory(partial(self._run_engine, backend, request, x, reasons), x.device)
+            if isinstance(served, Tensor):
                 return served
+            if served is OUT_OF_MEMORY:
+                spent.append(backend.name)
         if reasons and self._config.miss_policy == "error":
             raise EngineMissingError(f"no engine serves {request.job.method} at {request.size}: {'; '.join(reasons)}")
-        route = self._route(request)
-        program: Any = route.program
-        output: Tensor = program.tiled(x, request.tile_pixels) if request.tile_pixels else program(x)
+        while True:
+            try:
+                route = self._route(request, tuple(spent))
+            except _NoRoomError as error:
+                spent.append(str(error))
+                continue
+            call = partial(route.run, x, request.tile_pixels)
+            # What eager cannot hold in bands, nothing here can.
+            output = call() if request.tile_pixels and route.is_last else _unless_out_of_memory(call, x.device)
+            if output is not OUT_OF_MEMORY:
+                break
+            if route.is_last:
+                request = replace(request, tile_pixels=_LAST_RESORT_ROWS)
+                spent.append(f"{route.backend.name} in one piece")
+            else:
+                spent.append(route.backend.name)
         self._journal.call(request.job.method, route.backend.name)
-        if reasons or route.refused:
-            self._fell_back(request.job.method, route.backend.name, "; ".join((*reasons, *route.refused)))
+        reasons += [*route.refused, *(f"{name}: out of memory at {request.size}" for name in spent)]
+        if reasons:
+            self._fell_back(request.job.method, route.backend.name, "; ".join(dict.fromkeys(reasons)))
         return output
 
     def _fell_back(self, method: str, backend: str, reason: str) -> None:
@@ -166,7 +218,7 @@ class Dispatcher:
         if request.tile_pixels:
             reasons.append(f"{backend.name}: use_tiling is on, and engines run the image in one piece")
             return None
-        choice = self.plan.select(request.job.method, request.size)
+        choice = self._plan(backend, request.job.method).select(request.job.method, request.size)
         if isinstance(choice, Miss):
             reasons.append(f"{backend.name}: {choice.reason}")
             return None
@@ -180,11 +232,24 @@ class Dispatcher:
             output = self._with_engine(wanted, choice, x)
         except EngineError as error:
             text = f"{backend.name}: {error}"
-            self._misses[memory] = text
+            if not _is_out_of_memory(error):  # there may be room at the next request
+                self._misses[memory] = text
             reasons.append(text)
             return None
         self._journal.call(request.job.method, backend.name)
         return output
+
+    def _plan(self, backend: EngineBackend, method: str) -> Plan:
+        """The plan; where no sizes are asked for, with the profiles of a multi-profile engine that was made elsewhere."""
+        if self.runtime is None or not self.plan.multi_profile or self._config.sizes is not None:
+            return self.plan
+        key = (backend.name, method)
+        if key not in self._adopted:
+            path = self.plan.engines(method)[0].stem + backend.suffix
+            record = next(iter(self.runtime.store.manifest().engines.get(path, [])[-1:]), None)
+            adopted = record is not None and record.origin == "adopted"
+            self._adopted[key] = replace(self.plan, profiles=record.profiles) if record and adopted else self.plan
+        return self._adopted[key]
 
     def wanted(self, backend: EngineBackend, job: Job, key: EngineKey) -> Wanted:
         """The engine of ``key`` over the VAE's current weights."""
@@ -197,8 +262,9 @@ class Dispatcher:
         def run() -> Tensor:
             assert self.runtime is not None
             with self.runtime.use(wanted, choice) as program:
-                # Engines hold batch one; more images go one after another.
-                return torch.cat([program(image, index) for image in x.split(1)]) if len(x) > 1 else program(x, index)
+                # Engines hold batch one, unless they say otherwise; more images go one after another.
+                step = getattr(program, "max_batch", {}).get(index, 1)
+                return torch.cat([program(part, index) for part in x.split(step)]) if len(x) > step else program(x, index)
 
         unavailable = wanted.backend.reasons(self.environment(wanted.job.device), wanted.job)
         if unavailable:
@@ -212,20 +278,21 @@ class Dispatcher:
             self.runtime.build(wanted)
             return run()
 
-    def _route(self, request: Request) -> _Route:
-        key = (request.job, bool(request.tile_pixels))
+    def _route(self, request: Request, spent: tuple[str, ...] = ()) -> _Route:
+        key = (request.job, bool(request.tile_pixels), spent)
         known = self._routes.get(key)
         if known is None or known.generation != request.generation:
             with self._lock:
                 known = self._routes.get(key)
                 if known is None or known.generation != request.generation:
-                    self._routes[key] = known = self._find_route(request)
+                    self._routes[key] = known = self._find_route(request, spent)
         return known
 
-    def _find_route(self, request: Request) -> _Route:
+    def _find_route(self, request: Request, spent: tuple[str, ...]) -> _Route:
         refused: list[str] = []
         # Only a backend asked for by name can be the whole list and refuse; eager takes everything.
-        for backend in (*self._direct, direct_backends()[-1]):
+        last = direct_backends()[-1]
+        for backend in (*(backend for backend in self._direct if backend.name not in spent), last):
             why = backend.reasons(self.environment(request.job.device), request.job)
             if request.tile_pixels and not backend.can_tile:
                 why = [*why, "use_tiling is on, and it does not tile"]
@@ -234,10 +301,14 @@ class Dispatcher:
                     program = backend.program(self._source, request.job)
                 except BackendUnavailableError as error:
                     why = list(error.reasons)
+                except RuntimeError as error:
+                    if backend is last or not _is_out_of_memory(error):
+                        raise
+                    raise _NoRoomError(backend.name) from None
                 else:
                     # Under "auto" the next best backend is what was asked for, and no fallback.
                     told = refused if self._config.backend == backend.name or backend not in self._direct else []
-                    return _Route(request.generation, backend, program, tuple(told))
+                    return _Route(request.generation, backend, program, tuple(told), backend is last)
             refused += [f"{backend.name}: {text}" for text in why]
         raise BackendUnavailableError("auto", refused)
 
@@ -257,7 +328,7 @@ class Dispatcher:
             for backend in self._engines:
                 if backend.reasons(self.environment(device), job):
                     continue
-                for key in self.plan.engines(method):
+                for key in self._plan(backend, method).engines(method):
                     wanted = self.wanted(backend, job, key)
                     steps.append((wanted.path, partial(self._warm, wanted)))
                 break

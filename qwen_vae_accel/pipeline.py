@@ -20,6 +20,7 @@ from qwen_vae_accel.errors import HandleError, InvalidInputError, UnsupportedVAE
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.model.offload import execution_device, run_pre_forward
 from qwen_vae_accel.plan import MIN_SIDE, Size
+from qwen_vae_accel.processing import PostProcessing, processors_of
 from qwen_vae_accel.report import ORIGINAL, Journal, Report
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,8 @@ def accelerate(target: Any, config: AccelConfig | Mapping[str, Any] | str | Path
     existing = vae.__dict__.get(_HANDLE)
     if isinstance(existing, Handle) and existing.vae is vae:
         if existing.config == wanted:
+            if target is not vae:
+                existing._adopt(target)
             return existing
         raise HandleError(
             "this VAE is accelerated already with another config; call restore() on its handle first.\n"
@@ -84,7 +87,8 @@ class Handle:
     def __init__(self, vae: nn.Module, config: AccelConfig, pipeline: Any | None) -> None:
         self.vae = vae
         self.config = config
-        self._pipeline = None if pipeline is None else weakref.ref(pipeline)
+        self._pipelines: list[weakref.ref[Any]] = []
+        self._post: list[PostProcessing] = []
         self._journal = Journal()
         self._source = ModelSource(vae)
         self._dispatcher = Dispatcher(config, self._source, self._journal, execution_device(vae))
@@ -98,6 +102,17 @@ class Handle:
         for name, function in _replacements(type(vae)).items():
             vae.__dict__[name] = types.MethodType(function, vae)
         vae.__dict__[_HANDLE] = self
+        if pipeline is not None:
+            self._adopt(pipeline)
+
+    def _adopt(self, pipeline: Any) -> None:
+        """Take a pipeline that holds this VAE under the handle: its post-processing, and the watch over its VAE."""
+        if not any(reference() is pipeline for reference in self._pipelines):
+            self._pipelines.append(weakref.ref(pipeline))
+        for processor in processors_of(pipeline) if self.config.postprocess else ():
+            post = PostProcessing.install(processor, self._journal)
+            if post is not None:
+                self._post.append(post)
 
     # A copy or a pickle of an accelerated VAE is a plain VAE: its patched methods find no handle of their own.
 
@@ -128,6 +143,10 @@ class Handle:
                 raise HandleError(
                     f"vae.{name} was patched again after accelerate(); undo that first, or the other patch would be lost"
                 )
+        for post in self._post:
+            post.check_removable()
+        for post in self._post:
+            post.remove()
         for name in _PATCHED:
             del self.vae.__dict__[name]
         self.vae.__dict__.update(self._before)
@@ -174,8 +193,8 @@ class Handle:
     def _note(self) -> str:
         if not self._active:
             return "this VAE was restored; accelerate() makes a new handle"
-        pipeline = self._pipeline() if self._pipeline is not None else None
-        if pipeline is not None and getattr(pipeline, "vae", None) is not self.vae:
+        pipelines = [pipeline for reference in self._pipelines if (pipeline := reference()) is not None]
+        if any(getattr(pipeline, "vae", None) is not self.vae for pipeline in pipelines):
             return "the pipeline's VAE was replaced after accelerate(); the new one is not accelerated: accelerate it anew"
         return ""
 

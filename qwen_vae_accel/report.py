@@ -44,6 +44,7 @@ class Journal:
         self._builds: list[tuple[str, float]] = []
         self._checks: list[tuple[str, float]] = []
         self._evictions = 0
+        self._left_alone: list[str] = []
 
     def call(self, method: str, backend: str) -> None:
         """A call of ``method`` served by ``backend``."""
@@ -77,12 +78,17 @@ class Journal:
         with self._lock:
             self._evictions += 1
 
+    def leave_alone(self, method: str, reason: str) -> None:
+        """``method`` stays as it was found."""
+        with self._lock:
+            self._left_alone.append(f"{method}: {reason}")
+
     def report(self, backend: str, resident: list[str], note: str = "") -> Report:
         """What happened so far."""
         with self._lock:
             calls: dict[str, dict[str, int]] = {"encode": {}, "decode": {}}
             for (method, name), count in self._calls.items():
-                calls[method][name] = count
+                calls.setdefault(method, {})[name] = count
             return Report(
                 {
                     "backend": backend,
@@ -99,6 +105,7 @@ class Journal:
                     ],
                     "builds": [{"engine": name, "seconds": seconds} for name, seconds in self._builds],
                     "self_checks": [{"engine": name, "ms": ms} for name, ms in self._checks],
+                    "left_alone": list(dict.fromkeys(self._left_alone)),
                     "note": note,
                 }
             )
@@ -115,7 +122,7 @@ class Report:
 
         Keys: ``backend`` (configured), ``calls`` (method -> backend -> count), ``fallbacks`` (method, backend that served,
         reason, count), ``engines`` (loaded now), ``loads``, ``evictions``, ``load_ms`` (one entry per load), ``builds``,
-        ``self_checks``, ``note``.
+        ``self_checks``, ``left_alone`` (what was not replaced, and why), ``note``.
         """
         return self._values
 
@@ -143,6 +150,7 @@ class Report:
             for f in values["fallbacks"]:
                 table.add_row(f["method"], f["backend"], str(f["count"]), Text(f["reason"]))
             parts += [Text("fallbacks", style="bold"), table]
+        parts += [Text(f"left alone: {text}") for text in values["left_alone"]]
         if values["note"]:
             parts.append(Text(values["note"]))
         return Group(*parts)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from qwen_vae_accel.backends.base import Backend, DirectBackend, EngineBackend
 from qwen_vae_accel.backends.eager import EagerBackend
+from qwen_vae_accel.backends.fused import FusedBackend
 from qwen_vae_accel.backends.inductor import InductorBackend
+from qwen_vae_accel.backends.tensorrt import TensorRTBackend
 from qwen_vae_accel.errors import BackendUnavailableError
 
 # In the order of preference of backend="auto", fastest first.
-_BACKENDS: tuple[Backend, ...] = (InductorBackend(), EagerBackend())
+_BACKENDS: tuple[Backend, ...] = (TensorRTBackend(), InductorBackend(), FusedBackend(), EagerBackend())
 
 
 def engine_backends() -> tuple[EngineBackend, ...]:

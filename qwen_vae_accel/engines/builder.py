@@ -52,20 +52,24 @@ class BuildResult:
         return values
 
 
-def engine_backend(config: AccelConfig, environment: Environment, jobs: Iterable[Job]) -> EngineBackend:
-    """The backend to build with: the one named, or for ``auto`` the fastest that has engines and can run.
+def engine_backend(
+    config: AccelConfig, environment: Environment, jobs: Iterable[Job], given: EngineBackend | None = None
+) -> EngineBackend:
+    """The backend to build with: ``given``, or the one named, or for ``auto`` the fastest that has engines and can run.
 
     Raises:
         ConfigError: if the named backend has no engines.
         BackendUnavailableError: if it, or under ``auto`` none, can do the jobs here.
     """
     jobs = tuple(jobs)
-    if config.backend != "auto":
+    if given is not None:
+        candidates: tuple[EngineBackend, ...] = (given,)
+    elif config.backend != "auto":
         backend = get_backend(config.backend)
         if not isinstance(backend, EngineBackend):
             names = ", ".join(other.name for other in engine_backends())
             raise ConfigError(f"backend {backend.name!r} needs no engines, so there is nothing to build; {names} do")
-        candidates: tuple[EngineBackend, ...] = (backend,)
+        candidates = (backend,)
     else:
         candidates = engine_backends()
     refused = []
@@ -83,26 +87,34 @@ class Builder:
     Args:
         config: with an ``engine_dir``.
         source: the VAE's networks.
-        device: where the engines are to run.
+        device: where the engines are to run; for another machine (``target``) where the VAE is.
+        backend: to build with, instead of the one that ``config`` names.
+        target: the machine that the engines are for, where it is not this one. They are checked there, not here.
 
     Raises:
         ConfigError: if there is no ``engine_dir``, or the backend needs no engines.
         BackendUnavailableError: if no engine backend can run here.
     """
 
-    def __init__(self, config: AccelConfig, source: ModelSource, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: AccelConfig,
+        source: ModelSource,
+        device: torch.device,
+        backend: EngineBackend | None = None,
+        target: Environment | None = None,
+    ) -> None:
         if config.engine_dir is None:
             raise ConfigError("there is no engine_dir to build into: give --engine-dir")
         vae_dtype = next(source.vae.parameters()).dtype
         jobs = {
             method: Job(method, source.topology, config.compute_dtype(method, vae_dtype), device) for method in config.methods
         }
-        environment = Environment.detect(device)
-        self.backend = engine_backend(config, environment, jobs.values())
+        environment = target or Environment.detect(device)
+        self.backend = engine_backend(config, environment, jobs.values(), backend)
         self.store = EngineStore(config.engine_dir)
-        self._runtime = EngineRuntime(
-            self.store, source, Journal(), None, config.vram_budget, config.verify, lambda _: environment
-        )
+        verify = config.verify and target is None
+        self._runtime = EngineRuntime(self.store, source, Journal(), None, config.vram_budget, verify, lambda _: environment)
         plan = config.plan(source.topology.scale)
         self.wanted = tuple(
             Wanted(self.backend, job, key, source.fingerprint(method, job.dtype))

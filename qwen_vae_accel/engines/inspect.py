@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from qwen_vae_accel.backends.base import EngineBackend, Environment, Job
+from qwen_vae_accel.backends.base import EngineBackend, EngineDescription, Environment, Job
 from qwen_vae_accel.backends.registry import engine_backends, get_backend
 from qwen_vae_accel.config import DTYPES, AccelConfig
 from qwen_vae_accel.engines import selfcheck
@@ -169,7 +169,7 @@ class Inspector:
         if self._source is not None:
             weights = self._source.fingerprint(record.method, DTYPES[record.dtype])
         identity = backend.identity(self._environment)
-        expected = Expected(record.key, record.backend, backend.suffix, record.dtype, weights, identity)
+        expected = Expected(record.key, record.backend, backend.suffix, record.dtype, weights, identity, backend.accepts)
         if expected.path != path:
             raise EngineError(f"its record belongs to {expected.path}")
         return expected
@@ -262,16 +262,18 @@ class Inspector:
         source = self._source
         if source is None:
             raise ConfigError("adopting needs the VAE that the engines were made from: give --vae")
-        key = self._key(path, config)
+        method, name = self._place(path)
         backend = self._backend(path, config)
-        dtype = config.compute_dtype(key.method, next(source.vae.parameters()).dtype)
-        job = Job(key.method, source.topology, dtype, self._device)
+        dtype = config.compute_dtype(method, next(source.vae.parameters()).dtype)
+        job = Job(method, source.topology, dtype, self._device)
         reasons = backend.reasons(self._environment, job)
         if reasons:
             raise EngineRefusedError(path, reasons)
         file = self.store.root / path
         try:
             digest, size = hash_file(file), file.stat().st_size
+            described = backend.describe(file, job)
+            key = self._key(path, method, name, config) if described is None else _described_key(path, method, name, described)
             program = backend.load(file, job, key)
             checks = {}
             for index, profile in enumerate(key.profiles):
@@ -314,23 +316,39 @@ class Inspector:
         return (named or fitting)[0]
 
     @staticmethod
-    def _key(path: str, config: AccelConfig) -> EngineKey:
-        """The engine that a file is by its path in the guide's layout."""
+    def _place(path: str) -> tuple[str, str]:
+        """The network and the name of the engine that a file is by its path in the guide's layout."""
         pure = PurePosixPath(path)
-        if len(pure.parts) == 1:
-            method = _NETWORKS.get(pure.stem.removesuffix(f"_{MULTI_PROFILE}"))
-            if method is None or not pure.stem.endswith(MULTI_PROFILE):
-                raise EngineRefusedError(path, ["its name is not one of an engine directory's"])
+        single = len(pure.parts) == 1
+        method = _NETWORKS.get(pure.stem.removesuffix(f"_{MULTI_PROFILE}") if single else pure.stem)
+        if method is None or len(pure.parts) > 2 or (single and not pure.stem.endswith(MULTI_PROFILE)):
+            raise EngineRefusedError(path, ["its name is not one of an engine directory's"])
+        return method, MULTI_PROFILE if single else pure.parts[0]
+
+    @staticmethod
+    def _key(path: str, method: str, name: str, config: AccelConfig) -> EngineKey:
+        """The engine that a file is, where only its place says so."""
+        if name == MULTI_PROFILE:
             if not config.multi_profile:
                 raise ConfigError(f"{path} has several profiles: say which with --multi-profile and --sizes")
             return EngineKey(method, MULTI_PROFILE, config.plan().profiles)
-        method = _NETWORKS.get(pure.stem)
-        if method is None or len(pure.parts) != 2:
-            raise EngineRefusedError(path, ["its name is not one of an engine directory's"])
-        size = parse_size(pure.parts[0]).floor(STATIC_MULTIPLE)
-        if folder_name(size) != pure.parts[0]:
+        size = parse_size(name).floor(STATIC_MULTIPLE)
+        if folder_name(size) != name:
             raise EngineRefusedError(path, [f"engines of {size} belong in the folder {folder_name(size)}"])
-        return EngineKey(method, pure.parts[0], (Profile.static(pure.parts[0], size),))
+        return EngineKey(method, name, (Profile.static(name, size),))
+
+
+def _described_key(path: str, method: str, name: str, described: EngineDescription) -> EngineKey:
+    """The engine that a file is, where it says so itself; its place must not say otherwise."""
+    profiles = described.profiles
+    if name == MULTI_PROFILE:
+        return EngineKey(method, MULTI_PROFILE, profiles)
+    size = profiles[0].optimum
+    if len(profiles) != 1 or profiles[0].minimum != profiles[0].maximum:
+        raise EngineRefusedError(path, ["it takes a range of sizes, so it belongs in a file named ..._multi_profile"])
+    if folder_name(size) != name:
+        raise EngineRefusedError(path, [f"it is for {size}, so it belongs in the folder {folder_name(size)}"])
+    return EngineKey(method, name, (Profile.static(name, size),))
 
 
 def _held(lock: Path) -> bool:

@@ -11,6 +11,7 @@ import logging
 import math
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -133,7 +134,6 @@ class EngineRuntime:
             with self._changed:
                 slot.users -= 1
                 if slot.refused and slot.users == 0:
-                    slot.program = None
                     self._release(slot_key)
                 self._changed.notify_all()
 
@@ -184,8 +184,11 @@ class EngineRuntime:
         device = slot_key[2]
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        del self._slots[slot_key]
-        gc.collect()
+        slot = self._slots.pop(slot_key)
+        alive = weakref.ref(slot.program) if slot.program is not None else lambda: None
+        slot.program = None
+        if alive() is not None:
+            gc.collect()  # takes a third of a second beside a whole pipeline: only where a cycle or a traceback holds it
         if device.type == "cuda":
             torch.cuda.empty_cache()
         self._journal.evict()
@@ -201,6 +204,7 @@ class EngineRuntime:
             dtype=str(job.dtype).removeprefix("torch."),
             weights=wanted.weights,
             identity=wanted.backend.identity(self._detect(job.device)),
+            accepts=wanted.backend.accepts,
         )
 
     def _load(self, wanted: Wanted) -> Program:

@@ -37,6 +37,7 @@ class Expected:
     dtype: str
     weights: str
     identity: Mapping[str, str]
+    accepts: Callable[[str, str, str], bool] = lambda fact, built, here: built == here
 
     @property
     def path(self) -> str:
@@ -63,15 +64,18 @@ class Expected:
             found.append(f"sizes: built for {theirs}, wanted {ours}")
         for name in sorted(set(record.identity) | set(self.identity)):
             theirs, ours = record.identity.get(name, "nothing"), self.identity.get(name, "nothing")
-            if theirs != ours:
+            if not self.accepts(name, theirs, ours):
                 found.append(f"{name}: built for {theirs}, here {ours}")
         return found
 
 
 def hash_file(path: Path) -> str:
     """sha256 of a file, hex."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:
@@ -140,7 +144,8 @@ class EngineStore:
             )
         found = expected.differences(record)
         if found:
-            raise EngineRefusedError(str(path), found)
+            hint = f"Rebuild it here: qwen-vae-accel build --backend {expected.backend} --engine-dir {self.root} --vae PATH"
+            raise EngineRefusedError(str(path), found, hint)
         return path, record
 
     # Writing.

@@ -174,6 +174,8 @@ def attention(
     check_flat(tokens, grid.pixels, 3 * channels, out.dtype, "tokens")
     check_flat(out, grid.rows, channels, out.dtype, "out")
     if splits > 1:
+        if partial is None or tops is None:
+            raise ValueError("splits need memory for partial results")
         check_flat(partial, splits * grid.pixels, channels, torch.float32, "partial")
     n0, n1 = split_channels(channels)
     count, bm, bn = grid.height * grid.width, config.block_queries, config.block_keys

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -81,6 +82,8 @@ class _Fused:
         if reasons:
             raise ValueError(f"{type(self).__name__} cannot run this model: " + "; ".join(reasons))
         self.dtype, self.device = dtype, torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.config = config or FusedConfig()
         self._traits = self.config.device or describe_device(self.device)
         self._weights = self._pack(Packer(state, dtype, self.device))
@@ -91,6 +94,7 @@ class _Fused:
 
             self._hopper = HopperConvs()
         self._programs: OrderedDict[tuple, Program] = OrderedDict()
+        self._lock = threading.Lock()
         use_graphs = self.config.graphs > 0 and self.device.type == "cuda"
         self._graphs = GraphCache(self.config.graphs, self.config.graph_after) if use_graphs else None
 
@@ -102,11 +106,12 @@ class _Fused:
 
     def program(self, shape: tuple[int, ...]) -> Program:
         """The launches for inputs of ``shape``; planning takes about a millisecond and no GPU work."""
-        program = self._programs.get(shape)
-        if program is None:
-            from qwen_vae_accel.kernels.network import Planner
+        from qwen_vae_accel.kernels.network import Planner
 
-            program = self._plan(shape, Planner(self.dtype, self._traits, self.config.tuning, self._hopper))
+        with self._lock:
+            program = self._programs.pop(shape, None)
+            if program is None:
+                program = self._plan(shape, Planner(self.dtype, self._traits, self.config.tuning, self._hopper))
             while len(self._programs) >= _PROGRAMS:
                 self._programs.popitem(last=False)
             self._programs[shape] = program

@@ -80,7 +80,8 @@ class GraphCache:
             self._drop()
             self._scratch = torch.empty(program.scratch_bytes, dtype=torch.uint8, device=image.device)
         while len(self._entries) >= self._limit:
-            self._done.synchronize()
+            if self._done is not None:
+                self._done.synchronize()
             self._entries.popitem(last=False)
         memory = program.memory(torch.empty_like(image, memory_format=torch.contiguous_format), self._scratch)
         entry = _Entry(torch.cuda.CUDAGraph(), memory.image, memory.output)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from qwen_vae_accel.kernels.sm90.conv3x3 import Conv3x3, Mode, unsupported
+from qwen_vae_accel.kernels.sm90.conv3x3 import Conv3x3, unsupported
+from qwen_vae_accel.kernels.sm90.schedules import Mode
 from qwen_vae_accel.kernels.weights import ConvWeights
 
 MODES = {"conv": Mode.CONV, "up": Mode.UPSAMPLE, "down": Mode.DOWNSAMPLE}

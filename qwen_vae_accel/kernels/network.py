@@ -11,6 +11,7 @@ small x and the large x and normed. The last block writes neither, only conv_out
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -127,7 +128,7 @@ class Planner:
         offsets, scratch_bytes = self.arena.place()
         return Program(tuple(self.steps), offsets, scratch_bytes, output_shape)
 
-    def add(self, kernel: str, grid: Grid, flops: int, launch) -> None:
+    def add(self, kernel: str, grid: Grid, flops: int, launch: Callable[[Memory], None]) -> None:
         self.steps.append(Step(kernel, f"{grid.batch}x{grid.height}x{grid.width}", flops, launch))
 
     def layer(self, weights: ConvWeights, kind: str) -> Conv3x3 | None:
@@ -137,7 +138,7 @@ class Planner:
         return self.arena.take(grid.rows, channels, self.dtype)
 
     def conv(
-        self, level: Level, a: Slot, weights: ConvWeights, *, x: Slot | None = None, normed: Slot | None = None,
+        self, level: Level, a: Slot | None, weights: ConvWeights, *, x: Slot | None = None, normed: Slot | None = None,
         norm: Norm | None = None, residual: Slot | None = None, shortcut: Slot | None = None,
         head: Tensor | None = None, products: Slot | None = None,
     ) -> None:  # fmt: skip
@@ -147,23 +148,25 @@ class Planner:
         kind = "conv" if weights.taps == 9 else "proj"
         config = self.tuning.conv(kind, weights, grid, device, epilogue)
         layer = self.layer(weights, kind) if head is None else None
-        flops = weights.flops(grid.pixels) + (0 if head is None else 2 * grid.pixels * head.shape[0] * products.rows)
+        flops = weights.flops(grid.pixels)
+        if head is not None and products is not None:
+            flops += 2 * grid.pixels * head.shape[0] * products.rows
 
         def launch(m: Memory) -> None:
+            if layer is not None:
+                layer(
+                    m[a], grid, x=m.get(x), normed=m.get(normed), gamma=None if norm is None else norm.gamma,
+                    silu=norm is None or norm.silu, residual=m.get(residual), shortcut=m.get(shortcut),
+                )  # fmt: skip
+                return
             conv(
-                m.view(a), grid, weights, config=config, device=device, x=m.view(x), normed=m.view(normed), norm=norm,
-                residual=m.view(residual), shortcut=m.view(shortcut), head=head, products=m.view(products),
-            )  # fmt: skip
-
-        def launch_layer(m: Memory) -> None:
-            layer(
-                m.view(a), grid, x=m.view(x), normed=m.view(normed), gamma=norm and norm.gamma,
-                silu=norm is None or norm.silu, residual=m.view(residual), shortcut=m.view(shortcut),
+                m[a], grid, weights, config=config, device=device, x=m.get(x), normed=m.get(normed), norm=norm,
+                residual=m.get(residual), shortcut=m.get(shortcut), head=head, products=m.get(products),
             )  # fmt: skip
 
         side = 3 if weights.taps == 9 else 1
         name = f"conv{side}x{side} {weights.in_channels}->{weights.out_channels} {epilogue}"
-        self.add(name, grid, flops, launch if layer is None else launch_layer)
+        self.add(name, grid, flops, launch)
 
     def conv_in(self, weights: SmallConvWeights, grid: Grid, norm: Norm) -> Level:
         out = weights.out_channels
@@ -172,7 +175,7 @@ class Planner:
         config = self.tuning.conv("in", weights, grid, device, "")
 
         def launch(m: Memory) -> None:
-            conv_in(m.image, weights, x=m.view(x), normed=m.view(normed), norm=norm, config=config, device=device)
+            conv_in(m.image, weights, x=m[x], normed=m[normed], norm=norm, config=config, device=device)
 
         flops = 2 * grid.pixels * out * 9 * weights.in_channels
         self.add(f"conv_in {weights.in_channels}->{out}", grid, flops, launch)
@@ -205,7 +208,7 @@ class Planner:
             products, device = self.arena.take(count, level.grid.rows, torch.float32), self.device
             self.add(
                 f"head {head.shape[0]}->{count}", level.grid, 2 * level.grid.pixels * head.shape[0] * count,
-                lambda m: head_products(m.view(level.normed), head, m.view(products), device=device),
+                lambda m: head_products(m[level.normed], head, m[products], device=device),
             )  # fmt: skip
             self.arena.give(level.normed)
             return products
@@ -233,19 +236,17 @@ class Planner:
             tops = self.arena.take(splits * grid.pixels, 1, torch.float32)
 
         def launch_qkv(m: Memory) -> None:
-            att.qkv(m.view(level.normed), grid, block.qkv, m.view(tokens), config=qkv_config, device=device)
+            att.qkv(m[level.normed], grid, block.qkv, m[tokens], config=qkv_config, device=device)
 
         def launch_attention(m: Memory) -> None:
             att.attention(
-                m.view(tokens), grid, m.view(level.normed), config=config, device=device, splits=splits,
-                partial=m.view(partial), tops=m.view(tops),
+                m[tokens], grid, m[level.normed], config=config, device=device, splits=splits,
+                partial=m.get(partial), tops=m.get(tops),
             )  # fmt: skip
 
         self.add(f"qkv {channels}->{3 * channels}", grid, block.qkv.flops(grid.pixels), launch_qkv)
         self.add(f"attention {channels}", grid, 4 * grid.batch * count * count * channels, launch_attention)
-        for slot in (tokens, partial, tops):
-            if slot is not None:
-                self.arena.give(slot)
+        self.arena.give(tokens, partial, tops)
         normed = self.take(grid, channels)
         self.conv(level, level.normed, block.proj, x=level.x, normed=normed, norm=norm, residual=level.x)
         self.arena.give(level.normed)
@@ -259,18 +260,17 @@ class Planner:
         function = upsample_conv if kind == "up" else downsample_conv
         layer = self.layer(weights, kind)
 
-        def launch_layer(m: Memory) -> None:
-            layer(m.view(level.x), grid, x=m.view(x), normed=m.view(normed), gamma=norm.gamma, silu=norm.silu)
-
         def launch(m: Memory) -> None:
+            if layer is not None:
+                layer(m[level.x], grid, x=m[x], normed=m[normed], gamma=norm.gamma, silu=norm.silu)
+                return
             function(
-                m.view(level.x), grid, weights, x=m.view(x), normed=m.view(normed), norm=norm, config=config,
-                device=device,
+                m[level.x], grid, weights, x=m[x], normed=m[normed], norm=norm, config=config, device=device
             )  # fmt: skip
 
         pixels = grid.pixels if kind == "up" else large.pixels
         name = f"{kind}sample {weights.in_channels}->{weights.out_channels}"
-        self.add(name, large, weights.flops(pixels), launch if layer is None else launch_layer)
+        self.add(name, large, weights.flops(pixels), launch)
         self.arena.give(level.x)
         return Level(large, x, normed)
 
@@ -297,7 +297,7 @@ def plan_decoder(weights: DecoderWeights, latent: tuple[int, ...], planner: Plan
     grid, bias = level.grid, weights.head_bias
     planner.add(
         f"conv_out sum {channels}", grid, 9 * channels * grid.pixels,
-        lambda m: sum_taps(m.view(products), bias, grid, m.output),
+        lambda m: sum_taps(m[products], bias, grid, m.output),
     )  # fmt: skip
     return planner.program((batch, channels, grid.height, grid.width))
 
@@ -317,6 +317,6 @@ def plan_encoder(weights: EncoderWeights, image: tuple[int, ...], planner: Plann
     normed, grid, out, device = level.normed, level.grid, weights.conv_out, planner.device
     planner.add(
         f"conv_out {out.in_channels}->{out.out_channels}", grid, out.flops(grid.pixels),
-        lambda m: conv_out(m.view(normed), grid, out, m.output, device=device),
+        lambda m: conv_out(m[normed], grid, out, m.output, device=device),
     )  # fmt: skip
     return planner.program((batch, out.out_channels, grid.height, grid.width))

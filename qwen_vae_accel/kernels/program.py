@@ -44,9 +44,11 @@ class Arena:
         self.events += 1
         return slot
 
-    def give(self, slot: Slot) -> None:
-        """No step after the ones listed so far reads it."""
-        self.lives[slot.index][1] = self.events
+    def give(self, *slots: Slot | None) -> None:
+        """No step after the ones listed so far reads them."""
+        for slot in slots:
+            if slot is not None:
+                self.lives[slot.index][1] = self.events
         self.events += 1
 
     def place(self) -> tuple[tuple[int, ...], int]:
@@ -79,9 +81,12 @@ class Memory:
     image: Tensor
     output: Tensor
 
-    def view(self, slot: Slot | None) -> Tensor | None:
+    def get(self, slot: Slot | None) -> Tensor | None:
+        return None if slot is None else self[slot]
+
+    def __getitem__(self, slot: Slot | None) -> Tensor:
         if slot is None:
-            return None
+            raise ValueError("the plan reads a matrix that nothing wrote")
         offset = self.offsets[slot.index]
         return self.scratch[offset : offset + slot.nbytes].view(slot.dtype).view(slot.rows, slot.columns)
 

@@ -99,7 +99,8 @@ class Tuning:
         choices = [
             config
             for config in self.convs.get((*key, epilogue), self.convs.get(key, ()))
-            if config.stages * per_stage(config) + _RESERVED <= device.shared_memory
+            # Without bulk copies, registers go to addresses, and the table's tiles spill.
+            if device.tma and config.stages * per_stage(config) + _RESERVED <= device.shared_memory
         ]
         if choices:
             waves = lambda c: -(-grid.rows // (c.block_rows * device.multiprocessors))  # noqa: E731

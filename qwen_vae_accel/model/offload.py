@@ -53,7 +53,9 @@ def _hook_device(module: nn.Module) -> torch.device | None:
 
 
 def _indexed(device: torch.device) -> torch.device:
-    """``cuda`` as tensors name it, with its number."""
+    """``device`` as tensors name it: ``cuda`` with its number, ``cpu`` without."""
+    if device.type == "cpu":
+        return torch.device("cpu")
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device

@@ -1,0 +1,55 @@
+# Every target sets up what it needs in .venv first; the stamp file says that it is up to date.
+# Override with e.g. `make test PYTHON=python3.12` or `make test VENV=/path/to/venv`.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST_ARGS ?=
+DEMO_OUTPUT ?= demo_output
+BENCH_OUTPUT ?= benchmarks/results
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format test-gpu bench clean
+
+help:
+	@echo "make demo      build engines for the shipped tiny VAE, reload them in a new process, run a photo and a pipeline"
+	@echo "make test      lint, then all tests that this machine can run"
+	@echo "make lint      ruff and mypy"
+	@echo "make format    let ruff rewrite the layout"
+	@echo "make test-gpu  only the tests that need a CUDA GPU"
+	@echo "make bench     benchmark a full-size VAE with random weights; writes JSON, Markdown and PNG"
+	@echo "make clean     remove the virtual environment, caches and demo output"
+
+setup: $(STAMP)
+
+# The constraints pin torch: a range would let pip take the newest release with gigabytes of CUDA libraries.
+$(STAMP): pyproject.toml constraints-dev.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-dev.txt -e '.[dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/qwen-vae-accel demo --output $(DEMO_OUTPUT)
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+bench: $(STAMP)
+	$(BIN)/qwen-vae-accel bench --output $(BENCH_OUTPUT)
+
+clean:
+	rm -rf $(VENV) $(DEMO_OUTPUT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find qwen_vae_accel tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,77 @@
+"""What TensorRT says went wrong, kept so that our errors can say it: TensorRT itself returns None, False or -1."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from types import ModuleType
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+_KEPT = 8
+
+
+def make_logger(trt: ModuleType) -> Any:
+    """A ``tensorrt.ILogger`` that writes to Python's logging."""
+    levels = {
+        "INTERNAL_ERROR": logging.ERROR,
+        "ERROR": logging.ERROR,
+        "WARNING": logging.WARNING,
+        "INFO": logging.DEBUG,
+        "VERBOSE": logging.NOTSET,
+    }
+
+    class Logger(trt.ILogger):  # type: ignore[name-defined]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            level = levels.get(severity.name, logging.WARNING)
+            if level:
+                logger.log(level, "%s", message)
+
+    return Logger()
+
+
+def make_recorder(trt: ModuleType) -> Any:
+    """A ``tensorrt.IErrorRecorder``; its ``take()`` gives the errors since the last call as one text, and forgets them."""
+
+    class Recorder(trt.IErrorRecorder):  # type: ignore[name-defined]
+        def __init__(self) -> None:
+            trt.IErrorRecorder.__init__(self)
+            self._lock = threading.Lock()
+            self._errors: deque[tuple[Any, str]] = deque(maxlen=_KEPT)
+
+        def take(self) -> str:
+            with self._lock:
+                texts = list(dict.fromkeys(text.strip() for _, text in self._errors))
+                self._errors.clear()
+            return "; ".join(texts) or "TensorRT gave no reason"
+
+        # TensorRT calls these, from any thread.
+
+        def report_error(self, code: Any, description: str) -> bool:
+            with self._lock:
+                self._errors.append((code, description))
+            logger.debug("%s: %s", code, description)
+            return True
+
+        def num_errors(self) -> int:
+            return len(self._errors)
+
+        def get_error_code(self, index: int) -> Any:
+            return self._errors[index][0]
+
+        def get_error_desc(self, index: int) -> str:
+            return self._errors[index][1]
+
+        def has_overflowed(self) -> bool:
+            return False
+
+        def clear(self) -> None:
+            with self._lock:
+                self._errors.clear()
+
+    return Recorder()

@@ -1,0 +1,180 @@
+"""What is measured, as data: methods, sizes, tasks.
+
+A method is written ``NAME`` or ``NAME:DTYPE``: ``diffusers``, ``diffusers-compile``, any backend of this package, an
+engine backend with ``-mp`` for one multi-profile engine, or ``fastvae`` (a third-party decoder, if it is installed).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qwen_vae_accel.backends.base import EngineBackend, Environment, Job
+from qwen_vae_accel.backends.registry import direct_backends, engine_backends, get_backend
+from qwen_vae_accel.config import AccelConfig, dtype_name
+from qwen_vae_accel.errors import AccelError, ConfigError
+from qwen_vae_accel.model import ModelSource
+from qwen_vae_accel.pipeline import accelerate
+from qwen_vae_accel.plan import STATIC_MULTIPLE, Size, parse_size
+
+BASELINE = "diffusers"
+TASKS = ("decode", "encode")
+SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SUFFIX = "-mp"
+CPU_SIZES = ("256x256", "512x512")
+CUDA_SIZES = ("512x512", "768x1024", "1024x1024", "1664x928", "1328x1328")
+
+Run = Callable[[Tensor], Tensor]
+
+
+class BenchError(AccelError, RuntimeError):
+    """A measurement that would not mean what its row says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One row: a method on one network at one size."""
+
+    method: Method
+    task: str
+    size: Size
+
+
+# Gives a function from the network's input [1, C, 1, H, W] to its output [1, C', H', W'], as long as it is open.
+Prepare = Callable[[nn.Module, Case, Path], AbstractContextManager[Run]]
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A way to run the VAE in one dtype."""
+
+    name: str
+    dtype: torch.dtype
+    prepare: Prepare
+
+    @property
+    def label(self) -> str:
+        """Name and dtype, as tables show it."""
+        return f"{self.name} {SHORT[self.dtype]}"
+
+
+def _call(vae: Any, task: str) -> Run:
+    if task == "decode":
+        return lambda z: vae.decode(z, return_dict=False)[0][:, :, 0]
+    return lambda x: vae.encode(x).latent_dist.parameters[:, :, 0]
+
+
+def _require_unpatched(vae: nn.Module) -> None:
+    patched = [name for name in ("encode", "decode", "_encode", "_decode", "_apply") if name in vae.__dict__]
+    if patched:
+        raise BenchError(f"the diffusers baseline is patched: {', '.join(patched)}")
+
+
+@contextmanager
+def _diffusers(vae: nn.Module, case: Case, folder: Path) -> Iterator[Run]:
+    _require_unpatched(vae)
+    yield _call(vae, case.task)
+    _require_unpatched(vae)
+
+
+@contextmanager
+def _compiled(vae: nn.Module, case: Case, folder: Path) -> Iterator[Run]:
+    torch._dynamo.reset()
+    network: Any = vae.get_submodule("decoder" if case.task == "decode" else "encoder")
+    network.compile()
+    try:
+        with _diffusers(vae, case, folder) as run:
+            yield run
+    finally:
+        torch._dynamo.reset()
+
+
+@contextmanager
+def _accelerated(vae: nn.Module, case: Case, folder: Path, *, backend: str, multi_profile: bool) -> Iterator[Run]:
+    needs_engines = isinstance(get_backend(backend), EngineBackend)
+    config = AccelConfig(
+        task="t2i" if case.task == "decode" else "i2i",
+        backend=backend,
+        engine_dir=str(folder / SHORT[case.method.dtype]) if needs_engines else None,
+        multi_profile=multi_profile,
+        sizes=None if multi_profile else (str(case.size),),
+        on_miss="build" if needs_engines else None,
+    )
+    with accelerate(vae, config) as handle:
+        yield _call(vae, case.task)
+        report = handle.report().as_dict()
+        if set(report["calls"][case.task]) != {backend}:
+            reasons = "; ".join(f["reason"] for f in report["fallbacks"])
+            raise BenchError(f"served by {', '.join(report['calls'][case.task])} instead: {reasons}")
+
+
+@contextmanager
+def _fastvae(vae: nn.Module, case: Case, folder: Path) -> Iterator[Run]:
+    if case.task != "decode":
+        raise BenchError("fastvae only decodes")
+    decoder = importlib.import_module("fastvae").FastVAEDecoder.from_vae(vae)
+    yield lambda z: decoder.decode(z)[:, :, 0]
+
+
+def method_names() -> dict[str, Prepare]:
+    """All methods by name."""
+    found: dict[str, Prepare] = {BASELINE: _diffusers, "diffusers-compile": _compiled}
+    for direct in direct_backends():
+        found[direct.name] = partial(_accelerated, backend=direct.name, multi_profile=False)
+    for engine in engine_backends():
+        found[engine.name] = partial(_accelerated, backend=engine.name, multi_profile=False)
+        found[engine.name + _SUFFIX] = partial(_accelerated, backend=engine.name, multi_profile=True)
+    if importlib.util.find_spec("fastvae") is not None:
+        found["fastvae"] = _fastvae
+    return found
+
+
+def parse_method(text: str, default: torch.dtype) -> Method:
+    """``NAME`` or ``NAME:DTYPE`` -> :class:`Method`.
+
+    Raises:
+        ConfigError: for a name or dtype that is not known.
+    """
+    name, _, kind = text.strip().partition(":")
+    known = method_names()
+    if name not in known:
+        near = get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+        raise ConfigError(f"method {name!r} is not known{hint}")
+    dtype = default
+    if kind:
+        dtype = _DTYPES.get(kind) or getattr(torch, dtype_name(kind))
+    return Method(name, dtype, known[name])
+
+
+def default_methods(vae: nn.Module, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """The baseline and every backend that can run here; on the GPU also diffusers compiled, and our own kernels in fp16."""
+    environment = Environment.detect(device)
+    topology = ModelSource(vae).topology
+    names = [BASELINE]
+    candidates = [(backend.name, dtype) for backend in reversed((*engine_backends(), *direct_backends()))]
+    if device.type == "cuda":
+        names.append("diffusers-compile")
+        candidates += [(backend.name, torch.float16) for backend in direct_backends()[:-1] if dtype != torch.float16]
+    for name, kind in candidates:
+        if not any(get_backend(name).reasons(environment, Job(task, topology, kind, device)) for task in TASKS):
+            names.append(f"{name}:{SHORT[kind]}")
+    return names
+
+
+def parse_sizes(texts: Iterable[str]) -> list[Size]:
+    """Names or WxH -> sizes, rounded down to multiples of 16 as the pipelines do."""
+    sizes = list(dict.fromkeys(parse_size(text.strip()).floor(STATIC_MULTIPLE) for text in texts))
+    if not sizes or any(min(size.width, size.height) < STATIC_MULTIPLE for size in sizes):
+        raise ConfigError(f"sizes must be at least {STATIC_MULTIPLE} pixels a side")
+    return sizes

@@ -1,0 +1,5 @@
+"""``python -m qwen_vae_accel.cli``."""
+
+from qwen_vae_accel.cli.app import main
+
+main()

@@ -1,0 +1,102 @@
+"""``qwen-vae-accel bench``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qwen_vae_accel.bench.cases import (
+    CPU_SIZES,
+    CUDA_SIZES,
+    SHORT,
+    TASKS,
+    default_methods,
+    method_names,
+    parse_method,
+    parse_sizes,
+)
+from qwen_vae_accel.bench.harness import Effort, Harness, Row, make_cases, overhead, run_all
+from qwen_vae_accel.bench.report import BenchReport, machine, require_packages
+from qwen_vae_accel.cli import common
+from qwen_vae_accel.config import DTYPES, dtype_name
+from qwen_vae_accel.errors import ConfigError
+from qwen_vae_accel.loading import load_vae, random_vae
+
+Methods = Annotated[
+    str | None,
+    typer.Option(help="NAME or NAME:DTYPE, comma-separated, such as diffusers,eager,inductor:fp16. Default: all that run."),
+]
+
+
+def bench(
+    vae: Annotated[Path | None, typer.Option(help="Folder of a VAE or pipeline. Default: full size, random weights.")] = None,
+    sizes: Annotated[str | None, typer.Option(help="Names or WxH, comma-separated.")] = None,
+    methods: Methods = None,
+    task: Annotated[str, typer.Option(help="encode, decode or both.")] = "both",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of methods that name none. Default: bf16 on the GPU, fp32 on the CPU.")
+    ] = None,
+    device: common.Device = None,
+    iters: Annotated[int | None, typer.Option(min=3, help="Samples per case at most.")] = None,
+    seconds: Annotated[float | None, typer.Option(min=0.0, help="Seconds of sampling per case at most.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the JSON, Markdown and PNG.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of those files. Default: bench_DEVICE.")] = None,
+    engine_dir: Annotated[Path | None, typer.Option(help="Keep built engines here for the next run.")] = None,
+    as_json: common.Json = False,
+    verbose: common.Verbose = False,
+) -> None:
+    """Measure methods x sizes x encode and decode: latency, spread, memory, error against float32."""
+
+    def work() -> common.Outcome:
+        require_packages()
+        where = common.parse_device(device)
+        kind = DTYPES[dtype_name(dtype or ("bfloat16" if where.type == "cuda" else "float32"))]
+        if task not in (*TASKS, "both"):
+            raise ConfigError(f"task must be encode, decode or both, not {task!r}")
+        tasks = TASKS if task == "both" else (task,)
+        wanted = parse_sizes(common.split(sizes) or (CUDA_SIZES if where.type == "cuda" else CPU_SIZES))
+        named = [parse_method(text, kind) for text in common.split(methods) or ()]
+        template = random_vae() if vae is None else load_vae(vae, common.parse_device("cpu"))
+        named = named or [parse_method(text, kind) for text in default_methods(template, where, kind)]
+        effort = Effort.default(where, iters, seconds)
+        cases = make_cases(named, wanted, tasks)
+        with tempfile.TemporaryDirectory(prefix="qwen-vae-accel-bench-") as temporary:
+            harness = Harness(template, where, effort, engine_dir or Path(temporary))
+            with common.progress(len(cases), "bench") as update:
+
+                def done(row: Row) -> None:
+                    result = f"{row.median_ms:.2f} ms" if row.median_ms is not None else f"failed: {(row.error or '')[:160]}"
+                    update(f"{row.task} {row.size}", True)
+                    common.stderr.print(f"{row.size!s:>10} {row.task} {row.label:<24} {result}", markup=False, highlight=False)
+
+                rows = run_all(harness, cases, done)
+        settings = {
+            "dtype": SHORT[kind],
+            "weights": "random, rounded to bfloat16, full size, seed 0" if vae is None else vae.name,
+            "methods": [method.label for method in named],
+            "sizes": [str(size) for size in wanted],
+            "tasks": list(tasks),
+            "iterations": effort.iterations,
+            "seconds": effort.seconds,
+            "warmup": effort.warmup,
+        }
+        command = shlex.join(["qwen-vae-accel", *sys.argv[1:]])
+        report = BenchReport(rows, machine(where), settings, overhead(where), command)
+        document = report.as_dict()
+        if output is not None:
+            try:
+                written = report.write(output, name or f"bench_{where.type}")
+            except OSError as error:
+                raise ConfigError(f"cannot write the report to {output}: {error}") from error
+            document["files"] = [str(path) for path in written]
+        return common.Outcome(document, report, not any(row.error for row in rows))
+
+    common.run(as_json, verbose, work)
+
+
+bench.__doc__ = f"{bench.__doc__}\n\n    Methods: {', '.join(method_names())}.\n"

@@ -1,0 +1,83 @@
+"""``qwen-vae-accel demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from qwen_vae_accel.cli import common
+from qwen_vae_accel.demo import run
+from qwen_vae_accel.engines.builder import BuildResult
+from qwen_vae_accel.engines.runtime import Wanted
+
+
+def demo(
+    model: Annotated[
+        str | None, typer.Option(help="Folder or Hub ID of a VAE or pipeline. Default: the shipped tiny VAE.")
+    ] = None,
+    image: Annotated[Path | None, typer.Option(help="A photo. Default: a shipped one.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for engines and pictures.")] = Path("demo_output"),
+    backend: Annotated[str, typer.Option(help="A backend that has engines; auto takes the fastest that can run.")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="Default: float32 on the CPU, as stored on the GPU.")] = None,
+    device: common.Device = None,
+    area: Annotated[int, typer.Option(min=256, help="Pixels that a larger photo is scaled down to.")] = 1024 * 1024,
+    as_json: common.Json = False,
+    verbose: common.Verbose = False,
+) -> None:
+    """Build engines, reload them in a new process, run a photo through the VAE and a whole pipeline, compare with diffusers."""
+
+    def work() -> common.Outcome:
+        where = common.parse_device(device)
+        request = run.make_request(model, image, output, backend, dtype, where, area)
+        with common.progress(2, "build") as update:
+
+            def told(total: int, wanted: Wanted, result: BuildResult | None) -> None:
+                update(wanted.path, result is not None)
+
+            request, built = run.build(request, told)
+        common.stderr.print("running in a new process ...", highlight=False)
+        findings = {"builds": [result.as_dict() for result in built], **run.reload(request)}
+        return common.Outcome(findings, _view(findings))
+
+    common.run(as_json, verbose, work)
+
+
+def _view(findings: dict[str, Any]) -> Group:
+    builds = Table(title="1. engines built", title_justify="left")
+    for column, side in (("engine", "left"), ("status", "left"), ("s", "right"), ("MB", "right")):
+        builds.add_column(column, justify="left" if side == "left" else "right")
+    for entry in findings["builds"]:
+        builds.add_row(entry["path"], entry["status"], f"{entry['seconds']:.1f}", f"{entry['bytes'] / 1e6:.1f}")
+
+    photo = findings["photo"]
+    times = Table(title=f"2. new process: {photo['image']}, {photo['size']}, {findings['dtype']}, ms", title_justify="left")
+    times.add_column("")
+    for column in ("load", "first call", "diffusers", "accelerated", "speed-up"):
+        times.add_column(column, justify="right")
+    for method, network in (("encode", "vae_encoder"), ("decode", "vae_decoder")):
+        load = sum(ms for engine, ms in findings["load_engine_ms"].items() if network in engine)
+        ours, theirs = photo["accelerated"], photo["diffusers"][f"{method}_ms"]
+        first, median = ours[f"first_{method}_ms"], ours[f"{method}_ms"]
+        times.add_row(method, f"{load:.1f}", f"{first:.1f}", f"{theirs:.1f}", f"{median:.1f}", f"{theirs / median:.2f}x")
+
+    quality = Table(title="PSNR, dB", title_justify="left")
+    for column in ("diffusers to the photo", "accelerated to the photo", "accelerated to diffusers"):
+        quality.add_column(column, justify="right")
+    values = photo["psnr_db"]
+    quality.add_row(*(f"{float(values[name]):.2f}" for name in ("diffusers", "accelerated", "between")))
+
+    whole = findings["pipeline"]
+    served = ", ".join(f"{name} {count}" for name, count in whole["calls"]["decode"].items())
+    summary = (
+        f"3. {whole['pipeline']} (tiny random transformer, {whole['steps']} steps, {whole['size']}): with acceleration "
+        f"{whole['accelerated_ms']:.0f} ms, without {whole['diffusers_ms']:.0f} ms; same seed, PSNR between the images "
+        f"{float(whole['psnr_db']):.1f} dB, largest difference {whole['largest_difference']:.1e}. "
+        f"Decodes served so far: {served}."
+    )
+    pictures = f"pictures: {photo['picture']}, {whole['picture']}"
+    return Group(builds, times, quality, Text.from_ansi(findings["report_text"].rstrip()), Text(summary), Text(pictures))

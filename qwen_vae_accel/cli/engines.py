@@ -1,0 +1,323 @@
+"""``qwen-vae-accel build``, ``list``, ``verify``, ``prune``, ``adopt``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from qwen_vae_accel.backends.tensorrt import BuildSettings, TensorRTBackend, parse_capabilities
+from qwen_vae_accel.cli import common
+from qwen_vae_accel.config import AccelConfig
+from qwen_vae_accel.engines.builder import Builder, BuildResult
+from qwen_vae_accel.engines.inspect import EngineStatus, Inspector, check_values
+from qwen_vae_accel.engines.runtime import Wanted
+from qwen_vae_accel.errors import AccelError, ConfigError, EngineError
+from qwen_vae_accel.loading import load_vae
+from qwen_vae_accel.model import ModelSource
+
+_Directory = Annotated[Path, typer.Option("--engine-dir", help="Folder of the engines.")]
+
+
+def _source(vae: Path, device: torch.device) -> ModelSource:
+    return ModelSource(load_vae(vae, device))
+
+
+def _table(*columns: str) -> Table:
+    table = Table()
+    for column in columns:
+        table.add_column(column, justify="right" if column in ("MB", "s", "PSNR dB") else "left", overflow="fold")
+    return table
+
+
+def build(
+    vae: common.Vae,
+    task: common.Task = None,
+    backend: common.Backend = None,
+    engine_dir: common.EngineDir = None,
+    sizes: common.Sizes = None,
+    multi_profile: common.MultiProfile = None,
+    dtype: common.Dtype = None,
+    encode_dtype: common.EncodeDtype = None,
+    decode_dtype: common.DecodeDtype = None,
+    device: common.Device = None,
+    config: common.ConfigFile = None,
+    compute_capability: Annotated[
+        str | None,
+        typer.Option(
+            help="Build TensorRT-RTX engines for GPUs of this compute capability, such as 8.9 or 8.6,8.9,12.0; needs no GPU. "
+            "They are checked where they are first loaded."
+        ),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(help="A setting of the TensorRT builder, NAME=VALUE, such as optimization_level=5. May be repeated."),
+    ] = None,
+    as_json: common.Json = False,
+    verbose: common.Verbose = False,
+) -> None:
+    """Build the engines of a plan. Those that are current are kept; a failure does not stop the others."""
+
+    def work() -> common.Outcome:
+        settings = common.resolve(
+            config,
+            task=task,
+            backend=backend,
+            engine_dir=engine_dir,
+            sizes=sizes,
+            multi_profile=multi_profile,
+            dtype=dtype,
+            encode_dtype=encode_dtype,
+            decode_dtype=decode_dtype,
+        )
+        given = _tensorrt(settings, compute_capability, setting)
+        target = given.target_environment() if given is not None and given.targets else None
+        where = common.parse_device("cpu" if target is not None and device is None else device)
+        builder = Builder(settings, _source(vae, where), where, given, target)
+        with common.progress(len(builder.wanted), "build") as update:
+
+            def told(wanted: Wanted, result: BuildResult | None) -> None:
+                if result is None:
+                    seconds = builder.estimate(wanted)
+                    update(f"{wanted.path}{f' (about {seconds:.0f} s if built)' if seconds else ''}", False)
+                    return
+                update(wanted.path, True)
+                reason = f": {result.reason}" if result.reason else ""
+                text = f"{result.status:>8} {wanted.path} {result.seconds:.1f} s{reason}"
+                common.stderr.print(text, markup=False, highlight=False, soft_wrap=True)
+
+            results = builder.run(told)
+        table = _table("engine", "status", "s", "MB", "PSNR dB", "reason")
+        for result in results:
+            record = result.record
+            psnr = "" if record is None else ", ".join(f"{v.psnr_db:.1f}" for v in record.verification.values())
+            size = f"{record.size / 1e6:.1f}" if record else ""
+            table.add_row(result.path, result.status, f"{result.seconds:.1f}", size, psnr, Text(result.reason))
+        document = {
+            "engine_dir": str(builder.store.root),
+            "backend": builder.backend.name,
+            "engines": [result.as_dict() for result in results],
+        }
+        return common.Outcome(document, table, all(result.status != "failed" for result in results))
+
+    common.run(as_json, verbose, work)
+
+
+def _tensorrt(config: AccelConfig, capabilities: str | None, settings: list[str] | None) -> TensorRTBackend | None:
+    """The TensorRT backend that the options ask for; None where none of them is given."""
+    if capabilities is None and not settings:
+        return None
+    if config.backend not in ("auto", "tensorrt"):
+        raise ConfigError(f"--compute-capability and --setting are TensorRT's, not those of backend {config.backend!r}")
+    build_settings = BuildSettings.from_text(settings or ())
+    return TensorRTBackend(build_settings, parse_capabilities(capabilities) if capabilities is not None else ())
+
+
+def list_engines(
+    engine_dir: _Directory,
+    vae: common.OptionalVae = None,
+    device: common.Device = None,
+    as_json: common.Json = False,
+    verbose: common.Verbose = False,
+) -> None:
+    """List the engines: sizes, dtype, bytes, self-checks, and why one would not be run here. Exit code 1 if any would not."""
+
+    def work() -> common.Outcome:
+        where = common.parse_device(device)
+        inspector = Inspector(engine_dir, where, None if vae is None else _source(vae, where))
+        found = inspector.survey()
+        document = {
+            "engine_dir": str(engine_dir),
+            "weights_compared": vae is not None,
+            "engines": [status.as_dict() for status in found],
+        }
+        return common.Outcome(document, _survey_view(found, vae is not None), all(status.current for status in found))
+
+    common.run(as_json, verbose, work)
+
+
+def _survey_view(found: list[EngineStatus], weights: bool) -> RenderableType:
+    if not found:
+        return Text("no engines")
+    table = _table("engine", "sizes", "dtype", "backend", "MB", "PSNR dB", "runs here")
+    for status in found:
+        record = status.record
+        sizes = ", ".join(str(p.optimum) for p in record.profiles) if record else ""
+        if record and not record.key.is_static:
+            sizes = ", ".join(f"{p.minimum}..{p.optimum}..{p.maximum}" for p in record.profiles)
+        checks = ", ".join(f"{result.psnr_db:.1f}" for result in status.checks.values()) or "not checked"
+        table.add_row(
+            status.path,
+            sizes,
+            record.dtype if record else "",
+            record.backend if record else "",
+            f"{status.size / 1e6:.1f}",
+            checks if record else "",
+            Text("yes") if status.current else Text("no: " + "; ".join(status.reasons), style="red"),
+        )
+    note = "" if weights else "Weights were not compared; --vae does that."
+    return Group(table, Text(note)) if note else table
+
+
+def verify(
+    vae: common.Vae,
+    engine_dir: _Directory,
+    device: common.Device = None,
+    as_json: common.Json = False,
+    verbose: common.Verbose = False,
+) -> None:
+    """Hash every engine again and run it against the exact model in float32. Exit code 1 if any is bad."""
+
+    def work() -> common.Outcome:
+        where = common.parse_device(device)
+        inspector = Inspector(engine_dir, where, _source(vae, where))
+        found = inspector.survey()
+        table = _table("engine", "size", "PSNR dB", "relative error", "allowed", "result")
+        engines = []
+        with common.progress(len(found), "verify") as update:
+            for status in found:
+                update(status.path, False)
+                entry: dict[str, object] = {"path": status.path, "good": False, "reasons": [], "checks": {}}
+                # A self-check that failed before is no reason not to run it again.
+                reasons = [text for text in status.reasons if not text.startswith("self-check")]
+                try:
+                    results = [] if reasons else list(inspector.verify(status))
+                except AccelError as error:
+                    reasons, results = [str(error)], []
+                entry["checks"] = {profile.name: check_values(result) for profile, result in results}
+                entry["reasons"] = reasons
+                entry["good"] = not reasons and all(result.passed for _, result in results)
+                engines.append(entry)
+                for profile, result in results:
+                    errors = f"{result.relative_error:.1e}", f"{result.tolerance:.0e}"
+                    verdict = "good" if result.passed else Text("bad", style="red")
+                    table.add_row(status.path, str(profile.optimum), f"{result.psnr_db:.1f}", *errors, verdict)
+                if reasons:
+                    table.add_row(status.path, "", "", "", "", Text("refused: " + "; ".join(reasons), style="red"))
+                update(status.path, True)
+        good = all(entry["good"] for entry in engines)
+        return common.Outcome({"engine_dir": str(engine_dir), "engines": engines}, table if found else Text("no engines"), good)
+
+    common.run(as_json, verbose, work)
+
+
+def prune(
+    engine_dir: _Directory,
+    vae: common.OptionalVae = None,
+    config: common.ConfigFile = None,
+    task: common.Task = None,
+    sizes: common.Sizes = None,
+    multi_profile: common.MultiProfile = None,
+    device: common.Device = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete. Without it, only say what would go.")] = False,
+    as_json: common.Json = False,
+    verbose: common.Verbose = False,
+) -> None:
+    """Remove leftovers of killed builds and engines that would not be run here; with a plan, also those not in it.
+
+    A plan is given by --config, --sizes or --multi-profile. Engine files without a record are never removed.
+    """
+
+    def work() -> common.Outcome:
+        where = common.parse_device(device)
+        inspector = Inspector(engine_dir, where, None if vae is None else _source(vae, where))
+        planned = None
+        if config is not None or sizes is not None or multi_profile is not None:
+            settings = common.resolve(config, task=task, sizes=sizes, multi_profile=multi_profile)
+            methods = settings.methods if config is not None or task is not None else ("encode", "decode")
+            planned = _planned_paths(settings, methods, inspector)
+        removals = inspector.prunable(planned)
+        failures = []
+        for removal in removals if yes else ():
+            try:
+                inspector.remove(removal)
+            except AccelError as error:
+                failures.append(str(error))
+        table = _table("file", "MB", "reason")
+        for removal in removals:
+            table.add_row(str(removal.path), f"{removal.size / 1e6:.1f}", Text(removal.reason))
+        done = "removed" if yes else "would be removed; --yes removes them"
+        note = (
+            f"{len(removals)} files, {sum(r.size for r in removals) / 1e6:.1f} MB {done}" if removals else "nothing to remove"
+        )
+        document = {
+            "engine_dir": str(engine_dir),
+            "removed": yes,
+            "files": [removal.as_dict() for removal in removals],
+            "failures": failures,
+        }
+        parts = ([table] if removals else []) + [Text(note), *(Text(text, style="red") for text in failures)]
+        return common.Outcome(document, Group(*parts), not failures)
+
+    common.run(as_json, verbose, work)
+
+
+def _planned_paths(settings: AccelConfig, methods: tuple[str, ...], inspector: Inspector) -> set[str]:
+    plan = settings.plan()
+    stems = {key.stem for method in methods for key in plan.engines(method)}
+    return {path for path in inspector.store.manifest().engines if path.rpartition(".")[0] in stems}
+
+
+def adopt(
+    vae: common.Vae,
+    engine_dir: _Directory,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="You trust whoever made the files: loading them runs their code.")
+    ] = False,
+    backend: common.Backend = None,
+    sizes: common.Sizes = None,
+    multi_profile: common.MultiProfile = None,
+    dtype: common.Dtype = None,
+    encode_dtype: common.EncodeDtype = None,
+    decode_dtype: common.DecodeDtype = None,
+    device: common.Device = None,
+    config: common.ConfigFile = None,
+    as_json: common.Json = False,
+    verbose: common.Verbose = False,
+) -> None:
+    """Take in engine files that have no record: each must pass the self-check against the VAE first."""
+
+    def work() -> common.Outcome:
+        where = common.parse_device(device)
+        settings = common.resolve(
+            config,
+            backend=backend,
+            sizes=sizes,
+            multi_profile=multi_profile,
+            dtype=dtype,
+            encode_dtype=encode_dtype,
+            decode_dtype=decode_dtype,
+        )
+        names = Inspector(engine_dir, where).unknown()
+        if names and not trust:
+            raise EngineError(
+                f"{len(names)} engine files have no record: {', '.join(names)}. Loading an engine runs the code in it, so "
+                "nothing was loaded. If you trust whoever made them, run this again with --trust."
+            )
+        engines: list[dict[str, object]] = []
+        table = _table("engine", "result", "PSNR dB", "reason")
+        if names:
+            inspector = Inspector(engine_dir, where, _source(vae, where))
+            with common.progress(len(names), "adopt") as update:
+                for name in names:
+                    update(name, False)
+                    try:
+                        record = inspector.adopt(name, settings)
+                    except AccelError as error:
+                        engines.append({"path": name, "adopted": False, "reason": str(error)})
+                        table.add_row(name, Text("refused", style="red"), "", Text(str(error)))
+                    else:
+                        checks = record.verification.values()
+                        engines.append({"path": name, "adopted": True, "psnr_db": [str(c.psnr_db) for c in checks]})
+                        table.add_row(name, "adopted", ", ".join(f"{c.psnr_db:.1f}" for c in checks), "")
+                    update(name, True)
+        view: RenderableType = table if names else Text("every engine file has a record; there is nothing to adopt")
+        good = all(entry["adopted"] for entry in engines)
+        return common.Outcome({"engine_dir": str(engine_dir), "engines": engines}, view, good)
+
+    common.run(as_json, verbose, work)

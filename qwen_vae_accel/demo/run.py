@@ -1,0 +1,132 @@
+"""Builds the demo's engines and starts the new process that reloads them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import qwen_vae_accel
+from qwen_vae_accel.config import AccelConfig
+from qwen_vae_accel.demo.picture import open_photo
+from qwen_vae_accel.demo.reload import Request, as_json
+from qwen_vae_accel.engines.builder import Builder, BuildResult
+from qwen_vae_accel.engines.runtime import Wanted
+from qwen_vae_accel.errors import AccelError, BuildError, ConfigError, UnsupportedVAEError
+from qwen_vae_accel.loading import load_vae, stored_dtype, vae_folder
+from qwen_vae_accel.model import ModelSource
+
+_DATA = Path(qwen_vae_accel.__file__).resolve().parents[1] / "examples" / "data"
+
+
+class DemoError(AccelError, RuntimeError):
+    """The new process of the demo failed."""
+
+
+def shipped(name: str) -> Path:
+    """A file or folder of the data that a source checkout holds.
+
+    Raises:
+        ConfigError: in an installation without it.
+    """
+    path = _DATA / name
+    if not path.exists():
+        raise ConfigError("this installation has no sample data; give --model and --image, or run from a source checkout")
+    return path
+
+
+def fetch_model(model: str) -> Path:
+    """The folder of a VAE: a local path, or the VAE of a model on the Hugging Face Hub, downloaded if it is not cached.
+
+    Raises:
+        UnsupportedVAEError: if there is none.
+    """
+    if Path(model).expanduser().exists() or model.count("/") != 1:
+        return vae_folder(model)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return vae_folder(snapshot_download(model, allow_patterns=["vae/*", "config.json", "*.safetensors"]))
+    except (OSError, ValueError) as error:
+        reasons = ["there is no such folder", f"the Hub could not give it: {type(error).__name__}: {error}".splitlines()[0]]
+        raise UnsupportedVAEError(model, reasons) from error
+
+
+def make_request(
+    model: str | None,
+    image: Path | None,
+    output: Path,
+    backend: str,
+    dtype: str | None,
+    device: torch.device,
+    area: int,
+) -> Request:
+    """The request with its defaults filled in: the shipped VAE and photo, float32 on the CPU, bfloat16 on the GPU."""
+    folder = shipped("tiny_qwen_image_vae") if model is None else fetch_model(model)
+    photo = shipped("photos/coffee.png") if image is None else image
+    size = open_photo(photo, area)
+    stored = str(torch.float32 if device.type == "cpu" else stored_dtype(folder)).removeprefix("torch.")
+    config = AccelConfig(
+        task="i2i",
+        backend=backend,
+        engine_dir=str(output / "engines"),
+        sizes=(f"{size.width}x{size.height}",),
+        dtype=dtype,
+        on_miss="error",
+    )
+    return Request(
+        model=str(folder),
+        image=str(photo),
+        area=area,
+        dtype=config.dtype or stored,
+        device=str(device),
+        config=config.as_dict(),
+        output=str(output),
+    )
+
+
+def build(request: Request, report: Callable[[int, Wanted, BuildResult | None], None]) -> tuple[Request, list[BuildResult]]:
+    """Build the engines; the request then names the backend that ``auto`` took.
+
+    Raises:
+        BuildError: if an engine could not be built.
+    """
+    device = torch.device(request.device)
+    config = AccelConfig.from_dict(request.config)
+    builder = Builder(config, ModelSource(load_vae(request.model, device, getattr(torch, request.dtype))), device)
+    results = builder.run(lambda wanted, result: report(len(builder.wanted), wanted, result))
+    failed = [result for result in results if result.status == "failed"]
+    if failed:
+        raise BuildError("; ".join(f"{result.path}: {result.reason}" for result in failed))
+    values = {**request.config, "backend": builder.backend.name}
+    return Request(**{**json.loads(as_json(request)), "config": values}), results
+
+
+def reload(request: Request) -> dict[str, Any]:
+    """Run :mod:`qwen_vae_accel.demo.reload` in a new process and return its findings.
+
+    Raises:
+        DemoError: if it failed.
+    """
+    folder = Path(request.output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        request.findings.unlink(missing_ok=True)
+        path = folder / "request.json"
+        path.write_text(as_json(request), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write to {folder}: {error}") from error
+    command = [sys.executable, "-W", "ignore", "-m", "qwen_vae_accel.demo.reload", str(path)]
+    # Nothing of the new process may end up in this one's standard output: to standard error with it.
+    code = subprocess.run(command, stdout=2, check=False).returncode
+    if not request.findings.is_file():
+        raise DemoError(f"the new process ended with code {code} and left no result")
+    findings: dict[str, Any] = json.loads(request.findings.read_text(encoding="utf-8"))
+    if "error" in findings:
+        raise DemoError(f"in the new process: {findings['error']['type']}: {findings['error']['message']}")
+    return findings

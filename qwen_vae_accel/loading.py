@@ -1,0 +1,109 @@
+"""A VAE from a folder, or a full-size one with random weights. For the command line; ``accelerate`` takes loaded models."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qwen_vae_accel.errors import UnsupportedVAEError
+
+logger = logging.getLogger(__name__)
+
+_CLASSES = ("AutoencoderKLQwenImage", "AutoencoderKLWan")
+_STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def vae_folder(path: str | Path) -> Path:
+    """The folder that holds a VAE's ``config.json``: ``path`` itself, or its ``vae`` subfolder for a pipeline.
+
+    Raises:
+        UnsupportedVAEError: if neither is there.
+    """
+    folder = Path(path).expanduser()
+    for candidate in (folder / "vae", folder):
+        if (candidate / "config.json").is_file():
+            return candidate
+    if not folder.exists():
+        raise UnsupportedVAEError(str(path), ["there is no such folder"])
+    raise UnsupportedVAEError(
+        str(path), ["it has neither config.json nor vae/config.json: name a VAE's or a pipeline's folder"]
+    )
+
+
+def _class_name(folder: Path) -> str:
+    try:
+        name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UnsupportedVAEError(str(folder), [f"its config.json cannot be read: {error}"]) from error
+    if name not in _CLASSES:
+        raise UnsupportedVAEError(str(folder), [f"its config.json says it is {name!r}, not {' or '.join(_CLASSES)}"])
+    return str(name)
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype that the weights of ``folder`` are stored in; float32 where the file does not tell."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                name = next(iter(tensors.keys()))
+                return _STORED.get(tensors.get_slice(name).get_dtype(), torch.float32)
+        except (OSError, SafetensorError, StopIteration):
+            continue
+    return torch.float32
+
+
+def load_vae(path: str | Path, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
+    """The VAE of a VAE's or pipeline's folder, ready for inference.
+
+    Args:
+        path: the folder.
+        device: where to.
+        dtype: of its parameters; None: the one they are stored in.
+
+    Raises:
+        UnsupportedVAEError: if the folder holds none of the family, or it cannot be loaded.
+    """
+    import diffusers
+
+    folder = vae_folder(path)
+    name = _class_name(folder)
+    try:
+        vae: nn.Module = getattr(diffusers, name).from_pretrained(str(folder), torch_dtype=dtype or stored_dtype(folder))
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UnsupportedVAEError(str(path), [f"diffusers cannot load it: {error}"]) from error
+    return vae.eval().requires_grad_(False).to(device)
+
+
+def random_vae(seed: int = 0, **config: Any) -> nn.Module:
+    """An ``AutoencoderKLQwenImage`` with random weights, on the CPU in float32; full size unless ``config`` says otherwise.
+
+    The gammas of its norms are drawn around 1, since a dropped gamma would not show where all are 1. Weights are
+    rounded to bfloat16, as published checkpoints are, so every dtype computes with the same ones.
+    """
+    import diffusers
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae: nn.Module = diffusers.AutoencoderKLQwenImage(**config)
+        with torch.no_grad():
+            for name, parameter in vae.named_parameters():
+                if name.endswith("gamma"):
+                    parameter.copy_(1 + 0.1 * torch.randn(parameter.shape))
+                parameter.copy_(parameter.to(torch.bfloat16))
+    return vae.eval().requires_grad_(False)
+
+
+def published_vae() -> nn.Module:
+    """The published topology without memory: parameters on the ``meta`` device, in bfloat16."""
+    import diffusers
+
+    with torch.device("meta"):
+        vae: nn.Module = diffusers.AutoencoderKLQwenImage()
+    return vae.to(torch.bfloat16)

@@ -1,0 +1,48 @@
+"""Without a GPU the kernels run under the Triton interpreter, which is chosen when a function is decorated."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    pytest.importorskip("triton")
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+    from triton.runtime.jit import JITFunction
+
+    # diffusers may have imported triton already: then its own library (tl.sum, tl.cdiv) was decorated for a GPU.
+    _interpreted: dict[int, interpreter.InterpretedFunction] = {}
+    for _module in [m for name, m in sys.modules.items() if name.startswith("triton.language")]:
+        for _name, _value in list(vars(_module).items()):
+            if isinstance(_value, JITFunction):
+                _function = _interpreted.setdefault(id(_value), interpreter.InterpretedFunction(_value.fn))
+                setattr(_module, _name, _function)
+
+    # Triton 3.6 turns one-element arrays into loop bounds with int(), which NumPy 2.4 refuses.
+    _patch_tensor = interpreter._patch_lang_tensor
+
+    def _patch_with_item(tensor, scope):
+        _patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = _patch_with_item
+
+    # The interpreter keeps bfloat16 as its bits and would multiply those: widen them first.
+    _dot = interpreter.InterpreterBuilder.create_dot
+
+    def _widened(handle):
+        if handle.dtype != tl.bfloat16:
+            return handle
+        bits = handle.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def _dot_with_bfloat16(self, a, b, d, *options):
+        return _dot(self, _widened(a), _widened(b), d, *options)
+
+    interpreter.InterpreterBuilder.create_dot = _dot_with_bfloat16

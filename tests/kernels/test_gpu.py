@@ -1,0 +1,216 @@
+"""On a GPU: the full-size network with random weights against diffusers in fp32, repeatability, graphs, streams, threads."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+
+from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder
+from qwen_vae_accel.kernels.layout import Grid, from_flat
+from tests.kernels.cases import NO_TMA, image_state, random_flat, random_vae
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+DTYPES = [torch.bfloat16, torch.float16]
+# Relative error of the whole network. diffusers itself, eager: 1.8e-2 in bfloat16.
+LIMIT = {torch.bfloat16: 1.3e-2, torch.float16: 2e-3}
+PLAIN = FusedConfig(graphs=0)
+
+
+@pytest.fixture(scope="module")
+def vae():
+    torch.backends.cudnn.allow_tf32 = False
+    return random_vae().cuda()
+
+
+@pytest.fixture(scope="module")
+def networks(vae):
+    return {
+        (part, dtype): (FusedDecoder if part == "decoder" else FusedEncoder)(
+            image_state(vae, part), dtype=dtype, device=torch.device("cuda"), config=FusedConfig(graphs=2)
+        )
+        for part in ("decoder", "encoder")
+        for dtype in DTYPES
+    }
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator, device="cuda").to(dtype)
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual.float() - expected).norm() / expected.norm()).item()
+
+
+def reference(vae, part: str, image: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        if part == "decoder":
+            return vae.decode(image[:, :, None]).sample[:, :, 0]
+        return vae.encode(image[:, :, None]).latent_dist.parameters[:, :, 0]
+
+
+LATENTS = [(1, 1, 1), (1, 3, 2), (2, 7, 5), (1, 16, 16), (4, 9, 13), (1, 23, 40), (3, 20, 30), (1, 64, 64), (1, 60, 106)]
+IMAGES = [(1, 8, 8), (1, 15, 9), (2, 61, 47), (1, 128, 128), (4, 72, 100), (1, 181, 324), (3, 160, 240), (1, 512, 512)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", LATENTS, ids=str)
+def test_decoder(networks, vae, size, dtype):
+    batch, height, width = size
+    z = draw(batch, 16, height, width)
+    out = networks["decoder", dtype].run_plain(z.to(dtype))
+    assert out.is_contiguous() and out.abs().max() <= 1
+    assert relative(out, reference(vae, "decoder", z)) < LIMIT[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", IMAGES, ids=str)
+def test_encoder(networks, vae, size, dtype):
+    batch, height, width = size
+    image = draw(batch, 3, height, width)
+    out = networks["encoder", dtype].run_plain(image.to(dtype))
+    expected = reference(vae, "encoder", image)
+    assert out.shape == expected.shape == (batch, 32, height // 8, width // 8)
+    assert relative(out, expected) < LIMIT[dtype]
+
+
+def test_four_image_channels():
+    vae = random_vae(4).cuda()
+    z, image = draw(1, 16, 8, 9), draw(1, 4, 50, 40)
+    for part, value, cls in (("decoder", z, FusedDecoder), ("encoder", image, FusedEncoder)):
+        network = cls(image_state(vae, part), dtype=torch.float16, device=torch.device("cuda"), config=PLAIN)
+        assert relative(network(value.half()), reference(vae, part, value)) < LIMIT[torch.float16]
+
+
+def test_half_the_error_of_eager(networks, vae):
+    z = draw(1, 16, 40, 56)
+    expected = reference(vae, "decoder", z)
+    eager = relative(reference(copy.deepcopy(vae).bfloat16(), "decoder", z.bfloat16()), expected)
+    assert relative(networks["decoder", torch.bfloat16](z.bfloat16()), expected) < 0.75 * eager
+
+
+@pytest.mark.parametrize("part", ["decoder", "encoder"])
+def test_scratch_may_hold_anything(networks, part):
+    network = networks[part, torch.bfloat16]
+    image = draw(2, network.channels, *((9, 11) if part == "decoder" else (77, 90)), dtype=torch.bfloat16)
+    program = network.program(tuple(image.shape))
+    outputs = []
+    for fill in (255, 0):
+        memory = program.memory(image, torch.full((program.scratch_bytes,), fill, dtype=torch.uint8, device="cuda"))
+        memory.output.fill_(float("nan"))
+        program.run(memory)
+        outputs.append(memory.output)
+    assert torch.equal(*outputs) and not outputs[0].isnan().any()
+
+
+@pytest.mark.parametrize("part", ["decoder", "encoder"])
+def test_repeats_graphs_and_plain_launches_are_bitwise_equal(networks, part):
+    network = networks[part, torch.bfloat16]
+    shapes = [(1, network.channels, s, s + 8) for s in ((24, 32, 40) if part == "decoder" else (128, 192, 256))]
+    for _ in range(3):  # three shapes in two graphs: captured, replayed, dropped, captured again
+        for shape in shapes:
+            image = draw(*shape, dtype=torch.bfloat16)
+            plain = network.run_plain(image)
+            assert torch.equal(plain, network(image))
+            assert torch.equal(plain, network(image))
+    assert len(network._graphs) == 2
+    before = network(image)
+    network(image + 1)
+    assert torch.equal(before, plain)  # a later call does not touch an earlier result
+    network.release()
+    assert torch.equal(plain, network(image))
+
+
+def test_non_contiguous_input(networks):
+    z = draw(1, 16, 20, 12, dtype=torch.float16)
+    network = networks["decoder", torch.float16]
+    assert torch.equal(network(z.transpose(2, 3)), network(z.transpose(2, 3).contiguous()))
+
+
+def test_streams_and_threads(networks):
+    network = networks["decoder", torch.bfloat16]
+    inputs = [draw(1, 16, 32, 24 + 8 * (i % 2), dtype=torch.bfloat16) + i for i in range(8)]
+    expected = [network.run_plain(z) for z in inputs]
+    results: dict[int, torch.Tensor] = {}
+
+    def work(start: int) -> None:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                for i in range(start, len(inputs), 2):
+                    results[i] = network(inputs[i]) if start else network.run_plain(inputs[i])
+        stream.synchronize()
+
+    torch.cuda.synchronize()
+    threads = [threading.Thread(target=work, args=(start,)) for start in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, want in enumerate(expected):
+        assert torch.equal(results[i], want)
+
+
+def test_pointer_loads(networks, vae):
+    """The path of GPUs without bulk tensor copies."""
+    config = FusedConfig(graphs=0, device=NO_TMA)
+    for part, shape, cls in (("decoder", (2, 16, 7, 9), FusedDecoder), ("encoder", (1, 3, 70, 50), FusedEncoder)):
+        network = cls(image_state(vae, part), dtype=torch.float16, device=torch.device("cuda"), config=config)
+        image = draw(*shape)
+        assert relative(network(image.half()), reference(vae, part, image)) < LIMIT[torch.float16]
+
+
+@pytest.mark.parametrize("splits", [1, 2, 4])
+@pytest.mark.parametrize("specialized", [False, True])
+def test_attention(specialized, splits):
+    from qwen_vae_accel.kernels.attention import attention, attention_reference
+    from qwen_vae_accel.kernels.fused import describe_device
+    from qwen_vae_accel.kernels.tuning import AttentionConfig
+
+    device = describe_device(torch.device("cuda"))
+    if specialized and not device.wgmma:
+        pytest.skip("needs compute capability 9.0")
+    for grid in (Grid(2, 21, 17), Grid(1, 40, 64), Grid(3, 8, 16)):
+        tokens = (2 * draw(grid.pixels, 1152)).half()
+        out = random_flat(grid, 384, torch.float16).cuda()
+        partial = torch.full((splits * grid.pixels, 384), float("nan"), device="cuda")
+        tops = torch.full((splits * grid.pixels, 1), float("nan"), device="cuda")
+        config = AttentionConfig(128, 32, 8, 2, specialized=specialized)
+        attention(tokens, grid, out, config=config, device=device, splits=splits, partial=partial, tops=tops)
+        expected = from_flat(attention_reference(tokens, grid), grid)
+        assert relative(from_flat(out, grid), expected) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_hopper_convolutions(vae, dtype):
+    """The CUDA C++ convolutions inside the network, plain and from a graph."""
+    from qwen_vae_accel.kernels.tuning import Tuning
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    config = FusedConfig(tuning=Tuning(hopper_convs=True), graph_after=1)
+    for part, cls, shapes in (
+        ("decoder", FusedDecoder, [(1, 16, 1, 1), (2, 16, 9, 13), (1, 16, 64, 64)]),
+        ("encoder", FusedEncoder, [(1, 3, 15, 9), (2, 3, 77, 100), (1, 3, 512, 512)]),
+    ):
+        network = cls(image_state(vae, part), dtype=dtype, device=torch.device("cuda"), config=config)
+        for shape in shapes:
+            image = draw(*shape)
+            plain = network.run_plain(image.to(dtype))
+            assert relative(plain, reference(vae, part, image)) < LIMIT[dtype]
+            assert torch.equal(plain, network(image.to(dtype)))
+        assert network._hopper._layers
+
+
+def test_wrong_input_is_refused(networks):
+    network = networks["decoder", torch.float16]
+    with pytest.raises(ValueError, match="expected torch.float16"):
+        network(draw(1, 16, 4, 4))
+    with pytest.raises(ValueError, match="too small"):
+        networks["encoder", torch.float16](draw(1, 3, 7, 64, dtype=torch.float16))

@@ -1,0 +1,172 @@
+"""Whole decoder and encoder against diffusers in fp32, under the interpreter; plans, topology, lazy import."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder, device_reasons, state_reasons
+from qwen_vae_accel.kernels.conv3x3 import Norm, conv_reference
+from qwen_vae_accel.kernels.downsample_conv import downsample_conv_reference
+from qwen_vae_accel.kernels.hopper import HopperConvs
+from qwen_vae_accel.kernels.layout import Grid
+from qwen_vae_accel.kernels.program import Arena
+from qwen_vae_accel.kernels.sm90.schedules import Mode
+from qwen_vae_accel.kernels.topology import decoder_shapes, encoder_shapes
+from qwen_vae_accel.kernels.tuning import Device, Tuning
+from qwen_vae_accel.kernels.upsample_conv import upsample_conv
+from tests.kernels.cases import CONFIG, SMALL_TUNING, TMA, image_state, random_vae
+
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreter tests; the GPU has test_gpu.py")
+
+
+def meta(shapes):
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def run_poisoned(network, image):
+    """Scratch full of NaN: a halo or an element that nobody writes shows in the result."""
+    program = network.program(tuple(image.shape))
+    memory = program.memory(image, torch.full((program.scratch_bytes,), 255, dtype=torch.uint8))
+    memory.output.fill_(float("nan"))
+    program.run(memory)
+    return memory.output
+
+
+class StandIn:
+    """A layer of sm90/ by the references and the folded upsample kernel, with its signature."""
+
+    def __init__(self, weights, mode):
+        self.weights, self.mode, self.calls = weights, mode, 0
+
+    def __call__(self, a, grid, *, x=None, normed=None, gamma=None, silu=True, residual=None, shortcut=None):
+        self.calls += 1
+        norm = None if gamma is None else Norm(gamma, silu)
+        if self.mode is Mode.UPSAMPLE:
+            upsample_conv(a, grid, self.weights, x=x, normed=normed, norm=norm, config=CONFIG, device=TMA)
+            return
+        if self.mode is Mode.DOWNSAMPLE:
+            results = downsample_conv_reference(a, grid, self.weights, norm)
+        else:
+            results = conv_reference(a, grid, self.weights, norm=norm, residual=residual, shortcut=shortcut)
+        for target, value in zip((x, normed), results, strict=False):
+            if target is not None:
+                target.copy_(value)
+
+
+@interpreted
+@pytest.mark.parametrize(("part", "shape"), [("decoder", (1, 16, 1, 2)), ("encoder", (1, 3, 17, 8))])
+def test_network_with_hopper_layers(part, shape):
+    """The other plan: convolutions by layer objects, the head's product a kernel of its own."""
+    vae = random_vae()
+    network = (FusedDecoder if part == "decoder" else FusedEncoder)(
+        image_state(vae, part), dtype=torch.float16, device=torch.device("cpu"),
+        config=FusedConfig(tuning=SMALL_TUNING, device=TMA),
+    )  # fmt: skip
+    network._hopper = HopperConvs(StandIn)
+    image = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    out = run_poisoned(network, image.half()).float()
+    if part == "decoder":
+        expected = vae.decode(image[:, :, None]).sample[:, :, 0]
+    else:
+        expected = vae.encode(image[:, :, None]).latent_dist.parameters[:, :, 0]
+    assert (out - expected).norm() / expected.norm() < 5e-3
+    layers = [layer for _, layer in network._hopper._layers.values()]
+    assert len(layers) == (31 if part == "decoder" else 23)
+    assert all(layer.calls == 1 for layer in layers)
+
+
+@interpreted
+@pytest.mark.parametrize(("part", "shape"), [("decoder", (1, 16, 1, 1)), ("encoder", (1, 4, 8, 9))])
+def test_network_agrees_with_diffusers(part, shape):
+    channels = 4 if part == "encoder" else 3
+    vae = random_vae(channels)
+    network = (FusedDecoder if part == "decoder" else FusedEncoder)(
+        image_state(vae, part), dtype=torch.float16, device=torch.device("cpu"),
+        config=FusedConfig(tuning=SMALL_TUNING, device=TMA),
+    )  # fmt: skip
+    image = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    out = run_poisoned(network, image.half()).float()
+    if part == "decoder":
+        expected = vae.decode(image[:, :, None]).sample[:, :, 0]
+    else:
+        expected = vae.encode(image[:, :, None]).latent_dist.parameters[:, :, 0]
+    assert out.shape == expected.shape
+    assert (out - expected).norm() / expected.norm() < 5e-3
+
+
+def test_weights_of_the_published_size_are_packed_once():
+    config = FusedConfig(device=Device(132, 232448, True, True))
+    decoder = FusedDecoder(meta(decoder_shapes(3)), dtype=torch.bfloat16, device=torch.device("meta"), config=config)
+    # 25.3 M parameters, of which the three upsamples' kernels are stored as sixteen 1x1 instead of nine.
+    assert 50e6 < decoder.nbytes < 56e6
+
+
+@pytest.mark.parametrize("cls", [FusedDecoder, FusedEncoder])
+def test_scratch_of_a_megapixel(cls):
+    config = FusedConfig(device=Device(132, 232448, True, True))
+    shapes = decoder_shapes(3) if cls is FusedDecoder else encoder_shapes(3)
+    network = cls(meta(shapes), dtype=torch.bfloat16, device=torch.device("meta"), config=config)
+    program = network.program((1, 16, 128, 128) if cls is FusedDecoder else (1, 3, 1024, 1024))
+    three_matrices = 3 * 1026 * 1025 * 96 * 2
+    assert three_matrices <= program.scratch_bytes < 1.01 * three_matrices
+    assert abs(program.flops / 1e12 - (4.28 if cls is FusedDecoder else 2.85)) < 0.02
+
+
+def test_arena_never_overlaps_what_lives_together():
+    arena = Arena()
+    a = arena.take(10, 96, torch.float16)
+    b = arena.take(1000, 96, torch.float16)
+    arena.give(a)
+    c = arena.take(500, 96, torch.float16)
+    arena.give(b)
+    d = arena.take(700, 96, torch.float16)
+    offsets, total = arena.place()
+    assert total < sum(s.nbytes for s in (a, b, c, d))
+    for first, second in ((a, b), (b, c), (c, d)):
+        low, high = sorted((first, second), key=lambda s: offsets[s.index])
+        assert offsets[low.index] + low.nbytes <= offsets[high.index]
+    assert all(offset % 256 == 0 for offset in offsets)
+
+
+def test_reasons_for_other_topologies():
+    assert state_reasons(meta(decoder_shapes(4))) == []
+    assert state_reasons(meta(encoder_shapes(3))) == []
+    assert "image channels" in state_reasons(meta(decoder_shapes(7)))[0]
+    narrow = {name: tuple(max(s // 6, 3) for s in shape) for name, shape in decoder_shapes(3).items()}
+    assert state_reasons(meta({**decoder_shapes(3), "norm_out.gamma": (16,)}))
+    assert len(state_reasons(meta(narrow | {"conv_out.weight": (3, 16, 3, 3)}))) == 4  # three and a count
+    with pytest.raises(ValueError, match="cannot run this model"):
+        FusedDecoder({}, dtype=torch.float16, device=torch.device("cpu"))
+
+
+def test_reasons_for_devices():
+    cuda = torch.device("cuda")
+    assert not [r for r in device_reasons(cuda, torch.bfloat16, (8, 0)) if "triton" not in r]
+    assert any("8.0" in r for r in device_reasons(cuda, torch.bfloat16, (7, 5)))
+    assert any("float32" in r for r in device_reasons(cuda, torch.float32, (9, 0)))
+    assert any("NVIDIA" in r for r in device_reasons(torch.device("cpu"), torch.bfloat16, None))
+
+
+def test_smaller_gpus_get_smaller_tiles():
+    weights = FusedDecoder(
+        meta(decoder_shapes(3)), dtype=torch.bfloat16, device=torch.device("meta"),
+        config=FusedConfig(device=Device(84, 99 << 10, False)),
+    )._weights.middle[0].conv1  # fmt: skip
+    tuning = Tuning()
+    config = tuning.conv("conv", weights, Grid(1, 64, 64), Device(84, 99 << 10, False), "norm")
+    assert config.stages * 2 * (config.block_rows + 384) * config.block_k < 99 << 10
+    h200 = Device(132, 232448, True, True)
+    assert tuning.conv("conv", weights, Grid(1, 64, 64), h200, "norm").block_rows == 64  # 33 tiles of 128 would do
+    assert tuning.conv("conv", weights, Grid(1, 128, 128), h200, "norm").block_rows == 128
+    assert not tuning.attention_on(Device(84, 99 << 10, False)).specialized
+    assert tuning.attention_on(Device(132, 232448, True, True)).specialized
+
+
+def test_import_needs_no_triton():
+    code = "import sys; sys.modules['triton'] = None; import qwen_vae_accel.kernels as k; print(k.state_reasons({}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

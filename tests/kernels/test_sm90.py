@@ -1,0 +1,393 @@
+"""The Hopper kernel: packing, choice of schedule and reasons on the CPU; results against PyTorch on a GPU (marker gpu)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from qwen_vae_accel.kernels.layout import Grid, from_flat, pixel_rows, to_flat
+from qwen_vae_accel.kernels.sm90 import conv3x3, driver, nvrtc
+from qwen_vae_accel.kernels.sm90.conv3x3 import Conv3x3, unsupported
+from qwen_vae_accel.kernels.sm90.packing import channel_order, pack
+from qwen_vae_accel.kernels.sm90.schedules import (
+    SCHEDULES,
+    SHARED_LIMIT,
+    Mode,
+    Variant,
+    choose_schedule,
+    grid_blocks,
+    tile_count,
+)
+from qwen_vae_accel.kernels.sm90.source import kernel_source, wgmma_wrapper
+from qwen_vae_accel.kernels.weights import ConvWeights, Packer
+
+H200 = 132  # multiprocessors
+TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 4e-4}  # relative L2; rounding the output alone gives 1.7e-3 and 2e-4
+CASES = [(*key, index) for key, schedules in SCHEDULES.items() for index in range(len(schedules))]
+
+
+# ---- CPU ------------------------------------------------------------------------------------------------------------
+
+
+def unpack(packed: torch.Tensor, columns: int, kc: int, split: int, parities: int) -> torch.Tensor:
+    """Undo swizzle and permutation by address arithmetic, as the hardware does: ``[split, parity, step, column, kc]``."""
+    blocks = packed.reshape(split, parities, -1, columns * kc)
+    out = torch.empty(*blocks.shape[:3], columns, kc, dtype=packed.dtype)
+    shift, mask = (7, 0x70) if kc == 64 else (7, 0x30)  # which address bits are flipped, by the bits `shift - 4` above
+    for n in range(columns):
+        for k in range(kc):
+            address = (n * kc + k) * 2
+            address ^= (address >> (shift - 4)) & mask
+            out[..., channel_order(columns)[n], k] = blocks[..., address // 2]
+    return out
+
+
+@pytest.mark.parametrize(("kc", "split"), [(32, 1), (64, 2)])
+def test_packed_weights_hold_every_tap_where_the_kernel_looks(kc, split):
+    channels, out = 64, 64
+    matrix = torch.arange(out * 9 * channels, dtype=torch.float32).reshape(out, -1)
+    got = unpack(pack(matrix, Mode.CONV, channels, split, kc), out // split, kc, split, 1)
+    taps = matrix.reshape(split, out // split, 9, channels // kc, kc)
+    for chunk in range(channels // kc):
+        for tap in range(9):
+            assert torch.equal(got[:, 0, chunk * 9 + tap], taps[:, :, tap, chunk])
+
+
+def test_packed_shortcut_follows_the_taps_padded_with_zeros():
+    matrix = torch.randn(32, 9 * 64 + 96)
+    got = unpack(pack(matrix, Mode.CONV, 64, 1, 64), 32, 64, 1, 1)[0, 0]
+    assert got.shape[0] == 9 + 2
+    assert torch.equal(torch.cat([got[9], got[10]], 1)[:, :96], matrix[:, 576:])
+    assert not got[10][:, 32:].any()
+
+
+def test_packed_downsample_is_ordered_by_parity_plane():
+    matrix = torch.randn(32, 9 * 32)
+    got = unpack(pack(matrix, Mode.DOWNSAMPLE, 32, 1, 32), 32, 32, 1, 1)[0, 0]
+    taps = matrix.reshape(32, 3, 3, 32)
+    order = [(0, 0), (0, 2), (2, 0), (2, 2), (0, 1), (2, 1), (1, 0), (1, 2), (1, 1)]
+    for step, (ty, tx) in enumerate(order):
+        assert torch.equal(got[step], taps[:, ty, tx])
+
+
+def test_packed_upsample_keeps_parities_apart():
+    matrix = torch.randn(32, 16 * 32)
+    got = unpack(pack(matrix, Mode.UPSAMPLE, 32, 1, 32), 32, 32, 1, 4)[0]
+    assert torch.equal(got.permute(2, 0, 1, 3).reshape(32, -1), matrix)
+
+
+def test_channel_order_gives_each_thread_eight_neighbours():
+    order = channel_order(96)
+    assert sorted(order.tolist()) == list(range(96))
+    for quad in range(4):  # columns of one thread: 8 j + 2 quad + {0, 1}
+        columns = [8 * j + 2 * quad + e for j in range(4) for e in (0, 1)]
+        assert order[columns].tolist() == list(range(8 * quad, 8 * quad + 8))
+
+
+@pytest.mark.parametrize("key", SCHEDULES)
+@pytest.mark.parametrize("residual", [False, True])
+def test_every_schedule_fits_into_shared_memory(key, residual):
+    mode, channels, out = key
+    for schedule in SCHEDULES[key]:
+        shortcut = channels // 2 if mode == Mode.CONV and channels == out > 96 else 0
+        variant = Variant(mode, channels, out, shortcut, residual and mode == Mode.CONV, True, 2, schedule)
+        assert variant.shared_bytes() <= SHARED_LIMIT
+        assert variant.columns % 32 == 0 and channels % schedule.kc == 0 and schedule.stagger < max(schedule.b_stages, 1)
+
+
+def test_small_images_get_narrow_tiles():
+    narrow = choose_schedule(Mode.CONV, 384, 384, 1, 64, 64, H200)
+    wide = choose_schedule(Mode.CONV, 384, 384, 1, 256, 256, H200)
+    assert (narrow.mb, wide.mb) == (1, 2)
+
+
+def test_tiles_cover_the_image_and_parities_share_the_grid_equally():
+    schedule = SCHEDULES[Mode.UPSAMPLE, 192, 96][0]
+    tiles_x, tiles_y, tiles = tile_count(schedule, Mode.UPSAMPLE, 2, 37, 43)
+    assert (tiles_x, tiles_y, tiles) == (3, 5, 2 * 15 * 4)
+    assert grid_blocks(schedule, Mode.UPSAMPLE, tiles, 131) % 4 == 0
+    assert grid_blocks(schedule, Mode.CONV, 1, H200) == 1
+
+
+def test_reasons(monkeypatch):
+    monkeypatch.setattr(nvrtc, "library", lambda: None)
+    monkeypatch.setattr(driver, "library", lambda: None)
+    reasons = unsupported((8, 0), Mode.CONV, 100, 96, torch.float32)
+    assert [part for part in ("8.0", "100 -> 96", "float32", "NVRTC", "libcuda") if not any(part in r for r in reasons)] == []
+    assert any("no CUDA device" in r for r in unsupported(None, Mode.CONV, 96, 96, torch.bfloat16))
+
+
+def test_no_reasons_on_hopper(monkeypatch):
+    monkeypatch.setattr(nvrtc, "library", object)
+    monkeypatch.setattr(driver, "library", object)
+    assert unsupported((9, 0), Mode.CONV, 96, 96, torch.bfloat16) == []
+
+
+def test_layer_on_the_cpu_is_refused_with_reasons():
+    with pytest.raises(ValueError, match="no CUDA device"):
+        Conv3x3(ConvWeights(torch.zeros(96, 864, dtype=torch.bfloat16), torch.zeros(96), 96, 9))
+
+
+def test_missing_nvrtc_is_a_compile_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(nvrtc, "library", lambda: None)
+    with pytest.raises(nvrtc.CompileError, match="not installed"):
+        nvrtc.compile_cubin("int x;", {}, tmp_path)
+
+
+def test_compiled_kernels_are_read_back_and_written_whole(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(nvrtc, "version", lambda: "13.0")
+    monkeypatch.setattr(nvrtc, "_compile", lambda source, options: calls.append(options) or b"cubin")
+    for _ in range(2):
+        assert nvrtc.compile_cubin("source", {"A": 1}, tmp_path) == b"cubin"
+    assert nvrtc.compile_cubin("source", {"A": 2}, tmp_path) == b"cubin"
+    assert len(calls) == 2 and "-DA=1" in calls[0]
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".cubin", ".cubin"]
+
+
+def test_unwritable_cache_only_warns(monkeypatch, tmp_path, caplog):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setattr(nvrtc, "_compile", lambda source, options: b"cubin")
+    assert nvrtc.compile_cubin("source", {}, blocked / "sub") == b"cubin"
+    assert "cannot keep compiled kernels" in caplog.text
+
+
+def test_source_is_one_file_and_names_every_accumulator():
+    source = kernel_source(96, True)
+    assert "#include" not in source and "m64n96k16.f32.bf16.bf16" in source
+    assert wgmma_wrapper(192, False).count('"+f"') == 96
+
+
+def test_aligned_storage_is_aligned():
+    import ctypes
+
+    assert ctypes.addressof(driver.aligned_storage(128, 64)) % 64 == 0
+
+
+# ---- GPU ------------------------------------------------------------------------------------------------------------
+
+_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+hopper = pytest.mark.skipif(not _HOPPER, reason="needs a GPU of compute capability 9.0")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A cache directory with every kernel of these tests compiled, in parallel."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    folder = tmp_path_factory.mktemp("cubin")
+    variants = []
+    for mode, channels, out, index in CASES:
+        for residual, write_x, norm in ((0, 1, 0), (0, 0, 2), (0, 1, 1), (1, 1, 2), (1, 1, 0)):
+            if residual and mode != Mode.CONV:
+                continue
+            for shortcut in (0, channels // 2) if mode == Mode.CONV and channels == out > 96 else (0,):
+                schedule = SCHEDULES[mode, channels, out][index]
+                variants.append(Variant(mode, channels, out, shortcut, bool(residual), bool(write_x), norm, schedule))
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda variant: conv3x3.compile_variant(variant, torch.bfloat16, folder), variants))
+    return folder
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got.float() - want).norm() / want.norm()).item()
+
+
+@dataclasses.dataclass
+class Example:
+    """Random input and weights of one layer, and what PyTorch makes of them in fp32."""
+
+    mode: Mode
+    channels: int
+    out: int
+    grid: Grid
+    dtype: torch.dtype
+    shortcut: int = 0
+
+    def __post_init__(self):
+        def randn(*shape):
+            return torch.randn(*shape, device="cuda")
+
+        b, h, w = self.grid.batch, self.grid.height, self.grid.width
+        grids = {Mode.CONV: self.grid, Mode.UPSAMPLE: self.grid.doubled(), Mode.DOWNSAMPLE: self.grid.halved()}
+        self.after = grids[self.mode]
+        self.image = randn(b, self.channels, h, w).to(self.dtype)
+        self.second = randn(b, self.shortcut, h, w).to(self.dtype) if self.shortcut else None
+        self.addend = randn(b, self.out, self.after.height, self.after.width).to(self.dtype)
+        self.gamma = (torch.rand(self.out, device="cuda") + 0.5) * self.out**0.5
+        state = {
+            "c.weight": randn(self.out, self.channels, 3, 3) / (9 * self.channels) ** 0.5, "c.bias": randn(self.out),
+            "s.weight": randn(self.out, max(self.shortcut, 1), 1, 1) / max(self.shortcut, 1) ** 0.5,
+            "s.bias": torch.zeros(self.out, device="cuda"),
+        }  # fmt: skip
+        packer = Packer(state, self.dtype, torch.device("cuda"))
+        if self.mode == Mode.UPSAMPLE:
+            self.weights = packer.upsample("c")
+        else:
+            self.weights = packer.conv("c", "s" if self.shortcut else None)
+
+    def value(self) -> torch.Tensor:
+        """The convolution without residual, NCHW fp32, from the rounded weights."""
+        matrix, image = self.weights.weight.float(), self.image.float()
+        if self.mode == Mode.UPSAMPLE:
+            kernels = matrix.view(self.out, 2, 2, 2, 2, self.channels)
+            out = image.new_empty(self.grid.batch, self.out, self.after.height, self.after.width)
+            padded = F.pad(image, (1, 1, 1, 1))
+            for py in (0, 1):
+                for px in (0, 1):
+                    part = F.conv2d(padded, kernels[:, py, px].permute(0, 3, 1, 2), self.weights.bias)
+                    out[:, :, py::2, px::2] = part[:, :, py : py + self.grid.height, px : px + self.grid.width]
+            return out
+        kernel = matrix[:, : 9 * self.channels].view(self.out, 3, 3, self.channels).permute(0, 3, 1, 2)
+        if self.mode == Mode.DOWNSAMPLE:
+            return F.conv2d(F.pad(image, (0, 1, 0, 1)), kernel, self.weights.bias, stride=2)
+        out = F.conv2d(image, kernel, self.weights.bias, padding=1)
+        if self.shortcut:
+            out = out + F.conv2d(self.second.float(), matrix[:, 9 * self.channels :, None, None])
+        return out
+
+    def normed(self, value: torch.Tensor, silu: bool) -> torch.Tensor:
+        out = value * torch.rsqrt(value.square().sum(1, keepdim=True).clamp_min(1e-24)) * self.gamma.view(1, -1, 1, 1)
+        return F.silu(out) if silu else out
+
+    def poisoned(self) -> torch.Tensor:
+        return torch.full((self.after.rows, self.out), float("nan"), device="cuda", dtype=self.dtype)
+
+
+def assert_matches(got: torch.Tensor, want: torch.Tensor, grid: Grid) -> None:
+    assert not got[~pixel_rows(grid, "cuda")].any(), "halo must be zero"
+    assert relative_error(from_flat(got, grid), want) < TOLERANCE[got.dtype]
+
+
+@pytest.fixture(autouse=True)
+def exact_fp32_reference(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def run_all_epilogues(example: Example, layer: Conv3x3) -> None:
+    a = to_flat(example.image)
+    more = {} if example.second is None else {"shortcut": to_flat(example.second)}
+    value = example.value()
+
+    x, normed = example.poisoned(), example.poisoned()
+    layer(a, example.grid, x=x, **more)
+    assert_matches(x, value, example.after)
+    layer(a, example.grid, normed=normed, gamma=example.gamma, **more)
+    assert_matches(normed, example.normed(value, True), example.after)
+    x, normed = example.poisoned(), example.poisoned()
+    layer(a, example.grid, x=x, normed=normed, gamma=example.gamma, silu=False, **more)
+    assert_matches(x, value, example.after)
+    assert_matches(normed, example.normed(value, False), example.after)
+    if example.mode != Mode.CONV:
+        return
+    value = value + example.addend.float()
+    residual = to_flat(example.addend)
+    x, normed = example.poisoned(), example.poisoned()
+    layer(a, example.grid, x=x, normed=normed, gamma=example.gamma, residual=residual, **more)
+    assert_matches(x, value, example.after)
+    assert_matches(normed, example.normed(value, True), example.after)
+    layer(a, example.grid, x=residual, residual=residual, **more)  # in place
+    assert_matches(residual, value, example.after)
+
+
+@hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize(("mode", "channels", "out", "index"), CASES)
+def test_every_kernel_matches_pytorch(mode, channels, out, index, cache):
+    example = Example(mode, channels, out, Grid(2, 37, 43), torch.bfloat16)
+    schedule = SCHEDULES[mode, channels, out][index]
+    run_all_epilogues(example, Conv3x3(example.weights, mode, schedule=schedule, cache=cache))
+
+
+@hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize(("channels", "index"), [(192, 0), (192, 1), (384, 0), (384, 1)])
+def test_shortcut_matches_pytorch(channels, index, cache):
+    example = Example(Mode.CONV, channels, channels, Grid(1, 29, 35), torch.bfloat16, channels // 2)
+    schedule = SCHEDULES[Mode.CONV, channels, channels][index]
+    run_all_epilogues(example, Conv3x3(example.weights, schedule=schedule, cache=cache))
+
+
+@hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", [96, 384])
+def test_float16_matches_pytorch(channels, cache):
+    example = Example(Mode.CONV, channels, channels, Grid(1, 20, 50), torch.float16)
+    run_all_epilogues(example, Conv3x3(example.weights, cache=cache))
+
+
+@hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [(1, 1, 1), (3, 2, 7), (1, 16, 16), (1, 17, 129), (4, 64, 5)])
+@pytest.mark.parametrize("channels", [96, 192, 384])
+def test_sizes_around_tiles(size, channels, cache):
+    example = Example(Mode.CONV, channels, channels, Grid(*size), torch.bfloat16)
+    run_all_epilogues(example, Conv3x3(example.weights, cache=cache))
+
+
+@hopper
+@pytest.mark.gpu
+def test_plain_nhwc(cache):
+    example = Example(Mode.CONV, 96, 96, Grid(2, 21, 33), torch.bfloat16)
+    rows = example.image.permute(0, 2, 3, 1).reshape(-1, 96).contiguous()
+    x = torch.full_like(rows, float("nan"))
+    Conv3x3(example.weights, cache=cache)(rows, example.grid, x=x, flat=False)
+    want = example.value().permute(0, 2, 3, 1).reshape(-1, 96)
+    assert relative_error(x, want) < TOLERANCE[torch.bfloat16]
+
+
+@hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", [96, 192, 384])
+def test_repeats_graphs_streams_and_threads_agree_bit_for_bit(channels, cache):
+    import threading
+
+    example = Example(Mode.CONV, channels, channels, Grid(1, 200, 136), torch.bfloat16)
+    layer, a, residual = Conv3x3(example.weights, cache=cache), to_flat(example.image), to_flat(example.addend)
+    results = [(example.poisoned(), example.poisoned()) for _ in range(4)]
+
+    def launch(pair):
+        layer(a, example.grid, x=pair[0], normed=pair[1], gamma=example.gamma, residual=residual)
+
+    launch(results[0])
+    launch(results[1])
+    torch.cuda.synchronize()
+    for tensor in results[1]:
+        tensor.fill_(float("nan"))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch(results[1])
+    graph.replay()
+
+    def in_thread():
+        with torch.cuda.stream(torch.cuda.Stream()):
+            launch(results[2])
+        torch.cuda.synchronize()
+
+    thread = threading.Thread(target=in_thread)
+    thread.start()
+    for _ in range(20):
+        launch(results[3])
+    thread.join()
+    torch.cuda.synchronize()
+    for pair in results[1:]:
+        assert torch.equal(pair[0], results[0][0]) and torch.equal(pair[1], results[0][1])
+
+
+@hopper
+@pytest.mark.gpu
+def test_wrong_calls_are_refused(cache):
+    example = Example(Mode.CONV, 96, 96, Grid(1, 8, 8), torch.bfloat16)
+    layer, a = Conv3x3(example.weights, cache=cache), to_flat(example.image)
+    with pytest.raises(ValueError, match="nothing to write"):
+        layer(a, example.grid)
+    with pytest.raises(ValueError, match="needs gamma"):
+        layer(a, example.grid, normed=example.poisoned())
+    with pytest.raises(ValueError, match="input: expected"):
+        layer(a[:-1], example.grid, x=example.poisoned())
+    with pytest.raises(ValueError, match="shortcut"):
+        layer(a, example.grid, x=example.poisoned(), shortcut=a)

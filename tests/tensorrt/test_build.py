@@ -1,0 +1,374 @@
+"""Building engines with the REAL TensorRT-RTX, on the CPU, through the code that a user's build runs.
+
+Nothing here runs an engine: TensorRT needs a GPU for that. What is built is read back from TensorRT's own network,
+builder configuration and file; that the network is the right one is tested by running the exported program.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+from qwen_vae_accel.backends.tensorrt import BuildSettings, TensorRTBackend
+from qwen_vae_accel.backends.tensorrt.build import BuildReport, export, input_shapes
+from qwen_vae_accel.backends.tensorrt.crossbuild import torch_tensorrt_for
+from qwen_vae_accel.backends.tensorrt.engine import TensorRTError
+from qwen_vae_accel.backends.tensorrt.flavour import Flavour
+from qwen_vae_accel.backends.tensorrt.network import PlainNorm, query_chunks, spell
+from qwen_vae_accel.backends.tensorrt.settings import QUERY_LIMIT
+from qwen_vae_accel.cli.app import app
+from qwen_vae_accel.engines.store import EngineStore
+from qwen_vae_accel.errors import BuildError
+from qwen_vae_accel.model import ModelSource
+from qwen_vae_accel.model.layers import RMSNorm
+from qwen_vae_accel.plan import Plan, Profile, Size
+from tests.helpers import CPU, EXACT, TINY_VAE, picture, randn
+from tests.tensorrt.conftest import job_of, key_of
+
+GUIDE_MULTI = Plan.make(None, multi_profile=True)
+_ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+)")
+
+# The network, spelled for TensorRT.
+
+
+def _input(method: str, source: ModelSource, height: int, width: int) -> Tensor:
+    if method == "decode":
+        return randn(1, source.topology.z_dim, height, width)
+    return picture(1, source.topology.image_channels, height, width)
+
+
+@pytest.mark.parametrize("method", ["encode", "decode"])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, EXACT), (torch.bfloat16, 1.05), (torch.float16, 1.05)], ids=str)
+def test_the_spelled_network_is_the_exact_one(tiny: nn.Module, method: str, dtype: torch.dtype, bound: float) -> None:
+    source = ModelSource(tiny)
+    x = _input(method, source, 12, 9) if method == "decode" else _input(method, source, 96, 72)
+    with torch.no_grad():
+        exact = source.model(method, torch.float32, CPU)(x)
+        network = source.model(method, dtype, CPU)
+        spelled = spell(network, chunks=4)(x.to(dtype)).float()
+        scale = exact.abs().max() if method == "encode" else torch.tensor(1.0)
+        if dtype == torch.float32:
+            assert (spelled - exact).abs().max() / scale < bound
+        else:  # rounding once where the exact network in that dtype rounds once or twice: no worse than it
+            assert (spelled - exact).norm() < bound * (network(x.to(dtype)).float() - exact).norm()
+
+
+def test_spelling_shares_the_weights_and_leaves_the_network(tiny: nn.Module) -> None:
+    network = ModelSource(tiny).model("decode", torch.float32, CPU)
+    before = [type(module) for module in network.modules()]
+    spelled = spell(network, chunks=2)
+    assert [type(module) for module in network.modules()] == before
+    shared = {p.data_ptr() for p in network.parameters()} & {p.data_ptr() for p in spelled.parameters()}
+    assert len(shared) >= len(list(network.parameters())) - 6  # all but three folded upsamplings
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-7, 300.0, 20000.0])
+def test_the_norm_keeps_float16_extremes(value: float) -> None:
+    # In float16 arithmetic the square of 300 is infinite and the floor under the root is zero.
+    norm = RMSNorm({"gamma": torch.ones(16, dtype=torch.float16)}, silu=False)
+    y = PlainNorm(norm)(torch.full((1, 16, 2, 2), value, dtype=torch.float16))
+    assert torch.isfinite(y).all()
+    assert y.float().mean().item() == pytest.approx(0.0 if value == 0 else 1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize(("pixels", "limit", "chunks"), [(1, 10, 1), (10, 10, 1), (11, 10, 2), (24128, QUERY_LIMIT, 4)])
+def test_number_of_query_runs(pixels: int, limit: int, chunks: int) -> None:
+    assert query_chunks(pixels, limit) == chunks
+
+
+@pytest.mark.parametrize("method", ["encode", "decode"])
+def test_the_exported_program_is_exact_at_every_size_of_its_profiles(tiny: nn.Module, method: str) -> None:
+    source = ModelSource(tiny)
+    key = key_of(method, "64x64:128x96:160x160,64x64:96x128:144x224", multi_profile=True)
+    job = job_of(source, method)
+    program, chunks = export(source.model(method, torch.float32, CPU), job, input_shapes(job, key), limit=100)
+    assert chunks == 6  # 144x224 is 18x28 latent pixels
+    run, exact = program.module(), source.model(method, torch.float32, CPU)
+    for size in (Size(64, 64), Size(128, 96), Size(160, 160), Size(144, 224), Size(72, 88), Size(101, 99)):
+        x = _input(method, source, *job.input_hw(size))
+        with torch.no_grad():
+            reference = exact(x)
+            difference = (run(x) - reference).abs().max()
+        # Two evaluations in float32, each with rounding of its own.
+        assert difference <= 4 * EXACT * max(1.0, reference.abs().max().item()), str(size)
+
+
+# Engines.
+
+
+@pytest.fixture(scope="session")
+def multi_decoder(
+    full: nn.Module, cross_build: Callable[..., TensorRTBackend], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, BuildReport]:
+    """The full-size decoder with the guide's nine profiles."""
+    path = tmp_path_factory.mktemp("multi") / "vae_decoder_multi_profile.trt"
+    report = cross_build(full, "decode", torch.bfloat16, GUIDE_MULTI, "8.9", path).last_build
+    assert report is not None
+    return path, report
+
+
+@pytest.fixture(scope="session")
+def static_decoder(
+    full: nn.Module, cross_build: Callable[..., TensorRTBackend], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, BuildReport, int]:
+    """The full-size decoder for 1328x1328, and the activation memory that TensorRT plans for it."""
+    path = tmp_path_factory.mktemp("static") / "vae_decoder.trt"
+    plan = Plan.make(["1_1"], multi_profile=False)
+    with _builder_log() as log:
+        report = cross_build(full, "decode", torch.bfloat16, plan, "8.9", path).last_build
+    assert report is not None
+    return path, report, _activations(log)
+
+
+class _builder_log(logging.Handler):
+    """The texts that TensorRT's builder logs inside the block."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+    def __enter__(self) -> list[str]:
+        self._logger = logging.getLogger("torch_tensorrt [TensorRT Conversion Context]")
+        self._level = self._logger.level
+        self._logger.setLevel(logging.INFO)
+        self._logger.addHandler(self)
+        return self.texts
+
+    def __exit__(self, *exception: object) -> None:
+        self._logger.removeHandler(self)
+        self._logger.setLevel(self._level)
+
+
+def _activations(texts: list[str]) -> int:
+    found = [int(match[1]) for text in texts if (match := _ACTIVATIONS.search(text))]
+    assert found, "TensorRT's builder logs its activation memory"
+    return max(found)
+
+
+def _is_engine(path: Path, report: BuildReport) -> bool:
+    data = path.read_bytes()
+    return data[:4] == b"vtrt" and len(data) == report.nbytes
+
+
+def test_full_decoder_with_nine_profiles(
+    multi_decoder: tuple[Path, BuildReport], record_property: Callable[[str, object], None]
+) -> None:
+    path, report = multi_decoder
+    assert _is_engine(path, report)
+    assert [(t.name, t.shape, t.dtype) for t in report.inputs] == [("z", (1, 16, -1, -1), "BF16")]
+    assert [(t.name, t.shape, t.dtype) for t in report.outputs] == [("output0", (1, 3, -1, -1), "BF16")]
+    assert len(report.profiles) == 9
+    for (low, best, high), profile in zip(report.profiles, GUIDE_MULTI.profiles, strict=True):
+        for shape, size in ((low, profile.minimum), (best, profile.optimum), (high, profile.maximum)):
+            assert shape == (1, 16, size.height // 8, size.width // 8), profile.name
+    assert report.attention_chunks == 8 and report.capabilities == ("8.9",)
+    assert 50e6 < report.nbytes < 150e6  # 50.6 MB of weights, and kernels for nine profiles
+    record_property("megabytes", report.nbytes / 1e6)
+    record_property("seconds", report.seconds)
+
+
+def test_full_decoder_static(static_decoder: tuple[Path, BuildReport, int]) -> None:
+    path, report, _ = static_decoder
+    assert _is_engine(path, report)
+    assert [(t.name, t.shape) for t in (*report.inputs, *report.outputs)] == [
+        ("z", (1, 16, 166, 166)),
+        ("output0", (1, 3, 1328, 1328)),
+    ]
+    assert report.profiles == () and report.attention_chunks == 5
+
+
+def test_runs_of_queries_keep_the_scores_small(
+    full: nn.Module, cross_build: Callable[..., TensorRTBackend], static_decoder: tuple[Path, BuildReport, int], tmp_path: Path
+) -> None:
+    *_, memory = static_decoder
+    plan = Plan.make(["1_1"], multi_profile=False)
+    with _builder_log() as log:
+        cross_build(full, "decode", torch.bfloat16, plan, "8.9", tmp_path / "e.trt", query_limit=10**9)
+    # 27556 pixels: all scores are 1.5 GB in bfloat16, and so are the probabilities. A feature map of 96 channels is 339 MB.
+    assert _activations(log) > 2 * 27556**2 * 2
+    assert memory < 5 * 96 * 1328**2 * 2
+
+
+def test_full_encoder_for_several_capabilities(
+    full: nn.Module, cross_build: Callable[..., TensorRTBackend], tmp_path: Path
+) -> None:
+    plan = Plan.make(["16_9"], multi_profile=False)
+    path = tmp_path / "vae_encoder.trt"
+    report = cross_build(full, "encode", torch.float16, plan, "8.6,12.0", path).last_build
+    assert report is not None and _is_engine(path, report)
+    assert [(t.name, t.shape, t.dtype) for t in (*report.inputs, *report.outputs)] == [
+        ("x", (1, 3, 928, 1664), "HALF"),
+        ("output0", (1, 32, 116, 208), "HALF"),
+    ]
+    assert report.capabilities == ("8.6", "12.0")
+
+
+def test_tiny_encoder_with_nine_profiles(tiny: nn.Module, cross_build: Callable[..., TensorRTBackend], tmp_path: Path) -> None:
+    path = tmp_path / "vae_encoder_multi_profile.trt"
+    report = cross_build(tiny, "encode", torch.bfloat16, GUIDE_MULTI, "12.0", path).last_build
+    assert report is not None and _is_engine(path, report)
+    assert report.inputs[0].shape == (1, 3, -1, -1) and report.outputs[0].shape == (1, 32, -1, -1)
+    # An encoder takes 1620 pixels as they are.
+    assert report.profiles[8][1] == (1, 3, 1088, 1620)
+    assert len(report.profiles) == 9
+
+
+def test_float32_and_progress(tiny: nn.Module, rtx: Flavour, tmp_path: Path) -> None:
+    source = ModelSource(tiny)
+    steps: list[tuple[str, int, int]] = []
+    backend = TensorRTBackend(BuildSettings(tf32=False), ((8, 9),), lambda *step: steps.append(step))
+    key = key_of("decode", "64x64")
+    backend.build(source.model("decode", torch.float32, CPU), job_of(source, "decode"), key, tmp_path / "e.trt")
+    assert backend.last_build is not None
+    assert {t.dtype for t in (*backend.last_build.inputs, *backend.last_build.outputs)} == {"FLOAT"}
+    assert steps and all(0 < step <= count for _, step, count in steps)
+
+
+# The same file, through Torch-TensorRT's own module.
+
+
+def test_names_and_order_are_those_torch_tensorrts_module_takes(static_decoder: tuple[Path, BuildReport, int]) -> None:
+    path, report, _ = static_decoder
+    with torch_tensorrt_for((8, 9)) as torch_tensorrt:
+        from torch_tensorrt.dynamo._settings import CompilationSettings
+
+        module = torch_tensorrt.runtime.TorchTensorRTModule(
+            serialized_engine=path.read_bytes(),
+            input_binding_names=["z"],
+            output_binding_names=["output0"],
+            settings=CompilationSettings(lazy_engine_init=True),  # without a GPU there is nothing to set up
+        )
+    assert [t.name for t in report.inputs] == module.input_binding_names
+    assert [t.name for t in report.outputs] == module.output_binding_names
+    assert module.serialized_engine == path.read_bytes()
+
+
+# What goes wrong, from TensorRT itself.
+
+
+class _Sorting(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.pinv(x)
+
+
+class _Deconvolution(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(16, 8, 4, stride=2, padding=1, dtype=torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.up(x))
+
+
+@pytest.mark.parametrize(
+    ("network", "dtype", "says"),
+    [
+        (_Sorting(), torch.float32, "cannot convert the network"),
+        (_Deconvolution(), torch.bfloat16, "TensorRT built no engine: .*Error Code"),
+    ],
+)
+def test_a_network_that_cannot_be_built(
+    tiny: nn.Module, rtx: Flavour, tmp_path: Path, network: nn.Module, dtype: torch.dtype, says: str
+) -> None:
+    source = ModelSource(tiny)
+    key = key_of("decode", "64x64:128x96:160x160", multi_profile=True)
+    with pytest.raises(BuildError, match=says):
+        TensorRTBackend(targets=((8, 9),)).build(network.eval(), job_of(source, "decode", dtype), key, tmp_path / "e.trt")
+    assert not (tmp_path / "e.trt").exists()
+
+
+def test_a_capability_that_it_does_not_build_for(tiny: nn.Module, rtx: Flavour, tmp_path: Path) -> None:
+    source = ModelSource(tiny)
+    backend = TensorRTBackend(targets=((9, 0),))
+    job = job_of(source, "decode")
+    assert "not 9.0" in backend.reasons(backend.target_environment(), job)[0]
+    with pytest.raises(BuildError, match="does not build for compute capability 9.0"):
+        backend.build(source.model("decode", torch.float32, CPU), job, key_of("decode", "64x64"), tmp_path / "e.trt")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here there is a GPU; test_gpu.py runs engines on it")
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda data: data, "Cuda Runtime"),
+        (lambda data: data[:-1000], "Serialization assertion"),
+        (lambda data: b"junk" * 100, "malformed engine.*magicTag"),
+        (lambda data: b"", "cannot load"),
+    ],
+    ids=["no GPU", "truncated", "junk", "empty"],
+)
+def test_real_tensorrts_refusals_are_errors(
+    full: nn.Module,
+    static_decoder: tuple[Path, BuildReport, int],
+    tmp_path: Path,
+    damage: Callable[[bytes], bytes],
+    says: str,
+) -> None:
+    file = tmp_path / "e.trt"
+    file.write_bytes(damage(static_decoder[0].read_bytes()))
+    with pytest.raises(TensorRTError, match=says):
+        TensorRTBackend().load(file, job_of(ModelSource(full), "decode", torch.bfloat16), key_of("decode", "1_1"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU there are no stand-ins")
+def test_stand_ins_are_gone_after_the_import() -> None:
+    isfile, capability = os.path.isfile, torch.cuda.get_device_capability
+    had = hasattr(torch._C, "_CudaDeviceProperties")
+    with torch_tensorrt_for((12, 0)):
+        assert torch.cuda.get_device_capability() == (12, 0)
+        with torch_tensorrt_for((8, 9)):  # a later build in the same process
+            assert torch.cuda.get_device_capability() == (8, 9)
+    assert os.path.isfile is isfile and torch.cuda.get_device_capability is capability
+    assert hasattr(torch._C, "_CudaDeviceProperties") == had
+
+
+# The command.
+
+
+def test_the_command_builds_a_directory_for_another_machine(rtx: Flavour, tmp_path: Path) -> None:
+    options = ["--vae", str(TINY_VAE), "--engine-dir", str(tmp_path / "engines"), "--sizes", "64x64", "--json"]
+    command = ["build", *options, "--backend", "tensorrt", "--compute-capability", "8.9", "--dtype", "fp16"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    records = EngineStore(tmp_path / "engines").manifest().engines
+    assert set(records) == {"64x64/vae_decoder.trt"}
+    (record,) = records["64x64/vae_decoder.trt"]
+    assert record.identity == {
+        "flavour": "TensorRT-RTX",
+        "tensorrt": TensorRTBackend(targets=((8, 9),)).target_environment().packages["tensorrt-rtx"],
+        "gpu": "compute capability 8.9",
+        "platform": "x86_64",
+    }
+    assert record.verification == {}, "checked on the target, not here"
+    assert record.profiles == (Profile.static("64x64", Size(64, 64)),)
+    again = CliRunner().invoke(app, command)
+    assert '"current"' in again.output and again.exit_code == 0
+    listed = CliRunner().invoke(app, ["list", "--engine-dir", str(tmp_path / "engines")])
+    assert "here no NVIDIA GPU" in " ".join(listed.output.split()) or listed.exit_code == 1
+    gc.collect()
+
+
+@pytest.mark.parametrize(
+    ("extra", "says"),
+    [
+        (["--compute-capability", "9.0"], "TensorRT-RTX runs on compute capabilities"),
+        (["--compute-capability", "sm_89"], "MAJOR.MINOR"),
+        (["--setting", "optimisation_level=3"], "did you mean"),
+        (["--compute-capability", "8.9", "--backend", "inductor"], "not those of backend"),
+    ],
+)
+def test_the_command_refuses_what_cannot_be_meant(rtx: Flavour, tmp_path: Path, extra: list[str], says: str) -> None:
+    result = CliRunner().invoke(app, ["build", "--vae", str(TINY_VAE), "--engine-dir", str(tmp_path / "e"), *extra])
+    assert result.exit_code != 0 and says in " ".join((result.output + str(result.exception or "")).split())

@@ -1,0 +1,132 @@
+"""The benchmark: every case gives a row, the baseline is what it says, the report says what was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch import nn
+
+from qwen_vae_accel import accelerate
+from qwen_vae_accel.bench.cases import BenchError, parse_method, parse_sizes
+from qwen_vae_accel.bench.harness import Effort, Harness, Row, geometric_mean, make_cases, overhead
+from qwen_vae_accel.bench.report import BenchReport
+from qwen_vae_accel.errors import ConfigError
+from qwen_vae_accel.plan import Size
+from tests.helpers import CPU, FakeBackend
+
+if TYPE_CHECKING:
+    from tests.fixtures_cli import Cli
+
+pytest_plugins = ["tests.fixtures_cli"]
+
+QUICK = Effort(iterations=3, seconds=1.0, warmup=0)
+
+
+def rows(vae: nn.Module, folder: Path, *methods: str, tasks: tuple[str, ...] = ("decode", "encode")) -> dict[tuple, Row]:
+    """Measure ``vae`` at 32x32."""
+    harness = Harness(vae, CPU, QUICK, folder)
+    cases = make_cases([parse_method(text, torch.float32) for text in methods], [Size(32, 32)], tasks)
+    return {(row.label, row.task): row for row in map(harness.run, cases)}
+
+
+def test_every_case_has_a_row_with_its_error_against_float32(micro: nn.Module, fake: FakeBackend, tmp_path: Path) -> None:
+    found = rows(micro, tmp_path, "diffusers", "eager", "eager:bf16", "tensorrt")
+    assert len(found) == 8
+    assert all(row.median_ms and row.p10_ms <= row.median_ms <= row.p90_ms and row.samples == 3 for row in found.values())
+    assert found["diffusers fp32", "decode"].relative_l2 == 0
+    assert found["eager fp32", "encode"].relative_l2 < 1e-5
+    assert 1e-4 < found["eager bf16", "decode"].relative_l2 < 5e-2
+    assert found["tensorrt fp32", "decode"].relative_l2 < 1e-5
+    assert fake.count("build") == 2
+    assert "encode" not in micro.__dict__
+
+
+def test_a_failure_is_a_row(micro: nn.Module, fake: FakeBackend, tmp_path: Path) -> None:
+    fake.fail_build = RuntimeError("out of memory")
+    found = rows(micro, tmp_path, "tensorrt", "eager", tasks=("decode",))
+    assert found["eager fp32", "decode"].error is None
+    failed = found["tensorrt fp32", "decode"]
+    assert failed.median_ms is None
+    # on_miss="build" falls back, with its reason; that would be measured as another backend's time.
+    assert failed.error is not None
+    assert "served by eager" in failed.error
+    assert "out of memory" in failed.error
+
+
+def test_a_patched_baseline_is_refused(micro: nn.Module, tmp_path: Path) -> None:
+    case = make_cases([parse_method("diffusers", torch.float32)], [Size(32, 32)], ["decode"])[0]
+    with accelerate(micro), pytest.raises(BenchError, match="patched"), case.method.prepare(micro, case, tmp_path):
+        pass
+
+
+def test_methods_and_sizes_are_read() -> None:
+    assert parse_method("eager:fp16", torch.float32).dtype is torch.float16
+    assert parse_method("eager", torch.bfloat16).label == "eager bf16"
+    assert parse_sizes(["4_3", "768x1024"]) == [Size(1472, 1136), Size(768, 1024)]
+    for bad in ("eagr", "eager:fp8"):
+        with pytest.raises(ConfigError):
+            parse_method(bad, torch.float32)
+    with pytest.raises(ConfigError, match="at least 16"):
+        parse_sizes(["8x64"])
+
+
+def test_the_plugin_adds_little() -> None:
+    # Far above what it is: other work on the machine evicts caches. The benchmark prints the number.
+    assert overhead(CPU, calls=100)["overhead_us"] < 2000
+
+
+ROW = Row("diffusers", "bf16", "decode", Size(768, 1024), 50.0, 49.0, 52.0, 20, 1.0, 4000.0, 500.0, 10.0, 1e-2, 0.1, 45.0)
+
+
+def report(*found: Row, device: str = "cuda") -> BenchReport:
+    facts = {"device": device, "device_name": "Some GPU", "cpu": "Some CPU", "package:torch": "2.13.0"}
+    return BenchReport(found, facts, {"dtype": "bf16", "weights": "random"}, None, "qwen-vae-accel bench")
+
+
+def test_speedups_are_against_the_baseline_of_the_same_size() -> None:
+    other = dataclasses.replace(ROW, size=Size(512, 512), median_ms=20.0)
+    ours = [
+        dataclasses.replace(ROW, method="fused", median_ms=10.0),
+        dataclasses.replace(other, method="fused", median_ms=1.0),
+        dataclasses.replace(ROW, method="eager", median_ms=None, error="OutOfMemoryError: no"),
+    ]
+    found = report(ROW, other, *ours)
+    assert [found.speedup(row) for row in ours] == [5.0, 20.0, None]
+    entry = {"method": "fused bf16", "task": "decode", "speedup": pytest.approx(10.0), "sizes": 2}
+    assert entry in found.summary()
+    text = found.markdown()
+    assert "5.00x" in text
+    assert "OutOfMemoryError: no" in text
+    assert "26.86" in text  # the guide's figure for this size
+    assert geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
+
+
+def test_published_gpu_figures_stand_beside_gpu_runs_only() -> None:
+    assert "26.86" not in report(ROW, device="cpu").markdown()
+    assert "published_tensorrt_h100_ms" not in report(ROW, device="cpu").as_dict()["rows"][0]
+    assert report(ROW).as_dict()["rows"][0]["published_tensorrt_h100_ms"] == 26.86
+
+
+def test_the_command_writes_json_markdown_and_a_chart(cli: Cli, micro_folder: Path, tmp_path: Path) -> None:
+    result = cli(
+        "bench", "--vae", micro_folder, "--sizes", "32x32,64x32", "--methods", "diffusers,eager,fused", "--task", "decode",
+        "--iters", "3", "-o", tmp_path, "--name", "small", "--device", "cpu", "--json",
+    )  # fmt: skip
+    assert result.code == 1  # fused needs a GPU: its rows say so, the others are there
+    document = result.document
+    assert {row["method"]: bool(row["error"]) for row in document["rows"]} == {
+        "diffusers": False,
+        "eager": False,
+        "fused": True,
+    }
+    assert document["machine"]["device"] == "cpu"
+    assert document["machine"]["package:torch"] == torch.__version__
+    saved = json.loads((tmp_path / "small.json").read_text())
+    assert saved["rows"] == document["rows"]
+    assert "eager fp32" in (tmp_path / "small.md").read_text()
+    assert (tmp_path / "small.png").read_bytes().startswith(b"\x89PNG")

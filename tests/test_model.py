@@ -1,0 +1,449 @@
+"""The image model against diffusers: the same numbers, the same memory, the VAE's current weights."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import time
+import weakref
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderKLWan
+from torch import nn
+
+from qwen_vae_accel import accelerate
+from qwen_vae_accel.errors import UnsupportedVAEError
+from qwen_vae_accel.model import ModelSource, inspect_vae
+from qwen_vae_accel.model.source import build_model, image_state
+from qwen_vae_accel.model.tiling import decode_banded, encode_banded
+from tests.conftest import MICRO, TOPOLOGIES, random_vae
+from tests.helpers import CPU, EXACT, decoded, distance, moments, photo, picture, randn
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+METHODS = ("encode", "decode")
+
+
+def network(vae: nn.Module, method: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    return ModelSource(vae).model(method, dtype, CPU)
+
+
+def reference(vae: nn.Module, method: str, x: torch.Tensor) -> torch.Tensor:
+    """What diffusers computes for images or latents without a frame axis."""
+    return (moments if method == "encode" else decoded)(vae, x.unsqueeze(2))[:, :, 0]
+
+
+def sample(vae: nn.Module, method: str, height: int, width: int, batch: int = 1) -> torch.Tensor:
+    """An input of the network of ``method`` for images of that size."""
+    topology = inspect_vae(vae)
+    if method == "encode":
+        return picture(batch, topology.image_channels, height, width)
+    return randn(batch, topology.z_dim, height // topology.scale, width // topology.scale)
+
+
+def photos(vae: nn.Module, method: str, height: int, width: int, batch: int) -> torch.Tensor:
+    """The same out of ``batch`` different photos: latents as the trained VAE meets them."""
+    names = ("coffee", "astronaut", "chelsea")
+    x = torch.cat([photo(names[i % 3], width + 8 * (i // 3), height)[..., :width] for i in range(batch)])[:, :, 0]
+    return x if method == "encode" else reference(vae, "encode", x)[:, :16]
+
+
+# Exactness in float32.
+
+
+@pytest.mark.parametrize(("name", "width", "height"), [("coffee", 256, 192), ("astronaut", 200, 136), ("chelsea", 168, 248)])
+def test_photo_through_the_trained_vae(tiny, name, width, height):
+    x = photo(name, width, height)[:, :, 0]
+    exact = reference(tiny, "encode", x)
+    assert distance(network(tiny, "encode")(x), exact, "encode") <= EXACT
+    z = exact[:, :16]
+    image = reference(tiny, "decode", z)
+    assert distance(network(tiny, "decode")(z), image, "decode") <= EXACT
+    assert (image - x).square().mean() < 0.02, "the latents are not those of a picture"
+
+
+@pytest.mark.parametrize(
+    ("method", "batch", "height", "width"),
+    [
+        ("decode", 1, 64, 64),
+        ("decode", 2, 8, 8),
+        ("decode", 3, 72, 40),
+        ("decode", 4, 24, 56),
+        ("encode", 1, 64, 64),
+        ("encode", 1, 67, 45),
+        ("encode", 2, 8, 8),
+        ("encode", 3, 50, 78),
+        ("encode", 4, 33, 20),
+    ],
+)
+@pytest.mark.parametrize("size", ["tiny", "full"])
+def test_every_batch_and_odd_and_even_sizes(request, size, method, batch, height, width):
+    vae = request.getfixturevalue(size)
+    x = sample(vae, method, height, width, batch) if size == "full" else photos(vae, method, height, width, batch)
+    output, exact = network(vae, method)(x), reference(vae, method, x)
+    assert output.shape == exact.shape
+    assert output.is_contiguous()
+    assert distance(output, exact, method) <= EXACT
+    # Every image of the batch is itself, not one of the others.
+    for index in range(batch):
+        assert distance(output[index : index + 1], reference(vae, method, x[index : index + 1]), method) <= EXACT
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_other_topologies(name, method):
+    vae = random_vae(name)
+    x = sample(vae, method, 44, 36, batch=2)
+    assert distance(network(vae, method)(x), reference(vae, method, x), method) <= EXACT
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "z_dim", "scale", "encoder", "decoder"),
+    [
+        ("micro", 3, 4, 8, (8, 8, 16, 32, 32, 32, 32), (32, 32, 32, 32, 32, 32, 32, 16, 16, 8, 8)),
+        ("rgba", 4, 4, 8, None, None),
+        ("two halvings", 3, 4, 4, None, None),
+        ("wan 2.1", 3, 4, 8, None, None),
+    ],
+)
+def test_topology_is_read_from_the_weights(name, channels, z_dim, scale, encoder, decoder):
+    topology = inspect_vae(random_vae(name))
+    assert (topology.image_channels, topology.z_dim, topology.scale) == (channels, z_dim, scale)
+    assert encoder is None or topology.encoder_widths == encoder
+    assert decoder is None or topology.decoder_widths == decoder
+
+
+def test_decoder_clamps(tiny):
+    z = 30 * randn(1, 16, 4, 4)
+    output = network(tiny, "decode")(z)
+    assert output.abs().max() == 1
+    assert distance(output, reference(tiny, "decode", z), "decode") <= EXACT
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_the_newest_temporal_slice_acts(tiny, method):
+    x = photo(width=64, height=64)[:, :, 0]
+    x = x if method == "encode" else reference(tiny, "encode", x)[:, :16]
+    exact = reference(tiny, method, x)
+    oldest = {name: p.flip(2) if p.dim() == 5 else p for name, p in tiny.named_parameters()}
+    wrong = build_model(image_state(oldest, method), method)(x)
+    assert distance(wrong, exact, method) > 0.1, "the data cannot tell one slice from another"
+    older = [p for p in tiny.parameters() if p.dim() == 5 and p.shape[2] > 1]
+    for parameter in older:
+        parameter[:, :, :-1] = torch.nan
+    assert distance(network(tiny, method)(x), exact, method) <= EXACT
+
+
+# Half precision.
+
+
+def rms(x: torch.Tensor) -> float:
+    return x.float().square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("size", ["tiny", "full"])
+def test_half_precision_is_no_worse_than_diffusers(request, size, method, dtype):
+    vae = request.getfixturevalue(size)
+    if size == "tiny":
+        vae = vae.to(torch.bfloat16).float()  # weights that both half types hold without loss, as checkpoints are
+        x = photo(width=96, height=80)[:, :, 0]
+        x = x if method == "encode" else reference(vae, "encode", x)[:, :16]
+    else:
+        # diffusers is slow in float16 on a CPU.
+        x = sample(vae, method, *((32, 48) if dtype == torch.bfloat16 else (16, 24)))
+    exact = reference(vae, method, x)
+    half = copy.deepcopy(vae).to(dtype)
+    theirs = rms(reference(half, method, x.to(dtype)) - exact)
+    ours = rms(network(half, method, dtype)(x.to(dtype)) - exact)
+    assert ours <= 1.05 * theirs, f"{ours:.2e} against {theirs:.2e}"
+
+
+# Refusals.
+
+
+def remove(path: str):
+    def change(vae: nn.Module) -> None:
+        owner, _, name = path.rpartition(".")
+        delattr(vae.get_submodule(owner), name)
+
+    return change
+
+
+def store_as(dtype: torch.dtype):
+    def change(vae: nn.Module) -> None:
+        vae.decoder.conv_in.weight = nn.Parameter(vae.decoder.conv_in.weight.to(dtype), requires_grad=False)
+
+    return change
+
+
+def add_layer(vae: nn.Module) -> None:
+    vae.decoder.lora_down = nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "reasons"),
+    [
+        (remove("encoder.conv_in.weight"), ["no parameter 'encoder.conv_in.weight'"]),
+        (remove("encoder.conv_in.bias"), ["encoder.conv_in.bias"]),
+        (remove("decoder.mid_block.resnets.0.norm1.gamma"), ["decoder.mid_block.resnets.0.norm1.gamma"]),
+        (remove("decoder.mid_block.attentions"), ["decoder.mid_block.attentions.0.to_qkv.weight"]),
+        (remove("quant_conv"), ["no parameter 'quant_conv.weight'"]),
+        (store_as(torch.int8), ["int8"]),
+        (store_as(torch.float8_e4m3fn), ["float8_e4m3fn"]),
+        (store_as(torch.float64), ["float64"]),
+        (add_layer, ["decoder.lora_down.weight"]),
+    ],
+)
+def test_changed_vaes_are_refused_with_reasons(micro, change, reasons):
+    change(micro)
+    with pytest.raises(UnsupportedVAEError) as caught:
+        accelerate(micro)
+    assert caught.value.reasons
+    for text in reasons:
+        assert text in str(caught.value)
+    assert "decode" not in vars(micro), "a refused VAE must stay as it was"
+
+
+def test_another_family_is_refused():
+    with pytest.raises(UnsupportedVAEError, match="AutoencoderKL") as caught:
+        accelerate(AutoencoderKL(block_out_channels=(8,), norm_num_groups=1))
+    assert caught.value.reasons
+
+
+def test_wan_2_2_is_refused():
+    vae = AutoencoderKLWan(**MICRO, is_residual=True, patch_size=2, in_channels=12, out_channels=12)
+    with pytest.raises(UnsupportedVAEError) as caught:
+        accelerate(vae)
+    text = str(caught.value)
+    assert "is_residual" in text and "patch_size" in text
+
+
+# Memory and following the VAE.
+
+
+def storages(tensors) -> dict[int, int]:
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+
+@pytest.mark.parametrize("size", ["tiny", "full"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_folded_weights_take_at_most_a_quarter(request, size, dtype):
+    vae = request.getfixturevalue(size)
+    vae = vae if dtype == torch.float32 else copy.deepcopy(vae).to(dtype)
+    source = ModelSource(vae)
+    models = [source.model(method, dtype, CPU) for method in METHODS]
+    owned = storages(vae.parameters())
+    own = {p: n for p, n in storages(t for m in models for t in (*m.parameters(), *m.buffers())).items() if p not in owned}
+    assert sum(own.values()) <= 0.25 * sum(owned.values())
+    assert source.model("decode", dtype, CPU) is models[1], "weights are folded once"
+
+
+def scale_weights(vae: nn.Module) -> None:
+    state = {name: value * 1.1 for name, value in vae.state_dict().items()}
+    vae.load_state_dict(state)
+
+
+def assign_weights(vae: nn.Module) -> None:
+    state = {name: value * 1.1 for name, value in vae.state_dict().items()}
+    vae.load_state_dict(state, assign=True)
+
+
+def set_data(vae: nn.Module) -> None:
+    for parameter in vae.parameters():
+        parameter.data = parameter.data * 1.1
+
+
+def replace_parameters(vae: nn.Module) -> None:
+    for module in vae.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                setattr(module, name, nn.Parameter(parameter * 1.1))
+
+
+def replace_networks(vae: nn.Module) -> None:
+    other = copy.deepcopy(vae)
+    scale_weights(other)
+    vae.encoder, vae.decoder = other.encoder, other.decoder
+
+
+def replace_layers(vae: nn.Module) -> None:
+    for up in vae.decoder.up_blocks[:3]:
+        up.upsamplers[0].resample[1] = copy.deepcopy(up.upsamplers[0].resample[1])
+        up.upsamplers[0].resample[1].weight.mul_(1.1)
+    vae.encoder.conv_in = copy.deepcopy(vae.encoder.conv_in)
+    vae.encoder.conv_in.weight.mul_(1.1)
+
+
+def in_place(vae: nn.Module) -> None:
+    for parameter in vae.parameters():
+        parameter.mul_(1.1)
+
+
+CHANGES = [scale_weights, assign_weights, set_data, replace_parameters, replace_networks, replace_layers, in_place]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_a_later_change_of_weights_is_followed(micro, change, compute):
+    handle = accelerate(micro, dtype=compute)
+    x, z = picture(1, 3, 1, 32, 40), randn(1, 4, 1, 4, 5)
+    before = moments(micro, x), decoded(micro, z)
+    change(micro)
+    fresh = copy.deepcopy(micro)  # a copy of an accelerated VAE is a plain one
+    accelerate(fresh, dtype=compute)
+    after = moments(micro, x), decoded(micro, z)
+    for then, now, expected in zip(before, after, (moments(fresh, x), decoded(fresh, z)), strict=True):
+        assert torch.equal(now, expected)
+        assert not torch.equal(now, then)
+    assert handle.report().as_dict()["calls"] == {"encode": {"eager": 2}, "decode": {"eager": 2}}
+
+
+@pytest.mark.parametrize("move", [lambda v: v.to(torch.bfloat16), lambda v: v.half(), lambda v: v.bfloat16()])
+def test_a_change_of_dtype_is_followed(micro, move):
+    accelerate(micro)
+    z = randn(1, 4, 1, 4, 5)
+    decoded(micro, z)
+    assert move(micro) is micro
+    plain = move(random_vae())
+    image = decoded(micro, z)
+    assert image.dtype == plain.dtype == micro.dtype
+    assert rms(image - decoded(plain, z.to(plain.dtype))) < 0.02
+    micro.float()
+    assert decoded(micro, z).dtype == torch.float32
+
+
+def test_nothing_is_pinned_after_a_move_or_a_restore(micro):
+    """The VAE's old memory is given back once it has moved on, and the networks' once it is restored."""
+
+    def own_memory() -> weakref.ref:
+        weight = micro.decoder.conv_in.weight
+        array = weight.detach().float().numpy().copy()
+        weight.data = torch.from_numpy(array)
+        return weakref.ref(array)
+
+    z = randn(1, 4, 1, 4, 5)
+    handle = accelerate(micro)
+    old = own_memory()
+    decoded(micro, z)
+    moments(micro, picture(1, 3, 1, 32, 40))
+    micro.to(torch.bfloat16)
+    gc.collect()
+    assert old() is None
+    micro.float()
+    old = own_memory()
+    decoded(micro, z)
+    handle.restore()
+    micro.to(torch.bfloat16)
+    gc.collect()
+    assert old() is None
+
+
+def test_the_check_for_changes_is_cheap(full):
+    """The look at the weights before each call: microseconds, not a pass over them."""
+    source = ModelSource(full)
+    source.generation("decode")
+    best = min(_seconds(lambda: source.generation("decode")) for _ in range(50))
+    assert best < 100e-6
+
+
+def _seconds(function) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def test_first_use_in_inference_mode_serves_later_calls(micro):
+    z = randn(1, 4, 1, 4, 5)
+    exact = decoded(micro, z)
+    accelerate(micro)
+    with torch.inference_mode():
+        inside = decoded(micro, z)
+    outside = decoded(micro, z)
+    assert torch.equal(inside, outside)
+    assert distance(outside, exact, "decode") <= EXACT
+
+
+def test_weights_loaded_in_inference_mode(micro):
+    z = randn(1, 4, 1, 4, 5)
+    exact = decoded(micro, z)
+    with torch.inference_mode():
+        vae = copy.deepcopy(micro)
+    accelerate(vae)
+    assert distance(decoded(vae, z), exact, "decode") <= EXACT
+    with torch.inference_mode():
+        assert distance(decoded(vae, z), exact, "decode") <= EXACT
+
+
+# Fingerprints.
+
+
+def test_fingerprints_tell_weights_dtypes_and_networks_apart(micro):
+    def prints(vae: nn.Module) -> set[str]:
+        source = ModelSource(vae)
+        return {source.fingerprint(method, dtype) for method in METHODS for dtype in (torch.float32, torch.bfloat16)}
+
+    first = prints(micro)
+    assert len(first) == 4
+    assert prints(random_vae()) == first
+    micro.decoder.conv_out.bias[0] += 1
+    assert len(first - prints(micro)) == 2
+    # What the image model does not read is no part of it.
+    other = random_vae()
+    other.decoder.conv_in.weight[:, :, 0] += 1
+    assert prints(other) == first
+
+
+def test_a_fingerprint_is_of_the_values_in_the_compute_dtype(micro):
+    """A checkpoint in bfloat16 and the same one loaded as float32 share their bfloat16 engines."""
+    micro.to(torch.bfloat16)
+    before = ModelSource(micro).fingerprint("decode", torch.bfloat16)
+    assert ModelSource(micro.float()).fingerprint("decode", torch.bfloat16) == before
+
+
+# Export.
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_export_static(micro, method):
+    model, x = network(micro, method), sample(micro, method, 48, 64)
+    exported = torch.export.export(model, (x,)).module()
+    assert distance(exported(x), reference(micro, method, x), method) <= EXACT
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_export_dynamic(micro, method):
+    model = network(micro, method)
+    low, high = ((4, 16), (32, 128))[method == "encode"]
+    dims = ({2: torch.export.Dim("height", min=low, max=high), 3: torch.export.Dim("width", min=low, max=high)},)
+    program = torch.export.export(model, (sample(micro, method, 64, 48),), dynamic_shapes=dims)
+    exported = program.module()
+    for height, width in ((32, 32), (128, 128), (40, 112), (128, 32)):
+        x = sample(micro, method, height, width)
+        assert distance(exported(x), reference(micro, method, x), method) <= EXACT
+
+
+# Tiling.
+
+
+@pytest.mark.parametrize("tile", [1, 16, 40, 64, 1000])
+@pytest.mark.parametrize("name", ["micro", "two halvings", "other widths"])
+def test_bands_are_exact(name, tile):
+    vae = random_vae(name)
+    for height, width in ((96, 24), (133, 30), (200, 17)):
+        x = sample(vae, "encode", height, width, batch=2)
+        exact = reference(vae, "encode", x)
+        assert distance(encode_banded(network(vae, "encode"), x, tile), exact, "encode") <= EXACT
+        z = exact[:, : exact.shape[1] // 2]
+        assert distance(decode_banded(network(vae, "decode"), z, tile), reference(vae, "decode", z), "decode") <= EXACT
+
+
+def test_bands_of_a_photo_are_exact(tiny):
+    x = photo(width=200, height=328)[:, :, 0]
+    exact = reference(tiny, "encode", x)
+    assert distance(encode_banded(network(tiny, "encode"), x, 128), exact, "encode") <= EXACT
+    image = decode_banded(network(tiny, "decode"), exact[:, :16], 128)
+    assert distance(image, reference(tiny, "decode", exact[:, :16]), "decode") <= EXACT
+    assert image.is_contiguous()

@@ -1,0 +1,114 @@
+"""The report: what it counts, as JSON values and as a table."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import pytest
+from rich.console import Console
+
+from qwen_vae_accel import accelerate
+from qwen_vae_accel.report import EngineLoad, Journal
+from tests.helpers import decoded, randn
+
+
+def filled() -> Journal:
+    journal = Journal()
+    for _ in range(3):
+        journal.call("decode", "inductor")
+    journal.call("encode", "eager")
+    journal.load(EngineLoad("16_9/vae_decoder.pt2", "inductor", 12.5, 2_000_000))
+    journal.load(EngineLoad("1_1/vae_decoder.pt2", "inductor", 10.0, 1_000_000))
+    journal.build("16_9/vae_decoder.pt2", 31.0)
+    journal.verify("16_9/vae_decoder.pt2", 80.0)
+    journal.evict()
+    return journal
+
+
+def test_values():
+    journal = filled()
+    assert journal.fallback("encode", "eager", "no [engine]") is True
+    assert journal.fallback("encode", "eager", "no [engine]") is False
+    assert journal.fallback("encode", "eager", "another reason") is True
+    values = journal.report("inductor", ["1_1/vae_decoder.pt2"], "a note").as_dict()
+    assert values == {
+        "backend": "inductor",
+        "calls": {"encode": {"eager": 1}, "decode": {"inductor": 3}},
+        "fallbacks": [
+            {"method": "encode", "backend": "eager", "reason": "no [engine]", "count": 2},
+            {"method": "encode", "backend": "eager", "reason": "another reason", "count": 1},
+        ],
+        "engines": ["1_1/vae_decoder.pt2"],
+        "loads": 2,
+        "evictions": 1,
+        "load_ms": [
+            {"engine": "16_9/vae_decoder.pt2", "backend": "inductor", "ms": 12.5, "nbytes": 2_000_000},
+            {"engine": "1_1/vae_decoder.pt2", "backend": "inductor", "ms": 10.0, "nbytes": 1_000_000},
+        ],
+        "builds": [{"engine": "16_9/vae_decoder.pt2", "seconds": 31.0}],
+        "self_checks": [{"engine": "16_9/vae_decoder.pt2", "ms": 80.0}],
+        "left_alone": [],
+        "note": "a note",
+    }
+    assert json.loads(json.dumps(values)) == values
+
+
+def test_a_report_is_a_snapshot():
+    journal = filled()
+    before = journal.report("auto", [])
+    journal.call("decode", "inductor")
+    assert before.as_dict()["calls"]["decode"] == {"inductor": 3}
+
+
+@pytest.mark.parametrize("show", ["print", "rich"])
+def test_tables(show):
+    journal = filled()
+    journal.fallback("encode", "eager", "not [bold]served[/bold] at 8x8")
+    report = journal.report("inductor", ["1_1/vae_decoder.pt2"], "the VAE was replaced")
+    if show == "rich":
+        console = Console(width=140, no_color=True)
+        with console.capture() as capture:
+            console.print(report)
+        text = capture.get()
+    else:
+        text = str(report)
+    rows = {line.split("│")[1].strip(): line for line in text.splitlines() if line.startswith("│")}
+    assert "inductor" in text and "2 loads, 1 releases" in text and "the VAE was replaced" in text
+    assert "3" in rows["decode"] and "12.5" in rows["16_9/vae_decoder.pt2"]
+    assert "no" in rows["16_9/vae_decoder.pt2"] and "yes" in rows["1_1/vae_decoder.pt2"]
+    assert "not [bold]served[/bold] at 8x8" in text, "reasons are text, not markup"
+
+
+def test_an_empty_report(micro):
+    report = accelerate(micro, backend="eager").report()
+    assert report.as_dict()["calls"] == {"encode": {}, "decode": {}}
+    assert report.as_dict()["loads"] == report.as_dict()["evictions"] == 0
+    assert "eager" in str(report)
+
+
+def test_counts_of_many_threads():
+    journal = Journal()
+
+    def count() -> None:
+        for _ in range(500):
+            journal.call("decode", "eager")
+            journal.fallback("decode", "eager", "reason")
+
+    threads = [threading.Thread(target=count) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    values = journal.report("eager", []).as_dict()
+    assert values["calls"]["decode"] == {"eager": 4000} and values["fallbacks"][0]["count"] == 4000
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_a_handle_counts_its_own_calls(micro, tiny):
+    first, second = accelerate(micro), accelerate(tiny)
+    decoded(micro, randn(1, 4, 1, 2, 2))
+    decoded(tiny, randn(1, 16, 1, 2, 2))
+    decoded(tiny, randn(1, 16, 1, 2, 2))
+    assert first.report().as_dict()["calls"]["decode"] == {"eager": 1}
+    assert second.report().as_dict()["calls"]["decode"] == {"eager": 2}

@@ -1,0 +1,190 @@
+"""The lazy runtime, with an engine backend of milliseconds: what is loaded when, and what makes room."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen_vae_accel import accelerate
+from qwen_vae_accel.engines.manifest import NAME
+from qwen_vae_accel.plan import GUIDE_STATIC
+from tests.helpers import EXACT, SIZES, decoded, distance, image, latents, moments, open_engines
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+
+# Lazy.
+
+
+def test_nothing_is_read_before_the_first_request(micro, fake, engines, monkeypatch):
+    reads: list[str] = []
+    opened = Path.open
+
+    def spy(path, *args, **kwargs):
+        reads.append(str(path))
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", spy)
+    handle = open_engines(micro, engines)
+    assert not [path for path in reads if str(engines) in path]
+    assert not fake.events and not handle.report().as_dict()["engines"]
+    decoded(micro, latents("48x32"))
+    assert {Path(path).name for path in reads if str(engines) in path} >= {"vae_decoder.fake", NAME}
+    assert {p for p in reads if p.endswith(".fake")} == {str(engines / "48x32" / "vae_decoder.fake")}
+
+
+def test_a_request_loads_only_the_engine_it_needs(micro, fake, engines):
+    handle = open_engines(micro, engines)
+    z = latents("48x32")
+    decoded(micro, z)
+    decoded(micro, z)
+    assert fake.engines("load") == ["48x32/vae_decoder"]
+    moments(micro, image("48x32"))
+    decoded(micro, latents("32x32"))
+    assert fake.engines("load") == ["48x32/vae_decoder", "48x32/vae_encoder", "32x32/vae_decoder"]
+    report = handle.report().as_dict()
+    assert report["calls"] == {"encode": {"tensorrt": 1}, "decode": {"tensorrt": 3}}
+    assert report["loads"] == 3 and report["evictions"] == 0 and not report["fallbacks"]
+    assert sorted(report["engines"]) == ["32x32/vae_decoder.fake", "48x32/vae_decoder.fake", "48x32/vae_encoder.fake"]
+    assert all(load["ms"] > 0 and load["nbytes"] > 0 and load["backend"] == "tensorrt" for load in report["load_ms"])
+
+
+def test_text_to_image_never_touches_an_encoder(micro, fake, tmp_path):
+    handle = accelerate(micro, backend="tensorrt", engine_dir=tmp_path, sizes=SIZES[:2], task="t2i")
+    handle.warmup(progress=False)
+    for size in SIZES[:2]:
+        decoded(micro, latents(size))
+    assert not [name for _, name in fake.events if "encoder" in name]
+    assert not list(tmp_path.rglob("vae_encoder*"))
+
+
+def test_warmup_loads_the_plan(micro, fake, engines):
+    handle = open_engines(micro, engines, sizes=SIZES[:2])
+    report = handle.warmup(progress=False).as_dict()
+    assert report["loads"] == 4 and not report["builds"]
+    assert sorted(report["engines"]) == sorted(f"{s}/vae_{m}coder.fake" for s in SIZES[:2] for m in ("en", "de"))
+    decoded(micro, latents(SIZES[0]))
+    assert handle.report().as_dict()["loads"] == 4
+
+
+def test_results_are_those_of_the_engine(micro, fake, engines):
+    x, z = image("64x32"), latents("64x32")
+    exact = moments(micro, x), decoded(micro, z)
+    handle = open_engines(micro, engines)
+    assert distance(moments(micro, x), exact[0], "encode") <= EXACT
+    assert distance(decoded(micro, z), exact[1], "decode") <= EXACT
+    assert len(fake.calls) == 2
+    assert handle.report().as_dict()["calls"] == {"encode": {"tensorrt": 1}, "decode": {"tensorrt": 1}}
+
+
+def test_batches_run_one_after_another_and_none_is_lost(micro, fake, engines):
+    z = torch.cat([latents("64x32", seed=seed) for seed in range(3)])
+    exact = decoded(micro, z)
+    open_engines(micro, engines)
+    assert distance(decoded(micro, z), exact, "decode") <= EXACT
+    assert [shape for shape, _ in fake.calls] == [(1, 4, 4, 8)] * 3
+
+
+def test_multi_profile_engines_run_the_chosen_profile(micro, fake, tmp_path):
+    sizes = ["16x16:32x32:40x40", "16x16:64x64:96x96"]
+    accelerate(micro, backend="tensorrt", engine_dir=tmp_path, sizes=sizes, multi_profile=True)
+    for size in ("32x32", "64x64", "24x40", "96x16", "40x40"):
+        decoded(micro, latents(size))
+    del fake.calls[: 1 + 1]  # the self-checks of the build and of profile 64x64 come before their first request
+    assert [p.name for p in tmp_path.glob("vae_*")] == ["vae_decoder_multi_profile.fake"]
+    assert len(fake.engines("build")) == 1
+    runs = [(shape[2:], profile) for shape, profile in fake.calls]
+    assert runs[-3:] == [((5, 3), 0), ((2, 12), 1), ((5, 5), 0)]
+
+
+def test_static_engines_of_the_guide_have_its_names(micro, fake, tmp_path):
+    document = {"task": "t2i", "vae_type": "tensorrt", "trt_vae_config": {"trt_engine_path": str(tmp_path)}}
+    handle = accelerate(micro, document)
+    decoded(micro, latents("928x16"))
+    assert (tmp_path / "928x16" / "vae_decoder.fake").is_file()
+    plan = handle.config.plan()
+    assert [key.stem for key in plan.engines("decode")] == [f"{name}/vae_decoder" for name in GUIDE_STATIC]
+
+
+# Making room.
+
+
+def test_the_least_recently_used_size_goes_first(micro, fake, engines):
+    handle = open_engines(micro, engines, max_resident=2)
+    for size in ("32x32", "48x32", "32x32", "64x32", "32x32", "48x32"):
+        decoded(micro, latents(size))
+    assert fake.engines("load") == [f"{s}/vae_decoder" for s in ("32x32", "48x32", "64x32", "48x32")]
+    assert fake.engines("free") == ["48x32/vae_decoder", "64x32/vae_decoder"]
+    report = handle.report().as_dict()
+    assert report["evictions"] == 2 and report["loads"] == 4
+    assert report["engines"] == ["32x32/vae_decoder.fake", "48x32/vae_decoder.fake"]
+
+
+def test_encoder_and_decoder_of_a_size_count_as_one(micro, fake, engines):
+    open_engines(micro, engines, max_resident=1)
+    for _ in range(3):
+        moments(micro, image("32x32"))
+        decoded(micro, latents("32x32"))
+    assert fake.engines("load") == ["32x32/vae_encoder", "32x32/vae_decoder"]
+    moments(micro, image("48x32"))
+    assert sorted(fake.engines("free")) == ["32x32/vae_decoder", "32x32/vae_encoder"]
+
+
+def test_memory_is_returned_before_the_next_load(micro, fake, engines):
+    """One size at a time, as the guide: the program of the old one is gone when the new one is loaded."""
+    open_engines(micro, engines, max_resident=1)
+    for size in (*SIZES, *SIZES):
+        decoded(micro, latents(size))
+    order = [kind for kind, _ in fake.events]
+    assert order == ["load"] + ["free", "load"] * (2 * len(SIZES) - 1)
+
+
+def test_the_budget_in_bytes(micro, fake, engines):
+    fake.nbytes = 300
+    for path in engines.rglob("*.fake"):
+        assert path.stat().st_size > 1000
+    largest = max(path.stat().st_size for path in engines.rglob("*.fake"))
+    # Two loaded engines (300 bytes each by their own word) and one on its way (as large as its file) fit.
+    handle = open_engines(micro, engines, vram_budget=largest + 2 * 300)
+    for size in SIZES[:3]:
+        decoded(micro, latents(size))
+    assert not fake.engines("free")
+    decoded(micro, latents(SIZES[3]))
+    assert fake.engines("free") == [f"{SIZES[0]}/vae_decoder"]
+    assert len(handle.report().as_dict()["engines"]) == 3
+
+
+def test_an_engine_larger_than_the_budget_runs_alone(micro, fake, engines):
+    handle = open_engines(micro, engines, vram_budget=1)
+    for size in SIZES[:2]:
+        decoded(micro, latents(size))
+    moments(micro, image(SIZES[1]))
+    assert handle.report().as_dict()["engines"] == [f"{SIZES[1]}/vae_encoder.fake"]
+    assert [kind for kind, _ in fake.events] == ["load", "free", "load", "free", "load"]
+
+
+def test_restore_releases_every_engine(micro, fake, engines):
+    handle = open_engines(micro, engines)
+    for size in SIZES:
+        decoded(micro, latents(size))
+    handle.restore()
+    gc.collect()
+    assert sorted(fake.engines("free")) == sorted(fake.engines("load"))
+    assert handle.report().as_dict()["engines"] == []
+
+
+def test_new_weights_release_the_engine_of_the_old(micro, fake, tmp_path):
+    handle = accelerate(micro, backend="tensorrt", engine_dir=tmp_path, sizes=["32x32"])
+    decoded(micro, latents("32x32"))
+    micro.load_state_dict({name: value * 1.1 for name, value in micro.state_dict().items()})
+    exact = decoded(type(micro).from_config(micro.config).eval().to(micro.device), latents("32x32"))  # any other image
+    output = decoded(micro, latents("32x32"))
+    assert not torch.allclose(output, exact)
+    report = handle.report().as_dict()
+    assert len(report["builds"]) == 2 and len(report["engines"]) == 1
+    assert report["calls"]["decode"] == {"tensorrt": 2}
+    handle.restore()
+    assert distance(output, decoded(micro, latents("32x32")), "decode") <= EXACT

@@ -1,0 +1,119 @@
+"""Engines against the exact model: a wrong one is refused, and the record says so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen_vae_accel import accelerate
+from qwen_vae_accel.engines.manifest import NAME
+from qwen_vae_accel.errors import EngineMissingError
+from tests.helpers import EXACT, decoded, distance, latents, open_engines
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+
+def checks(folder: Path, size: str = "32x32") -> dict:
+    return json.loads((folder / NAME).read_text())["engines"][f"{size}/vae_decoder.fake"][0]["verification"]
+
+
+def test_the_result_of_the_self_check_is_kept(micro, fake, engines):
+    (result,) = checks(engines).values()
+    assert result["passed"] and result["relative_error"] < result["tolerance"] and float(result["psnr_db"]) > 80
+    assert next(iter(checks(engines))).endswith("/32x32")
+    handle = open_engines(micro, engines)
+    decoded(micro, latents("32x32"))
+    assert handle.report().as_dict()["self_checks"] == [], "one machine checks an engine once"
+    assert len(fake.calls) == 1
+
+
+def test_another_machine_checks_for_itself_once(micro, fake, engines, monkeypatch):
+    monkeypatch.setattr("platform.node", lambda: "another-host")
+    with open_engines(micro, engines) as handle:
+        for _ in range(2):
+            decoded(micro, latents("32x32"))
+        (check,) = handle.report().as_dict()["self_checks"]
+        assert check["engine"] == "32x32/vae_decoder.fake" and check["ms"] > 0
+    assert len(checks(engines)) == 2
+    with open_engines(micro, engines) as handle:
+        decoded(micro, latents("32x32"))
+        assert handle.report().as_dict()["self_checks"] == []
+
+
+@pytest.mark.parametrize("error", [0.1, float("nan"), float("inf")])
+def test_a_wrong_engine_is_not_published(micro, fake, tmp_path, error):
+    fake.error = error
+    exact = decoded(micro, latents("32x32"))
+    handle = accelerate(micro, backend="tensorrt", engine_dir=tmp_path, sizes=["32x32"])
+    assert distance(decoded(micro, latents("32x32")), exact, "decode") <= EXACT
+    assert "self-check failed at 32x32" in handle.report().as_dict()["fallbacks"][0]["reason"]
+    assert not list(tmp_path.rglob("*.fake"))
+    assert not (tmp_path / NAME).exists() or not json.loads((tmp_path / NAME).read_text())["engines"]
+
+
+@pytest.mark.parametrize("error", [0.1, float("nan")])
+def test_an_engine_that_is_wrong_on_this_machine_is_refused_and_the_record_says_so(micro, fake, engines, monkeypatch, error):
+    exact = decoded(micro, latents("32x32"))
+    monkeypatch.setattr("platform.node", lambda: "another-host")
+    fake.error = error
+    with open_engines(micro, engines, on_miss="fallback") as handle:
+        for _ in range(2):
+            assert distance(decoded(micro, latents("32x32")), exact, "decode") <= EXACT
+        report = handle.report().as_dict()
+        assert report["calls"]["decode"] == {"eager": 2}
+        assert len(report["self_checks"]) == 1
+        assert report["engines"] == [], "a refused engine takes no memory"
+        assert "self-check failed" in report["fallbacks"][0]["reason"]
+    assert sorted(check["passed"] for check in checks(engines).values()) == [False, True]
+    # Nor does a later process run it, whatever it would compute there.
+    fake.error = 0.0
+    fake.calls.clear()
+    with open_engines(micro, engines, on_miss="error"), pytest.raises(EngineMissingError, match="self-check failed"):
+        decoded(micro, latents("32x32"))
+    assert not fake.calls
+    # To build it again is what on_miss="build" is for.
+    with open_engines(micro, engines, on_miss="build") as handle:
+        assert distance(decoded(micro, latents("32x32")), exact, "decode") <= EXACT
+        assert handle.report().as_dict()["calls"]["decode"] == {"tensorrt": 1}
+
+
+def test_an_engine_of_the_wrong_shape_is_refused(micro, fake, tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.helpers.FakeProgram.__call__", lambda self, x, profile=0: torch.zeros(1, 3, 8, 8))
+    handle = accelerate(micro, backend="tensorrt", engine_dir=tmp_path, sizes=["32x32"])
+    assert decoded(micro, latents("32x32")).shape == (1, 3, 1, 32, 32)
+    assert "self-check failed" in handle.report().as_dict()["fallbacks"][0]["reason"]
+
+
+def test_an_engine_that_crashes_in_its_self_check_is_refused(micro, fake, tmp_path):
+    exact = decoded(micro, latents("32x32"))
+
+    def crash() -> None:
+        raise RuntimeError("illegal memory access")
+
+    fake.on_run = crash
+    handle = accelerate(micro, backend="tensorrt", engine_dir=tmp_path, sizes=["32x32"])
+    assert distance(decoded(micro, latents("32x32")), exact, "decode") <= EXACT
+    assert "illegal memory access" in handle.report().as_dict()["fallbacks"][0]["reason"]
+
+
+def test_verify_can_be_left_out(micro, fake, tmp_path):
+    fake.error = 0.1
+    handle = accelerate(micro, backend="tensorrt", engine_dir=tmp_path, sizes=["32x32"], verify=False)
+    decoded(micro, latents("32x32"))
+    assert len(fake.calls) == 1
+    assert checks(tmp_path) == {}
+    assert handle.report().as_dict()["calls"]["decode"] == {"tensorrt": 1}
+
+
+def test_every_profile_is_checked_before_its_first_request(micro, fake, tmp_path):
+    sizes = ["16x16:32x32:40x40", "16x16:64x64:96x96"]
+    handle = accelerate(micro, backend="tensorrt", engine_dir=tmp_path, sizes=sizes, multi_profile=True)
+    decoded(micro, latents("32x32"))
+    assert len(fake.calls) == 2  # the check of the build, and the request
+    decoded(micro, latents("64x64"))
+    decoded(micro, latents("64x64"))
+    assert [profile for _, profile in fake.calls] == [0, 0, 1, 1, 1]
+    assert len(handle.report().as_dict()["self_checks"]) == 1

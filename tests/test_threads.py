@@ -1,0 +1,224 @@
+"""Many threads: each engine is loaded once, every image is right, and nobody waits forever."""
+
+from __future__ import annotations
+
+import gc
+import threading
+
+import pytest
+import torch
+
+from qwen_vae_accel import accelerate
+from tests.helpers import EXACT, SIZES, decoded, distance, image, latents, moments, open_engines, randn
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+
+def run_threads(*functions) -> None:
+    errors: list[BaseException] = []
+
+    def guarded(function) -> None:
+        try:
+            with torch.no_grad():
+                function()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(function,), daemon=True) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads), "deadlock"
+    if errors:
+        raise errors[0]
+
+
+def repeat(function, times: int):
+    def run() -> None:
+        for _ in range(times):
+            function()
+
+    return run
+
+
+@pytest.mark.parametrize("max_resident", [None, 1, 2])
+def test_threads_on_same_and_different_sizes(micro, fake, engines, max_resident):
+    inputs = {size: latents(size) for size in SIZES[:3]}
+    exact = {size: decoded(micro, z) for size, z in inputs.items()}
+    x = image("32x32")
+    exact_moments = moments(micro, x)
+    handle = open_engines(micro, engines, max_resident=max_resident)
+
+    def decode(size: str):
+        def run() -> None:
+            assert distance(decoded(micro, inputs[size]), exact[size], "decode") <= EXACT
+
+        return repeat(run, 12)
+
+    def encode() -> None:
+        assert distance(moments(micro, x), exact_moments, "encode") <= EXACT
+
+    run_threads(*(decode(size) for size in inputs for _ in range(2)), repeat(encode, 12))
+    report = handle.report().as_dict()
+    assert report["calls"] == {"encode": {"tensorrt": 12}, "decode": {"tensorrt": 72}}
+    assert report["loads"] == fake.count("load")
+    if max_resident is None:
+        assert sorted(fake.engines("load")) == sorted({*(f"{s}/vae_decoder" for s in inputs), "32x32/vae_encoder"})
+    else:
+        # Never two at once beyond the limit, never one that is loaded already.
+        resident: list[str] = []
+        for kind, name in fake.events:
+            if kind == "load":
+                assert name not in resident
+                resident.append(name)
+                assert len({name.split("/")[0] for name in resident}) <= max_resident
+            elif kind == "free":
+                resident.remove(name)
+
+
+def test_threads_that_come_while_an_engine_is_loading_wait_for_it(micro, fake, engines):
+    handle = open_engines(micro, engines)
+    z = latents("32x32")
+    exact = handle._original["decode"](z, return_dict=False)[0]
+    loading, go = threading.Event(), threading.Event()
+    fake.on_load = lambda: (loading.set(), go.wait(30))
+    results = []
+    arrived = threading.Barrier(5)
+
+    def late() -> None:
+        assert loading.wait(30)
+        arrived.wait(30)
+        results.append(decoded(micro, z))
+
+    def release() -> None:
+        arrived.wait(30)
+        go.set()
+
+    run_threads(lambda: results.append(decoded(micro, z)), late, late, late, late, release)
+    assert fake.count("load") == 1 and len(results) == 5
+    assert all(distance(result, exact, "decode") <= EXACT for result in results)
+
+
+def test_a_load_does_not_hold_up_other_engines(micro, fake, engines):
+    handle = open_engines(micro, engines)
+    decoded(micro, latents("32x32"))
+    loading, go = threading.Event(), threading.Event()
+    fake.on_load = lambda: (loading.set(), go.wait(30))
+
+    def other() -> None:
+        assert loading.wait(30)
+        decoded(micro, latents("32x32"))
+        go.set()
+
+    run_threads(lambda: decoded(micro, latents("48x32")), other)
+    assert handle.report().as_dict()["calls"]["decode"] == {"tensorrt": 3}
+
+
+def test_an_engine_in_use_is_never_released(micro, fake, engines):
+    """One size may stay; a thread on another size waits until the first is done with its engine."""
+    open_engines(micro, engines, max_resident=1)
+    decoded(micro, latents("32x32"))
+    running, go, second = threading.Event(), threading.Event(), threading.Event()
+    fake.on_run = lambda: (running.set(), go.wait(30))
+
+    def other() -> None:
+        assert running.wait(30)
+        second.set()
+        decoded(micro, latents("48x32"))
+
+    def release() -> None:
+        assert second.wait(30)
+        assert fake.engines("free") == [] and fake.engines("load") == ["32x32/vae_decoder"]
+        fake.on_run = None
+        go.set()
+
+    run_threads(lambda: decoded(micro, latents("32x32")), other, release)
+    assert [kind for kind, _ in fake.events] == ["load", "free", "load"]
+
+
+def test_first_requests_of_many_threads_build_once(micro, fake, tmp_path):
+    exact = decoded(micro, latents("32x32"))
+    handle = accelerate(micro, backend="tensorrt", engine_dir=tmp_path, sizes=["32x32"])
+    barrier = threading.Barrier(6)
+
+    def first() -> None:
+        barrier.wait(30)
+        assert distance(decoded(micro, latents("32x32")), exact, "decode") <= EXACT
+
+    run_threads(*[first] * 6)
+    report = handle.report().as_dict()
+    assert fake.count("build") == 1 and len(report["builds"]) == 1
+    assert report["loads"] == 1
+    assert report["calls"]["decode"] == {"tensorrt": 6}
+
+
+def test_a_self_check_runs_once_for_many_threads(micro, fake, engines, monkeypatch):
+    monkeypatch.setattr("platform.node", lambda: "another-host")
+    handle = open_engines(micro, engines)
+    barrier = threading.Barrier(6)
+
+    def first() -> None:
+        barrier.wait(30)
+        decoded(micro, latents("32x32"))
+
+    run_threads(*[first] * 6)
+    assert len(handle.report().as_dict()["self_checks"]) == 1
+
+
+def test_restore_while_another_thread_decodes(micro, fake, engines):
+    """The call under way finishes with its engine; then every engine goes, and none comes back."""
+    z = latents("32x32")
+    exact = decoded(micro, z)
+    handle = open_engines(micro, engines)
+    decoded(micro, z)
+    running, go = threading.Event(), threading.Event()
+    fake.on_run = lambda: (running.set(), go.wait(30))
+    restored = threading.Event()
+
+    def decode() -> None:
+        assert distance(decoded(micro, z), exact, "decode") <= EXACT
+
+    def restore() -> None:
+        assert running.wait(30)
+        handle.restore()
+        restored.set()
+
+    def release() -> None:
+        assert running.wait(30)
+        while "decode" in vars(micro):  # until restore() has begun
+            pass
+        assert not restored.wait(0.1)
+        assert not fake.engines("free")
+        go.set()
+
+    run_threads(decode, restore, release)
+    gc.collect()
+    assert handle.report().as_dict()["engines"] == []
+    assert fake.count("load") == fake.count("free") == 1
+
+
+def test_a_method_looked_up_before_restore(micro, fake, engines):
+    z = latents("32x32")
+    exact = decoded(micro, z)
+    handle = open_engines(micro, engines)
+    decode = micro.decode
+    handle.restore()
+    assert torch.equal(decode(z).sample, exact)
+    assert torch.equal(handle._call("decode", z, False)[0], exact), "a thread between the look-up and the call"
+    assert not fake.events
+
+
+def test_threads_on_the_original_path(micro):
+    """diffusers keeps the state of a call in the VAE: only one call at a time goes its way."""
+    inputs = [randn(1, 4, 2, 4, 4 + i, seed=i) for i in range(3)]
+    exact = [decoded(micro, z) for z in inputs]
+    accelerate(micro)
+
+    def decode(index: int):
+        def run() -> None:
+            assert torch.equal(decoded(micro, inputs[index]), exact[index])
+
+        return repeat(run, 4)
+
+    run_threads(*(decode(i) for i in range(3)))
