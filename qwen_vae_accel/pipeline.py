@@ -87,7 +87,7 @@ class Handle:
     def __init__(self, vae: nn.Module, config: AccelConfig, pipeline: Any | None) -> None:
         self.vae = vae
         self.config = config
-        self._pipelines: list[weakref.ref[Any]] = []
+        self._pipelines: list[Callable[[], Any]] = []
         self._post: list[PostProcessing] = []
         self._journal = Journal()
         self._source = ModelSource(vae)
@@ -103,12 +103,19 @@ class Handle:
             vae.__dict__[name] = types.MethodType(function, vae)
         vae.__dict__[_HANDLE] = self
         if pipeline is not None:
-            self._adopt(pipeline)
+            try:
+                self._adopt(pipeline)
+            except BaseException:
+                self.restore()
+                raise
 
     def _adopt(self, pipeline: Any) -> None:
         """Take a pipeline that holds this VAE under the handle: its post-processing, and the watch over its VAE."""
         if not any(reference() is pipeline for reference in self._pipelines):
-            self._pipelines.append(weakref.ref(pipeline))
+            try:
+                self._pipelines.append(weakref.ref(pipeline))
+            except TypeError:  # a namespace, an object with slots: no weak reference, so it is kept
+                self._pipelines.append(lambda: pipeline)
         for processor in processors_of(pipeline) if self.config.postprocess else ():
             post = PostProcessing.install(processor, self._journal)
             if post is not None:

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 from filelock import FileLock
 
 from qwen_vae_accel import AccelConfig, __version__
 from qwen_vae_accel.engines.store import EngineStore
+from qwen_vae_accel.errors import UnsupportedVAEError
+from qwen_vae_accel.loading import load_vae, stored_dtype, vae_folder
 from tests.conftest import SIZES
-from tests.helpers import ROOT, FakeBackend
+from tests.helpers import CPU, ROOT, TINY_VAE, FakeBackend
 
 if TYPE_CHECKING:
     from tests.fixtures_cli import Cli
@@ -284,3 +287,17 @@ def test_an_unknown_option_is_a_usage_error(cli: Cli) -> None:
 def test_the_module_is_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "qwen_vae_accel.cli", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == __version__
+
+
+def test_weights_are_read_in_the_dtype_they_are_stored_in(micro_folder: Path) -> None:
+    assert stored_dtype(vae_folder(TINY_VAE)) is torch.bfloat16
+    assert next(load_vae(TINY_VAE, CPU).parameters()).dtype is torch.bfloat16
+    assert next(load_vae(micro_folder, CPU).parameters()).dtype is torch.float32
+    assert next(load_vae(micro_folder, CPU, torch.float16).parameters()).dtype is torch.float16
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", "not JSON", '{"_class_name": "AutoencoderKL"}'])
+def test_a_folder_of_something_else_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UnsupportedVAEError, match="config.json"):
+        load_vae(tmp_path, CPU)

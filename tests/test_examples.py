@@ -32,7 +32,9 @@ def test_every_example_is_run():
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(RUNS)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if folder else ()) for name, (folder, _) in RUNS.items()]
+)
 def test_example(request, monkeypatch, tmp_path, capsys, name):
     folder, patterns = RUNS[name]
     engines = [str(request.getfixturevalue("inductor_dir") / folder)] if folder else []

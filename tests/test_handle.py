@@ -8,6 +8,7 @@ import io
 import json
 import pickle
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,6 +37,24 @@ def test_the_same_config_gives_the_same_handle(micro, tmp_path):
     assert handle.config == AccelConfig(task="i2i") and accelerate(micro, task="i2i") is handle
     handle.restore()
     assert accelerate(micro).config == AccelConfig()
+
+
+def test_anything_with_a_vae_is_a_pipeline(micro):
+    """Also an object that no weak reference can point to."""
+    holder = SimpleNamespace(vae=micro)
+    handle = accelerate(holder)
+    assert accelerate(holder) is accelerate(micro) is handle
+    holder.vae = None
+    assert "replaced after accelerate()" in handle.report().as_dict()["note"]
+    handle.restore()
+
+
+def test_a_pipeline_that_cannot_be_taken_leaves_the_vae_alone(micro, monkeypatch):
+    keys = set(vars(micro))
+    monkeypatch.setattr("qwen_vae_accel.pipeline.processors_of", lambda pipeline: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        accelerate(SimpleNamespace(vae=micro))
+    assert set(vars(micro)) == keys
 
 
 def test_restore_leaves_no_trace(micro):

@@ -166,15 +166,20 @@ def test_a_self_check_runs_once_for_many_threads(micro, fake, engines, monkeypat
     assert len(handle.report().as_dict()["self_checks"]) == 1
 
 
-def test_restore_while_another_thread_decodes(micro, fake, engines):
+@pytest.mark.parametrize("where", ["before its engine", "in its engine"])
+def test_restore_while_another_thread_decodes(micro, fake, engines, monkeypatch, where):
     """The call under way finishes with its engine; then every engine goes, and none comes back."""
     z = latents("32x32")
     exact = decoded(micro, z)
     handle = open_engines(micro, engines)
     decoded(micro, z)
     running, go = threading.Event(), threading.Event()
-    fake.on_run = lambda: (running.set(), go.wait(30))
     restored = threading.Event()
+    if where == "in its engine":
+        fake.on_run = lambda: (running.set(), go.wait(30))
+    else:
+        run = handle._dispatcher.run
+        monkeypatch.setattr(handle._dispatcher, "run", lambda *args: (running.set(), go.wait(30), run(*args))[-1])
 
     def decode() -> None:
         assert distance(decoded(micro, z), exact, "decode") <= EXACT

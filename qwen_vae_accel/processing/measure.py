@@ -27,19 +27,23 @@ from qwen_vae_accel.processing.postprocess import PostProcessing
 from qwen_vae_accel.report import Journal
 
 
-def _milliseconds(call: Callable[[], object], device: torch.device, repeats: int) -> tuple[float, float]:
-    """Median and spread (largest minus smallest) of ``call``, in milliseconds, after two warm-up calls."""
-    times = []
-    for index in range(repeats + 2):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        if index >= 2:
-            times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times), max(times) - min(times)
+def _milliseconds(calls: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of every call, in turns, so that what else the machine does falls on all; two warm-up turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(-2, repeats):
+        for name, call in calls.items():
+            _synchronize(device)
+            start = time.perf_counter()
+            call()
+            _synchronize(device)
+            if turn >= 0:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def measure(size: Size, dtype: torch.dtype, device: torch.device, repeats: int) -> dict[str, Any]:
@@ -69,12 +73,9 @@ def measure(size: Size, dtype: torch.dtype, device: torch.device, repeats: int) 
     }
     if not torch.equal(_by_table(picture), plain.preprocess(picture, size.height, size.width)):
         raise AssertionError(f"pre-processing by table differs at {size}")
-    times = {name: _milliseconds(call, device, repeats) for name, call in calls.items()}
-    return {
-        "size": str(size),
-        "ms": {name: ms for name, (ms, _) in times.items()},
-        "spread": {n: s for n, (_, s) in times.items()},
-    }
+    times = _milliseconds(calls, device, repeats)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return {"size": str(size), "ms": medians, "least": {name: min(values) for name, values in times.items()}}
 
 
 _TABLE = 2.0 * (np.arange(256).astype(np.float32) / 255.0) - 1.0
@@ -97,12 +98,11 @@ def main() -> None:
     rows = [measure(parse_size(text), dtype, options.device, options.repeats) for text in options.sizes.split(",")]
     gpu = torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else None
     machine = {"device": gpu or platform.processor() or platform.machine(), "torch": str(torch.__version__)}
-    print(
-        f"{options.dtype} on {machine['device']}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}; ms (spread)\n"
-    )
+    where = f"{machine['device']}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(f"{options.dtype} on {where}; median of {options.repeats} in ms (least)\n")
     print("| | " + " | ".join(row["size"] for row in rows) + " |\n" + "|---" * (len(rows) + 1) + "|")
     for name in rows[0]["ms"]:
-        print(f"| {name} | " + " | ".join(f"{row['ms'][name]:.1f} ({row['spread'][name]:.1f})" for row in rows) + " |")
+        print(f"| {name} | " + " | ".join(f"{row['ms'][name]:.1f} ({row['least'][name]:.1f})" for row in rows) + " |")
     if options.json is not None:
         values = {"machine": machine, "dtype": options.dtype, "threads": torch.get_num_threads(), "results": rows}
         json.dump(values, options.json, indent=2)

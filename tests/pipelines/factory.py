@@ -141,12 +141,12 @@ class Case:
     pil_only: bool = False
     images: Callable[[Any], list[Any]] = field(default=lambda result: list(result))
 
-    def pipeline(self, vae: nn.Module | None = None) -> Any:
+    def pipeline(self, vae: nn.Module | None = None, dtype: torch.dtype = torch.float32) -> Any:
         """The pipeline, over a VAE of its own unless one is given; skips the test where it does not exist."""
         reason = self.missing()
         if reason:
             pytest.skip(reason)
-        pipeline = self.make(micro_vae(self.channels) if vae is None else vae)
+        pipeline = self.make(micro_vae(self.channels, dtype) if vae is None else vae)
         if hasattr(pipeline, "set_progress_bar_config"):
             pipeline.set_progress_bar_config(disable=True)
         return pipeline

@@ -10,7 +10,7 @@ import torch
 
 from qwen_vae_accel import accelerate
 from tests.pipelines.cases import CASES
-from tests.pipelines.factory import Case, micro_vae
+from tests.pipelines.factory import Case
 
 # Largest difference of two images in steps of 1/255. In float32 the VAEs differ by rounding, which moves a value that
 # lies on the edge of a step; in bfloat16 the spacing of values near 1 is a step and a half after the scaling.
@@ -69,9 +69,7 @@ def test_post_processing_is_bitwise(case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_bfloat16(case: Case) -> None:
-    if case.name == "Krea2" or case.name.startswith("Anima"):
-        pytest.skip("its transformer keeps parts in float32 and is not made for a plain .to(bfloat16)")
-    pipeline = case.pipeline(micro_vae(case.channels, torch.bfloat16))
+    pipeline = case.pipeline(dtype=torch.bfloat16)
     plain = case.request(pipeline)
     with accelerate(pipeline, backend="eager") as handle:
         assert largest_difference(case.request(pipeline), plain) <= TOLERANCE[torch.bfloat16]
@@ -84,7 +82,7 @@ def test_latents_need_no_decoder(case: Case) -> None:
     if case.name == "Layered":
         pytest.skip("this pipeline of diffusers fails with output_type='latent'")
     if "modular" in case.name:
-        pytest.skip("modular pipelines name their results otherwise")
+        pytest.skip("the last step of modular pipelines refuses output_type='latent'")
     pipeline = case.pipeline()
     plain = pipeline(**_latent_request(case)).images
     with accelerate(pipeline, backend="eager") as handle:

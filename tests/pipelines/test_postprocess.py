@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import types
 import warnings
@@ -50,6 +51,12 @@ def assert_same(image: Tensor, output_type: str = "pil", served: str = "device",
         for a, b in zip(actual, expected, strict=True):
             assert (a.mode, a.size, a.readonly) == (b.mode, b.size, b.readonly)
             assert a.tobytes() == b.tobytes()
+        # What a GPU would run, here on the CPU.
+        denormalize = functools.partial(processor._denormalize_conditionally, do_denormalize=do_denormalize)
+        block = pixels.on_device(image, denormalize)
+        assert (block is None) == (served != "device")
+        if block is not None:
+            assert [i.tobytes() for i in pixels.to_pil(block)] == [i.tobytes() for i in expected]
     else:
         assert actual.dtype == expected.dtype and actual.shape == expected.shape and actual.strides == expected.strides
         assert np.array_equal(actual, expected, equal_nan=True)
@@ -139,6 +146,21 @@ def test_inference_mode() -> None:
     with torch.inference_mode():
         assert_same(images(1, 3, 8, 8))
         assert_same(images(1, 3, 8, 8), "np")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("output_type", ["pil", "np"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_on_a_gpu(dtype: torch.dtype, output_type: str) -> None:
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
+    values = (bits.view(dtype) if dtype != torch.float32 else torch.linspace(-1.1, 1.1, 2**16)).reshape(1, 1, 256, 256)
+    values = torch.where(values.isfinite(), values, torch.zeros_like(values)).cuda()
+    assert_same(values, output_type)
+    for shape in ((1, 3, 1328, 1328), (2, 4, 333, 211), (1, 3, 1, 40)):
+        assert_same(images(*shape, dtype=dtype).cuda(), output_type)
+    assert_same(images(2, 3, 8, 8, dtype=dtype).abs().clamp(0, 1).cuda(), output_type, do_denormalize=[True, False])
+    assert_same(images(2, 4, 3, 16, 24, dtype=dtype).cuda()[:, :3, 1, ::2, 1::3], output_type)
 
 
 @pytest.mark.parametrize("band", [1, 100, 10**9])

@@ -138,7 +138,7 @@ def build_engine(
     shapes = input_shapes(job, key)
     is_static = all(shape == shapes[0][0] for triple in shapes for shape in triple)
     program, chunks = export(network, job, shapes, settings.query_limit)
-    interpreter = _interpreter(torch_tensorrt, program, job, shapes, is_static, settings)
+    interpreter = _interpreter(torch_tensorrt, trt, program, job, shapes, is_static, settings)
     recorder = make_recorder(trt)
     interpreter.builder.error_recorder = recorder
     try:
@@ -175,6 +175,7 @@ def build_engine(
 
 def _interpreter(
     torch_tensorrt: ModuleType,
+    trt: ModuleType,
     program: torch.export.ExportedProgram,
     job: Job,
     shapes: Sequence[Shapes],
@@ -220,16 +221,13 @@ def _interpreter(
                 profile.set_shape(target, *ranges)
             sides = [{shape[axis] for triple in shapes for shape in triple} for axis in range(4)]
             shape = tuple(side.pop() if len(side) == 1 else -1 for side in sides)
-            return self.ctx.net.add_input(target, self.input_specs[0].dtype.to(type_of_trt), shape)
+            return self.ctx.net.add_input(target, self.input_specs[0].dtype.to(trt.DataType), shape)
 
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         lowered = pre_export_lowering(program, options)
         lowered = lowered.run_decompositions(get_decompositions(False, options.decompose_attention, False))
         graph = post_lowering(lowered.module(), options)
-        import tensorrt
-
-        type_of_trt = tensorrt.DataType
         outputs = infer_module_output_dtypes(graph)
         return Interpreter(graph, [spec], output_dtypes=outputs, compilation_settings=options)
 

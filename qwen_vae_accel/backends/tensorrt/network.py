@@ -62,7 +62,12 @@ class ChunkedAttention(nn.Module):
             length = (pixels + self.chunks - 1) // self.chunks
             filled = F.pad(q, (0, 0, 0, self.chunks - 1))[:, : self.chunks * length]
             runs = filled.unflatten(1, (self.chunks, length))
-            y = torch.cat([self._mix(runs[:, index], k, v) for index in range(self.chunks)], dim=1)[:, :pixels]
+            mixed = [self._mix(runs[:, 0], k, v)]
+            for index in range(1, self.chunks):
+                # Zero, and known only when the run before is done: else TensorRT may batch the runs and hold all scores.
+                after = mixed[-1][:, :1, :1].clamp(0.0, 0.0)
+                mixed.append(self._mix(runs[:, index] + after, k, v))
+            y = torch.cat(mixed, dim=1)[:, :pixels]
         return self.proj(y.transpose(1, 2).unflatten(2, x.shape[2:])) + x
 
     @staticmethod
