@@ -5,12 +5,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PYTEST_ARGS ?=
+# Two workers; a file's tests stay together, so that what they compile is compiled once.
+PYTEST_ARGS ?= -n 2 --dist loadfile
+MATRIX_ARGS ?=
 DEMO_OUTPUT ?= demo_output
 BENCH_OUTPUT ?= benchmarks/results
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format test-gpu bench clean
+.PHONY: help setup demo test lint format test-gpu test-matrix bench clean
 
 help:
 	@echo "make demo      build engines for the shipped tiny VAE, reload them in a new process, run a photo and a pipeline"
@@ -18,6 +20,7 @@ help:
 	@echo "make lint      ruff and mypy"
 	@echo "make format    let ruff rewrite the layout"
 	@echo "make test-gpu  only the tests that need a CUDA GPU"
+	@echo "make test-matrix  the pipeline tests against three diffusers releases, each in an environment of its own"
 	@echo "make bench     benchmark a full-size VAE with random weights; writes JSON, Markdown and PNG"
 	@echo "make clean     remove the virtual environment, caches and demo output"
 
@@ -45,11 +48,14 @@ format: $(STAMP)
 	$(BIN)/ruff format
 
 test-gpu: $(STAMP)
-	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m gpu
+
+test-matrix: $(STAMP)
+	$(BIN)/python tests/pipelines/matrix.py $(MATRIX_ARGS)
 
 bench: $(STAMP)
 	$(BIN)/qwen-vae-accel bench --output $(BENCH_OUTPUT)
 
 clean:
-	rm -rf $(VENV) $(DEMO_OUTPUT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .venv-matrix $(DEMO_OUTPUT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find qwen_vae_accel tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -25,7 +25,7 @@ from qwen_vae_accel.report import Journal
 logger = logging.getLogger(__name__)
 
 OUT_OF_MEMORY = object()
-# Bands of the last resort: a band of a 1920 pixel wide image needs about 1 GB in bfloat16.
+# Image rows of a band of the last resort.
 _LAST_RESORT_ROWS = 128
 
 

@@ -13,7 +13,7 @@ from tests.pipelines.cases import CASES
 from tests.pipelines.factory import Case
 
 # Largest difference of two images in steps of 1/255. In float32 the VAEs differ by rounding, which moves a value that
-# lies on the edge of a step; in bfloat16 the spacing of values near 1 is a step and a half after the scaling.
+# lies on the edge of a step. In bfloat16 neighbouring values near 1 are a step apart, and the networks round at every layer.
 TOLERANCE = {torch.float32: 1, torch.bfloat16: 8}
 
 
