@@ -26,12 +26,22 @@ def run_pre_forward(vae: nn.Module) -> None:
         hook.pre_forward(vae)
 
 
+def _first_parameter(module: nn.Module) -> nn.Parameter | None:
+    """``next(module.parameters())`` without walking the module tree by generators, which costs 0.1 ms a call."""
+    own = next(iter(module._parameters.values()), None)
+    if own is not None:
+        return own
+    found = (_first_parameter(child) for child in module._modules.values() if child is not None)
+    return next((parameter for parameter in found if parameter is not None), None)
+
+
 def execution_device(vae: nn.Module) -> torch.device:
     """The device ``vae`` computes on: the execution device of its offloading hooks, else that of its parameters."""
     own = _hook_device(vae)
     if own is not None:
         return own
-    parameter = next(vae.parameters())
+    parameter = _first_parameter(vae)
+    assert parameter is not None
     if parameter.is_meta:
         # Sequential offload: each module that owns parameters has a hook of its own.
         return next(filter(None, map(_hook_device, vae.modules())), parameter.device)
