@@ -86,7 +86,7 @@ class Upsample(nn.Module):
 
     Folding rounds sums of weights. In bfloat16 that drowns in the activations' own rounding; in float16 it would raise
     the decoder's error by a tenth over diffusers' (measured on the trained tiny VAE), so there the two steps stay. On
-    the GPU they stay because cuDNN is slow at this transposed convolution.
+    the GPU they stay, too: on an H200 the compiled 1024x1024 decoder took 19.7 ms folded this way and 14.2 ms without.
     """
 
     def __init__(self, state: State) -> None:
