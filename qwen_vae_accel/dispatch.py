@@ -131,7 +131,7 @@ class Dispatcher:
         return Job(method, self._source.topology, self._config.compute_dtype(method, vae_dtype), device)
 
     def _jobs(self, device: torch.device) -> list[Job]:
-        dtype = next(self._source.vae.parameters()).dtype
+        dtype = self._source.vae_dtype
         return [self.job(method, device, dtype) for method in self._config.methods]
 
     def _engine_candidates(self, device: torch.device) -> tuple[EngineBackend, ...]:
@@ -320,11 +320,11 @@ class Dispatcher:
 
     # Ahead of time.
 
-    def prepare(self, device: torch.device, vae_dtype: torch.dtype) -> list[tuple[str, Callable[[], object]]]:
+    def prepare(self, device: torch.device) -> list[tuple[str, Callable[[], object]]]:
         """The steps of a warm-up, each with its name: engines of the plan to load or build, or a direct program to make."""
         steps: list[tuple[str, Callable[[], object]]] = []
-        for method in self._config.methods:
-            job = self.job(method, device, vae_dtype)
+        for job in self._jobs(device):
+            method = job.method
             for backend in self._engines:
                 if backend.reasons(self.environment(device), job):
                     continue

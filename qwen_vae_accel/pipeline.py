@@ -185,7 +185,7 @@ class Handle:
         if note:
             raise HandleError(note)
         run_pre_forward(self.vae)
-        steps = self._dispatcher.prepare(execution_device(self.vae), next(self.vae.parameters()).dtype)
+        steps = self._dispatcher.prepare(execution_device(self.vae))
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

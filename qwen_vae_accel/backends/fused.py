@@ -67,7 +67,7 @@ class FusedBackend(DirectBackend):
 
     def _check_float16(self, source: ModelSource, job: Job) -> None:
         """Measure the activations of these weights in float32; refuse float16 where its range would not hold them."""
-        x = sample_input(job, _CALIBRATION_SIZE, dict(getattr(source.vae, "config", {}) or {}))
+        x = sample_input(job, _CALIBRATION_SIZE, source.config)
         peaks = activation_peaks(source.model(job.method, torch.float32, job.device), x)
         logger.info("float16 range of %s: largest |x| by level %s", job.method, {k: round(v, 1) for k, v in peaks.items()})
         worst = max(peaks, key=lambda name: peaks[name])

@@ -15,7 +15,7 @@ from qwen_vae_accel.backends.tensorrt import BuildSettings, TensorRTBackend, par
 from qwen_vae_accel.cli import common
 from qwen_vae_accel.config import AccelConfig
 from qwen_vae_accel.engines.builder import Builder, BuildResult
-from qwen_vae_accel.engines.inspect import EngineStatus, Inspector, check_values
+from qwen_vae_accel.engines.inspect import EngineStatus, Inspector
 from qwen_vae_accel.engines.runtime import Wanted
 from qwen_vae_accel.errors import AccelError, ConfigError, EngineError
 from qwen_vae_accel.loading import load_vae
@@ -189,7 +189,7 @@ def verify(
                     results = [] if reasons else list(inspector.verify(status))
                 except AccelError as error:
                     reasons, results = [str(error)], []
-                entry["checks"] = {profile.name: check_values(result) for profile, result in results}
+                entry["checks"] = {profile.name: result.to_json() for profile, result in results}
                 entry["reasons"] = reasons
                 entry["good"] = not reasons and all(result.passed for _, result in results)
                 engines.append(entry)

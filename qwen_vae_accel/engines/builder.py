@@ -106,7 +106,7 @@ class Builder:
     ) -> None:
         if config.engine_dir is None:
             raise ConfigError("there is no engine_dir to build into: give --engine-dir")
-        vae_dtype = next(source.vae.parameters()).dtype
+        vae_dtype = source.vae_dtype
         jobs = {
             method: Job(method, source.topology, config.compute_dtype(method, vae_dtype), device) for method in config.methods
         }

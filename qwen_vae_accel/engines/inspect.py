@@ -18,7 +18,7 @@ from qwen_vae_accel.backends.base import EngineBackend, EngineDescription, Envir
 from qwen_vae_accel.backends.registry import engine_backends, get_backend
 from qwen_vae_accel.config import DTYPES, AccelConfig
 from qwen_vae_accel.engines import selfcheck
-from qwen_vae_accel.engines.manifest import NAME, EngineRecord, Verification
+from qwen_vae_accel.engines.manifest import NAME, EngineRecord, Verification, check_name
 from qwen_vae_accel.engines.runtime import EngineRuntime, Wanted
 from qwen_vae_accel.engines.store import EngineStore, Expected, hash_file
 from qwen_vae_accel.errors import AccelError, ConfigError, EngineError, EngineMissingError, EngineRefusedError
@@ -63,21 +63,13 @@ class EngineStatus:
                 "backend": r.backend,
                 "method": r.method,
                 "dtype": r.dtype,
-                "profiles": [
-                    {"name": p.name, "min": str(p.minimum), "opt": str(p.optimum), "max": str(p.maximum)} for p in r.profiles
-                ],
+                "profiles": r.profile_values(),
                 "origin": r.origin,
                 "built_at": r.built_at,
                 "build_seconds": r.build_seconds,
-                "checks": {name: check_values(result) for name, result in self.checks.items()},
+                "checks": {name: result.to_json() for name, result in self.checks.items()},
             }
         return values
-
-
-def check_values(result: Verification) -> dict[str, Any]:
-    """A self-check's result as JSON values; an infinite PSNR as text."""
-    values = dataclasses.asdict(result)
-    return {name: str(v) if isinstance(v, float) and not abs(v) < float("inf") else v for name, v in values.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +141,7 @@ class Inspector:
         checks = {
             profile.name: record.verification[name]
             for profile in record.profiles
-            if (name := f"{self._machine}/{profile.name}") in record.verification
+            if (name := check_name(self._machine, profile)) in record.verification
         }
         reasons += [
             f"self-check of {name} failed: relative error {result.relative_error:.2e}, allowed {result.tolerance:.0e}"
@@ -198,7 +190,7 @@ class Inspector:
         for profile in status.record.profiles:
             with runtime.use(wanted, Choice(wanted.key, profile)) as program:
                 result = runtime.run_check(wanted, profile, program, self._machine)
-            self.store.record_verification(status.path, status.record.sha256, f"{self._machine}/{profile.name}", result)
+            self.store.record_verification(status.path, status.record.sha256, check_name(self._machine, profile), result)
             yield profile, result
         runtime.release()
 
@@ -264,7 +256,7 @@ class Inspector:
             raise ConfigError("adopting needs the VAE that the engines were made from: give --vae")
         method, name = self._place(path)
         backend = self._backend(path, config)
-        dtype = config.compute_dtype(method, next(source.vae.parameters()).dtype)
+        dtype = config.compute_dtype(method, source.vae_dtype)
         job = Job(method, source.topology, dtype, self._device)
         reasons = backend.reasons(self._environment, job)
         if reasons:
@@ -278,7 +270,7 @@ class Inspector:
             checks = {}
             for index, profile in enumerate(key.profiles):
                 result = selfcheck.check(source, job, program, profile.optimum, index, self._machine)
-                checks[f"{self._machine}/{profile.name}"] = result
+                checks[check_name(self._machine, profile)] = result
                 if not result.passed:
                     allowed = f"relative error {result.relative_error:.2e}, {dtype} allows {result.tolerance:.0e}"
                     raise EngineRefusedError(path, [f"self-check failed at {profile.optimum} against this VAE: {allowed}"])

@@ -46,11 +46,21 @@ class Verification:
     machine: str
     at: str
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; it has no infinity, and Python's float() reads its name back."""
+        values = dataclasses.asdict(self)
+        return {name: str(v) if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
+
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Verification:
-        """From the values that :meth:`EngineRecord.to_json` wrote."""
+        """The inverse of :meth:`to_json`."""
         floats = {name: float(values[name]) for name in ("relative_error", "tolerance", "psnr_db")}
         return cls(**{**values, **floats})
+
+
+def check_name(machine: str, profile: Profile) -> str:
+    """The name under which a record keeps the self-check of a profile on a machine."""
+    return f"{machine}/{profile.name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,15 +104,15 @@ class EngineRecord:
         """The engine of a plan that this file is."""
         return EngineKey(self.method, self.name, self.profiles)
 
+    def profile_values(self) -> list[dict[str, str]]:
+        """The sizes it takes, as plain JSON values."""
+        return [{"name": p.name, "min": str(p.minimum), "opt": str(p.optimum), "max": str(p.maximum)} for p in self.profiles]
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         values = dataclasses.asdict(self)
-        for result in values["verification"].values():
-            # JSON has no infinity; Python's float() reads its name back.
-            result.update({k: str(v) for k, v in result.items() if isinstance(v, float) and not math.isfinite(v)})
-        values["profiles"] = [
-            {"name": p.name, "min": str(p.minimum), "opt": str(p.optimum), "max": str(p.maximum)} for p in self.profiles
-        ]
+        values["verification"] = {name: result.to_json() for name, result in self.verification.items()}
+        values["profiles"] = self.profile_values()
         return values
 
     @classmethod

@@ -23,7 +23,7 @@ import torch
 
 from qwen_vae_accel.backends.base import EngineBackend, Environment, Job, Program
 from qwen_vae_accel.engines import selfcheck
-from qwen_vae_accel.engines.manifest import EngineRecord, Verification
+from qwen_vae_accel.engines.manifest import EngineRecord, Verification, check_name
 from qwen_vae_accel.engines.store import EngineStore, Expected
 from qwen_vae_accel.errors import BuildError, EngineRefusedError
 from qwen_vae_accel.model import ModelSource
@@ -231,7 +231,7 @@ class EngineRuntime:
                 return
             _, record = self.store.find(self.expected(wanted))
             machine = selfcheck.machine_id(self._detect(wanted.job.device))
-            name = f"{machine}/{profile.name}"
+            name = check_name(machine, profile)
             result = record.verification.get(name)
             if result is None:
                 start = time.perf_counter()
@@ -314,7 +314,7 @@ class EngineRuntime:
             profile = min(wanted.key.profiles, key=lambda p: p.optimum.width * p.optimum.height)
             result = self.run_check(wanted, profile, program, machine)
             self._judge(wanted, profile, result)
-            record.verification[f"{machine}/{profile.name}"] = result
+            record.verification[check_name(machine, profile)] = result
             return record
 
         here = selfcheck.machine_id(environment) + "/"

@@ -71,10 +71,9 @@ def compare(output: Tensor, exact: Tensor, method: str) -> tuple[float, float]:
 
 def check(source: ModelSource, job: Job, program: Program, size: Size, profile: int, machine: str) -> Verification:
     """Run ``program`` once and compare; ``job.dtype`` picks the tolerance."""
-    config = dict(getattr(source.vae, "config", {}) or {})
     try:
         with torch.no_grad():
-            x = sample_input(job, size, config).to(job.dtype)
+            x = sample_input(job, size, source.config).to(job.dtype)
             exact = exact_output(source, job, x.float())
             output = program(x, profile)
     finally:

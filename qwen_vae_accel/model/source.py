@@ -12,6 +12,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter, is_
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,11 @@ def fingerprint(state: State, dtype: torch.dtype) -> str:
     return digest.hexdigest()
 
 
+def _vae_dtype(vae: nn.Module) -> torch.dtype:
+    dtype = getattr(vae, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else next(vae.parameters()).dtype
+
+
 @dataclass(slots=True)
 class _Seen:
     """The parameters of one network as they were at the last look; no versions where inference mode keeps none."""
@@ -90,8 +96,6 @@ class _Seen:
             if parameter is not None
         ]
         parameters: list[Tensor] = [slot[name] for slot, name in slots]
-        vae_dtype = getattr(vae, "dtype", parameters[0].dtype)
-        assert isinstance(vae_dtype, torch.dtype)
         return cls(
             owners=owners,
             names=names,
@@ -102,7 +106,7 @@ class _Seen:
             addresses=list(map(Tensor.data_ptr, parameters)),
             versions=None if any(p.is_inference() for p in parameters) else list(map(_version, parameters)),
             dtypes=[p.dtype for p in parameters],
-            vae_dtype=vae_dtype,
+            vae_dtype=_vae_dtype(vae),
         )
 
     def same_values(self, now: _Seen) -> bool:
@@ -139,6 +143,16 @@ class ModelSource:
         self._generation = {"encode": 0, "decode": 0}
         self._models: dict[tuple[str, torch.dtype, torch.device], ImageEncoder | ImageDecoder] = {}
         self._fingerprints: dict[tuple[str, torch.dtype], str] = {}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The VAE's configuration; empty where it has none."""
+        return dict(getattr(self.vae, "config", {}) or {})
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        """The dtype the VAE says it has; walks its modules, so :meth:`glance` is for calls."""
+        return _vae_dtype(self.vae)
 
     def generation(self, method: str) -> int:
         """A number that grows whenever the weights behind ``method`` have changed; looks at them now."""
