@@ -99,7 +99,7 @@ class Job:
     """What a program is wanted for."""
 
     method: str
-    topology: Topology
+    topology: Topology = field(hash=False)  # one VAE has one; jobs are looked up at every call
     dtype: torch.dtype
     device: torch.device
 

@@ -16,6 +16,7 @@ from qwen_vae_accel.kernels.topology import IMAGE_CHANNELS, LATENT_CHANNELS, WID
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.model.ranges import activation_peaks
 from qwen_vae_accel.plan import Size
+from qwen_vae_accel.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +63,11 @@ class FusedBackend(DirectBackend):
     def program(self, source: ModelSource, job: Job) -> FusedProgram:
         if job.dtype == torch.float16:
             self._check_float16(source, job)
-        network = FusedEncoder if job.method == "encode" else FusedDecoder
-        return FusedProgram(network(source.state(job.method), dtype=job.dtype, device=job.device))
+        kind = FusedEncoder if job.method == "encode" else FusedDecoder
+        network = kind(source.state(job.method), dtype=job.dtype, device=job.device)
+        with progress_bar() as update:
+            network.compile(lambda done, total: update(f"kernels of the {job.method}r", done, total))
+        return FusedProgram(network)
 
     def _check_float16(self, source: ModelSource, job: Job) -> None:
         """Measure the activations of these weights in float32; refuse float16 where its range would not hold them."""

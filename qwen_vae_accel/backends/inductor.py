@@ -5,6 +5,7 @@ A package holds native code and the weights. It needs a C++ compiler to build (o
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_vae_accel.backends.base import EngineBackend, Environment, Job
+from qwen_vae_accel.model.spelling import QUERY_LIMIT, query_chunks, spell
 from qwen_vae_accel.plan import EngineKey
 
 
@@ -74,6 +76,10 @@ class InductorBackend(EngineBackend):
             raise RuntimeError("; ".join(reasons))
         height, width = job.input_hw(key.profiles[0].optimum)
         example = torch.zeros(1, job.in_channels, height, width, dtype=job.dtype, device=job.device)
+        if job.device.type == "cuda":
+            scale = job.topology.scale if job.method == "encode" else 1
+            most = max(math.prod(job.input_hw(profile.maximum)) for profile in key.profiles) // scale**2
+            model = spell(model, query_chunks(most, QUERY_LIMIT))
         dynamic = None if key.is_static else ({2: self._range("height", 0, job, key), 3: self._range("width", 1, job, key)},)
         with torch.no_grad():
             program = torch.export.export(model, (example,), dynamic_shapes=dynamic)

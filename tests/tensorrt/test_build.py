@@ -23,13 +23,12 @@ from qwen_vae_accel.backends.tensorrt.build import BuildReport, export, input_sh
 from qwen_vae_accel.backends.tensorrt.crossbuild import torch_tensorrt_for
 from qwen_vae_accel.backends.tensorrt.engine import TensorRTError
 from qwen_vae_accel.backends.tensorrt.flavour import Flavour
-from qwen_vae_accel.backends.tensorrt.network import PlainNorm, query_chunks, spell
-from qwen_vae_accel.backends.tensorrt.settings import QUERY_LIMIT
 from qwen_vae_accel.cli.app import app
 from qwen_vae_accel.engines.store import EngineStore
 from qwen_vae_accel.errors import BuildError
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.model.layers import RMSNorm
+from qwen_vae_accel.model.spelling import QUERY_LIMIT, PlainNorm, query_chunks, spell
 from qwen_vae_accel.plan import Plan, Profile, Size
 from tests.helpers import CPU, EXACT, TINY_VAE, picture, randn
 from tests.tensorrt.conftest import job_of, key_of

@@ -24,9 +24,9 @@ from torch import nn
 
 from qwen_vae_accel.backends.base import Job
 from qwen_vae_accel.backends.tensorrt.logs import make_recorder
-from qwen_vae_accel.backends.tensorrt.network import query_chunks, spell
 from qwen_vae_accel.backends.tensorrt.settings import BuildSettings, Capability, capability_text
 from qwen_vae_accel.errors import BuildError
+from qwen_vae_accel.model.spelling import query_chunks, spell
 from qwen_vae_accel.plan import EngineKey
 
 logger = logging.getLogger(__name__)

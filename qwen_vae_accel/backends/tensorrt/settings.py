@@ -10,12 +10,10 @@ from typing import Any
 
 from qwen_vae_accel.config import unknown_key
 from qwen_vae_accel.errors import ConfigError
+from qwen_vae_accel.model.spelling import QUERY_LIMIT
 
 Capability = tuple[int, int]
 
-# Queries per run of the attention. Then the scores of a run are never more than one full-resolution feature map of the
-# decoder holds: 96 channels on the 8 x 8 pixels of each latent pixel.
-QUERY_LIMIT = 96 * 8 * 8
 _CAPABILITY = re.compile(r"(\d{1,2})\.(\d)")
 
 
@@ -49,7 +47,7 @@ class BuildSettings:
             engines take several compute capabilities instead.
         version_compatible: an engine for later TensorRT releases of the same major version too. Not for TensorRT-RTX.
         tf32: let float32 engines multiply in TF32, as PyTorch does for convolutions by default.
-        query_limit: queries per run of the attention, see :class:`.network.ChunkedAttention`.
+        query_limit: queries per run of the attention, see :class:`qwen_vae_accel.model.spelling.ChunkedAttention`.
 
     Raises:
         ConfigError: for a value that cannot be meant.

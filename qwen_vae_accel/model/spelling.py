@@ -1,9 +1,11 @@
-"""The exact image networks, spelled for TensorRT: the same arithmetic in operations that it keeps exact and small.
+"""The exact image networks, spelled for compilers: the same arithmetic in operations that they keep exact, small and fast.
 
-Three layers need it. Torch-TensorRT lowers a fused RMS norm in the tensor's own dtype, where float16 overflows at 256 and
-its floor vanishes (a zero pixel becomes NaN); here the norm says float32 itself. TensorRT has no fused attention for 384
-channels and would hold all N x N scores (1.2 GB at 1664x928 in bfloat16); here the queries come in chunks. TensorRT-RTX
-cannot build a bfloat16 deconvolution; here the folded upsampling is a plain convolution and an interleaving.
+Three layers need it. Head dimension 384 has no fused attention in a compiler: TensorRT would hold all N x N scores
+(1.2 GB at 1664x928 in bfloat16), and AOTInductor multiplies matrices in float32 (8.4 of 20.5 ms of a 1024x1024 decode
+on an H200); here the queries come in chunks of plain matrix products. The folded upsampling is a plain convolution and
+an interleaving: TensorRT-RTX cannot build a bfloat16 deconvolution. Torch-TensorRT lowers a fused
+RMS norm in the tensor's own dtype, where float16 overflows at 256 and its floor vanishes (a zero pixel becomes NaN);
+here the norm says float32 itself.
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen_vae_accel.model.layers import Attention, RMSNorm, Upsample
+from qwen_vae_accel.model.layers import NORM_FLOOR, Attention, RMSNorm, Upsample
 
-# F.normalize clamps the norm at 1e-12; under the square root of a mean over C channels that is 1e-24 / C.
-_NORM_FLOOR = 1e-12
+# Queries per run of the attention. Then the scores of a run are never more than one full-resolution feature map of the
+# decoder holds: 96 channels on the 8 x 8 pixels of each latent pixel.
+QUERY_LIMIT = 96 * 8 * 8
 
 
 class PlainNorm(nn.Module):
@@ -30,7 +33,7 @@ class PlainNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
-        power = wide.square().mean(dim=1, keepdim=True) + _NORM_FLOOR**2 / x.shape[1]
+        power = wide.square().mean(dim=1, keepdim=True) + NORM_FLOOR**2 / x.shape[1]
         y = wide * torch.rsqrt(power) * self.gamma.float().view(1, -1, 1, 1)
         return (y * torch.sigmoid(y) if self.silu else y).to(x.dtype)
 
