@@ -21,12 +21,14 @@ from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.model.offload import execution_device, run_pre_forward
 from qwen_vae_accel.plan import MIN_SIDE, Size
 from qwen_vae_accel.processing import PostProcessing, processors_of
+from qwen_vae_accel.progress import progress_bar
 from qwen_vae_accel.report import ORIGINAL, Journal, Report
 
 logger = logging.getLogger(__name__)
 
 _HANDLE = "_qwen_vae_accel"
 _PATCHED = ("encode", "decode", "_apply")
+_REQUESTS = 256  # kinds of calls remembered
 
 
 def accelerate(target: Any, config: AccelConfig | Mapping[str, Any] | str | Path | None = None, **overrides: Any) -> Handle:
@@ -94,6 +96,7 @@ class Handle:
         self._dispatcher = Dispatcher(config, self._source, self._journal, execution_device(vae))
         self._active = True
         self._calls = 0
+        self._requests: dict[tuple[Any, ...], Request] = {}
         self._changed = threading.Condition()
         self._one_original = threading.RLock()
         _remove_leftovers(vae)
@@ -186,15 +189,10 @@ class Handle:
             raise HandleError(note)
         run_pre_forward(self.vae)
         steps = self._dispatcher.prepare(execution_device(self.vae))
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, disable=not progress) as bar:
-            task = bar.add_task("engines", total=len(steps))
-            for name, step in steps:
-                bar.update(task, description=name)
+        with progress_bar(disable=not progress) as update:
+            for index, (name, step) in enumerate(steps):
+                update(name, index, len(steps))
                 step()
-                bar.advance(task)
         return self.report()
 
     def _note(self) -> str:
@@ -222,7 +220,8 @@ class Handle:
 
     def _serve(self, method: str, x: Tensor, return_dict: bool) -> Any:
         run_pre_forward(self.vae)
-        self._check_input(method, x)
+        generation, dtype, device = self._source.glance(method)
+        request = self._request(method, x, generation, dtype, device)
         reason = self._original_reason(x)
         if reason:
             self._journal.call(method, ORIGINAL)
@@ -230,25 +229,34 @@ class Handle:
                 logger.warning("%s runs as diffusers wrote it: %s", method, reason)
             with self._one_original:  # diffusers keeps the state of a call in the VAE itself
                 return self._original[method](x, return_dict=return_dict)
-        moments_or_image = self._run(method, x[:, :, 0]).unsqueeze(2)
-        return _output(method, moments_or_image, return_dict)
+        image = x[:, :, 0].to(request.job.dtype)
+        if self.vae.use_slicing and len(image) > 1:
+            output = torch.cat([self._dispatcher.run(request, one).to(dtype) for one in image.split(1)])
+        else:
+            output = self._dispatcher.run(request, image).to(dtype)
+        return _output(method, output.unsqueeze(2), return_dict)
 
-    def _run(self, method: str, x: Tensor) -> Tensor:
+    def _request(self, method: str, x: Tensor, generation: int, dtype: torch.dtype, device: torch.device) -> Request:
+        """The request of a call that is like one seen before, or a new one after a look at the input."""
         vae: Any = self.vae
-        generation, dtype = self._source.glance(method)
-        job = self._dispatcher.job(method, x.device, dtype)
-        scale = 1 if method == "encode" else job.topology.scale
-        size = Size(x.shape[3] * scale, x.shape[2] * scale)
-        tile = 0
-        if vae.use_tiling and (size.width > vae.tile_sample_min_width or size.height > vae.tile_sample_min_height):
-            tile = vae.tile_sample_min_height
-        request = Request(job, size, generation, tile)
-        x = x.to(job.dtype)
-        if vae.use_slicing and len(x) > 1:
-            return torch.cat([self._dispatcher.run(request, image).to(dtype) for image in x.split(1)])
-        return self._dispatcher.run(request, x).to(dtype)
+        limits = (vae.tile_sample_min_height, vae.tile_sample_min_width) if vae.use_tiling else None
+        if not isinstance(x, Tensor):
+            self._check_input(method, x, device)
+        key = (method, x.shape, x.dtype, x.device, dtype, device, limits)
+        request = self._requests.get(key)
+        if request is None or request.generation != generation:
+            self._check_input(method, x, device)
+            job = self._dispatcher.job(method, x.device, dtype)
+            scale = 1 if method == "encode" else job.topology.scale
+            size = Size(x.shape[4] * scale, x.shape[3] * scale)
+            large = limits is not None and (size.height > limits[0] or size.width > limits[1])
+            request = Request(job, size, generation, limits[0] if limits and large else 0)
+            if len(self._requests) >= _REQUESTS:
+                self._requests.clear()
+            self._requests[key] = request
+        return request
 
-    def _check_input(self, method: str, x: Tensor) -> None:
+    def _check_input(self, method: str, x: Tensor, device: torch.device) -> None:
         topology = self._source.topology
         channels, smallest = (topology.image_channels, MIN_SIDE) if method == "encode" else (topology.z_dim, 1)
         what = "images [B, C, T, H, W]" if method == "encode" else "latents [B, C, T, h, w]"
@@ -262,7 +270,6 @@ class Handle:
             raise InvalidInputError(f"{method} takes floating point values, was given {x.dtype}")
         if 0 in shape or min(shape[3:]) < smallest:
             raise InvalidInputError(f"{method} takes {what} with at least {smallest} pixels a side, was given {shape}")
-        device = execution_device(self.vae)
         if x.device != device:
             raise InvalidInputError(f"{method} was given a tensor on {x.device}, but the VAE is on {device}")
 
@@ -291,13 +298,19 @@ def _remove_leftovers(vae: nn.Module) -> None:
 
 
 def _output(method: str, x: Tensor, return_dict: bool) -> Any:
+    decoder_output, encoder_output, distribution = _output_types()
+    if method == "decode":
+        return decoder_output(sample=x) if return_dict else (x,)
+    posterior = distribution(x)
+    return encoder_output(latent_dist=posterior) if return_dict else (posterior,)
+
+
+@functools.cache
+def _output_types() -> tuple[Any, Any, Any]:
     from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
     from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
-    if method == "decode":
-        return DecoderOutput(sample=x) if return_dict else (x,)
-    posterior = DiagonalGaussianDistribution(x)
-    return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+    return DecoderOutput, AutoencoderKLOutput, DiagonalGaussianDistribution
 
 
 def _replacements(cls: type) -> dict[str, Callable[..., Any]]:

@@ -13,7 +13,8 @@ from torch import nn
 
 from qwen_vae_accel import accelerate
 from qwen_vae_accel.bench.cases import BenchError, parse_method, parse_sizes
-from qwen_vae_accel.bench.harness import Effort, Harness, Row, geometric_mean, make_cases, overhead
+from qwen_vae_accel.bench.harness import Effort, Harness, Row, geometric_mean, make_cases
+from qwen_vae_accel.bench.overhead import overhead
 from qwen_vae_accel.bench.report import BenchReport
 from qwen_vae_accel.errors import ConfigError
 from qwen_vae_accel.plan import Size
@@ -77,7 +78,9 @@ def test_methods_and_sizes_are_read() -> None:
 
 def test_the_plugin_adds_little() -> None:
     # Far above what it is: other work on the machine evicts caches. The benchmark prints the number.
-    assert overhead(CPU, calls=100)["overhead_us"] < 2000
+    measured = overhead(CPU, calls=30)
+    assert 0 < measured["overhead_us"] < 500
+    assert measured["overhead_us"] < measured["overhead_cold_us"] + 500
 
 
 ROW = Row("diffusers", "bf16", "decode", Size(768, 1024), 50.0, 49.0, 52.0, 20, 1.0, 4000.0, 500.0, 10.0, 1e-2, 0.1, 45.0)

@@ -20,12 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from qwen_vae_accel.backends.base import Job
-from qwen_vae_accel.backends.eager import EagerBackend
 from qwen_vae_accel.bench.cases import BASELINE, SHORT, BenchError, Case, Method, Run
 from qwen_vae_accel.engines.selfcheck import compare, sample_input
-from qwen_vae_accel.loading import random_vae
 from qwen_vae_accel.model import ModelSource
-from qwen_vae_accel.pipeline import accelerate
 from qwen_vae_accel.plan import Size
 
 logger = logging.getLogger(__name__)
@@ -248,55 +245,6 @@ def make_cases(methods: Sequence[Method], sizes: Sequence[Size], tasks: Sequence
     """Every combination, one size after another, the baseline first."""
     ordered = sorted(methods, key=lambda method: method.name != BASELINE)
     return [Case(method, task, size) for size in sizes for task in tasks for method in ordered]
-
-
-def overhead(device: torch.device, calls: int = 300) -> dict[str, float | int]:
-    """What the plugin adds to one call, in microseconds.
-
-    The network is the smallest that can be (two channels wide), and the same program is called through an accelerated VAE
-    and directly, in turns that swap their order; the median of the turns' differences is the plugin's. It is the calling
-    thread's own time, which other work on the machine does not inflate.
-    """
-    vae: Any = random_vae(base_dim=2, dim_mult=[1, 1, 1, 1], num_res_blocks=1).to(device)
-    source = ModelSource(vae)
-    program = EagerBackend().program(source, Job("decode", source.topology, torch.float32, device))
-    z = torch.zeros(1, source.topology.z_dim, 1, 2, 2, device=device)
-    x = z[:, :, 0]
-    pairs = []
-
-    def timed(call: Callable[[], object]) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.thread_time()
-        call()
-        return (time.thread_time() - start) * 1e6
-
-    def direct() -> float:
-        return timed(lambda: program(x))
-
-    def accelerated() -> float:
-        return timed(lambda: vae.decode(z, return_dict=False))
-
-    threads = torch.get_num_threads()
-    # Waking a second thread for so little work would cost more, and vary more, than what is measured.
-    torch.set_num_threads(1)
-    try:
-        with torch.no_grad(), accelerate(vae, backend="eager"):
-            for turn in range(calls + 20):
-                if turn % 2:
-                    plain, ours = direct(), accelerated()
-                else:
-                    ours, plain = accelerated(), direct()
-                pairs.append((ours, plain))
-    finally:
-        torch.set_num_threads(threads)
-    pairs = pairs[20:]
-    return {
-        "overhead_us": statistics.median(ours - plain for ours, plain in pairs),
-        "accelerated_us": statistics.median(ours for ours, _ in pairs),
-        "direct_us": statistics.median(plain for _, plain in pairs),
-        "calls": calls,
-    }
 
 
 def geometric_mean(values: Sequence[float]) -> float:

@@ -56,7 +56,7 @@ class BenchReport:
         rows: one per case.
         facts: see :func:`machine`.
         settings: what was asked for.
-        overhead: see :func:`qwen_vae_accel.bench.harness.overhead`.
+        overhead: see :func:`qwen_vae_accel.bench.overhead.overhead`.
         command: the command line.
     """
 
@@ -197,7 +197,8 @@ class BenchReport:
     def _remarks(self) -> list[str]:
         lines = [f"- failed: {row.label}, {row.task} {row.size}: {row.error.splitlines()[0]}" for row in self.rows if row.error]
         if self.overhead is not None:
-            lines.append(f"- The plugin adds {self.overhead['overhead_us']:.0f} us to a call (on the smallest network).")
+            warm, cold = self.overhead["overhead_us"], self.overhead["overhead_cold_us"]
+            lines.append(f"- The plugin adds {warm:.0f} us to a call; {cold:.0f} us where the network has emptied the caches.")
         return lines
 
     def _published(self, task: str, rows: Sequence[Row], width: int) -> list[list[str]]:

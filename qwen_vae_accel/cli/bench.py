@@ -20,7 +20,8 @@ from qwen_vae_accel.bench.cases import (
     parse_method,
     parse_sizes,
 )
-from qwen_vae_accel.bench.harness import Effort, Harness, Row, make_cases, overhead, run_all
+from qwen_vae_accel.bench.harness import Effort, Harness, Row, make_cases, run_all
+from qwen_vae_accel.bench.overhead import overhead
 from qwen_vae_accel.bench.report import BenchReport, machine, require_packages
 from qwen_vae_accel.cli import common
 from qwen_vae_accel.config import DTYPES, dtype_name

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qwen_vae_accel.model.image_vae import ImageDecoder, ImageEncoder
 from qwen_vae_accel.model.layers import State, under
-from qwen_vae_accel.model.offload import values
+from qwen_vae_accel.model.offload import execution_device, is_hooked, values
 from qwen_vae_accel.model.topology import Topology, inspect_vae
 
 _PARTS = {"encode": ("encoder", "quant_conv"), "decode": ("decoder", "post_quant_conv")}
@@ -81,6 +81,7 @@ class _Seen:
     versions: list[int] | None
     dtypes: list[torch.dtype]
     vae_dtype: torch.dtype
+    device: torch.device
 
     @classmethod
     def look(cls, vae: nn.Module, method: str) -> _Seen:
@@ -107,6 +108,7 @@ class _Seen:
             versions=None if any(p.is_inference() for p in parameters) else list(map(_version, parameters)),
             dtypes=[p.dtype for p in parameters],
             vae_dtype=_vae_dtype(vae),
+            device=execution_device(vae),
         )
 
     def same_values(self, now: _Seen) -> bool:
@@ -163,9 +165,14 @@ class ModelSource:
                 self._forget(method)
         return self._generation[method]
 
-    def glance(self, method: str) -> tuple[int, torch.dtype]:
-        """:meth:`generation`, and the dtype the VAE says it has; asking the VAE itself walks all its modules (0.5 ms)."""
-        return self.generation(method), self._seen[method].vae_dtype
+    def glance(self, method: str) -> tuple[int, torch.dtype, torch.device]:
+        """:meth:`generation`, the dtype the VAE says it has, and the device it computes on.
+
+        The last two are those of the last look: asking the VAE walks its modules (0.5 ms), and only offloading hooks can
+        change the device while the parameters stay as they are.
+        """
+        generation, seen = self.generation(method), self._seen[method]
+        return generation, seen.vae_dtype, execution_device(self.vae) if is_hooked(self.vae) else seen.device
 
     def moved(self) -> None:
         """Tell that the VAE's parameters were replaced by ``.to()``; a change of device alone is no new generation."""
