@@ -22,11 +22,11 @@ import torch
 import typer
 from rich.console import Console, RenderableType
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qwen_vae_accel.backends.base import default_device
 from qwen_vae_accel.config import AccelConfig
 from qwen_vae_accel.errors import AccelError, ConfigError, InvalidInputError
+from qwen_vae_accel.progress import progress_bar
 
 OK, FAILED, USAGE = 0, 1, 2
 
@@ -137,11 +137,13 @@ def fail(error: AccelError, as_json: bool) -> NoReturn:
 @contextlib.contextmanager
 def progress(total: int, description: str) -> Iterator[Callable[[str, bool], None]]:
     """A progress bar on standard error; call the value with a description and whether one more step is done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=stderr) as bar:
-        task = bar.add_task(description, total=total)
+    with progress_bar(stderr, transient=False) as show:
+        done = 0
 
         def update(text: str, advance: bool) -> None:
-            bar.update(task, description=text, advance=1 if advance else 0)
+            nonlocal done
+            done += advance
+            show(text, done, total)
 
+        update(description, False)
         yield update

@@ -16,11 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from qwen_vae_accel.kernels.blocks import check_flat, is_pixel, load_tile, split_channels, tile
+from qwen_vae_accel.kernels.compiling import Kernel
 from qwen_vae_accel.kernels.layout import Grid, from_flat, to_flat
 from qwen_vae_accel.kernels.tuning import AttentionConfig, ConvConfig, Device
 from qwen_vae_accel.kernels.weights import ConvWeights
 
 
+@Kernel
 @triton.jit(do_not_specialize=["rows", "image_rows", "pitch"])
 def _qkv_kernel(
     a,  # [rows, C]
@@ -72,6 +74,7 @@ def qkv_reference(a: Tensor, grid: Grid, weights: ConvWeights) -> Tensor:
     return pixels @ weights.weight.float().T + weights.bias
 
 
+@Kernel
 @triton.jit(do_not_specialize=["count", "width", "all_tokens", "splits", "scale"])
 def _attention_kernel(
     q0, q1, k0, k1, v0, v1,  # [B * T, 3 * C] tokens, as tiles of N0 and N1 columns
@@ -135,6 +138,7 @@ def _flat_row(token, b, count, width):
     return (b * (count // width + 1) + token // width + 1) * (width + 1) + token % width + 1
 
 
+@Kernel
 @triton.jit(do_not_specialize=["count", "width", "all_tokens", "splits"])
 def _merge_kernel(
     partial,  # [splits * B * T, C] fp32

@@ -17,6 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from qwen_vae_accel.kernels.compiling import Kernel
 from qwen_vae_accel.kernels.layout import Grid
 
 QUERIES = 128
@@ -129,6 +130,7 @@ def _consume(
         gl.store(tops + split_row + token, top * scale + gl.log2(total), mask=token < count)
 
 
+@Kernel
 @gluon.jit(do_not_specialize=["count", "width", "all_tokens", "splits", "scale"])
 def _attention_kernel(
     tokens,  # [B * T, 3 * C], blocks of [KEYS, CHUNK]

@@ -31,6 +31,7 @@ from qwen_vae_accel.kernels.blocks import (
     store_tile,
     tile,
 )
+from qwen_vae_accel.kernels.compiling import Kernel
 from qwen_vae_accel.kernels.layout import Grid, from_flat, to_flat
 from qwen_vae_accel.kernels.tuning import ConvConfig, Device
 from qwen_vae_accel.kernels.weights import ConvWeights
@@ -120,6 +121,7 @@ def _conv_tile(
 
 
 # One compiled kernel for every size: integers are not specialised.
+@Kernel
 @triton.jit(do_not_specialize=["rows", "image_rows", "pitch", "product_rows", "tiles"])
 def _conv_kernel(
     a,  # [rows, C] input

@@ -22,6 +22,7 @@ from qwen_vae_accel.kernels.blocks import (
     store_tile,
     tile,
 )
+from qwen_vae_accel.kernels.compiling import Kernel
 from qwen_vae_accel.kernels.conv3x3 import Norm
 from qwen_vae_accel.kernels.layout import Grid, to_flat
 from qwen_vae_accel.kernels.tuning import ConvConfig, Device
@@ -29,6 +30,7 @@ from qwen_vae_accel.kernels.weights import SmallConvWeights
 
 
 # One compiled kernel for every size: integers are not specialised.
+@Kernel
 @triton.jit(do_not_specialize=["stride_b", "stride_c", "stride_y", "stride_x", "height", "width", "rows"])
 def _conv_in_kernel(
     image,  # [B, CIN, H, W], any strides

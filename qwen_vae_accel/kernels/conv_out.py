@@ -16,11 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from qwen_vae_accel.kernels.blocks import check_flat, is_pixel, load_tile, tile
+from qwen_vae_accel.kernels.compiling import Kernel
 from qwen_vae_accel.kernels.layout import Grid, from_flat
 from qwen_vae_accel.kernels.tuning import Device
 from qwen_vae_accel.kernels.weights import ConvWeights
 
 
+@Kernel
 @triton.jit(do_not_specialize=["rows", "product_rows"])
 def _head_kernel(
     a,  # [rows, C]
@@ -50,6 +52,7 @@ def head_products(a: Tensor, head: Tensor, products: Tensor, *, device: Device, 
     )  # fmt: skip
 
 
+@Kernel
 @triton.jit(do_not_specialize=["height", "width", "rows", "pixels"])
 def _sum_taps_kernel(
     products,  # [9 * C, rows] fp32
@@ -97,6 +100,7 @@ def sum_taps_reference(products: Tensor, bias: Tensor, grid: Grid) -> Tensor:
     return (torch.stack(parts).sum(0) + bias[:, None, None]).clamp(-1, 1)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["height", "width", "rows"])
 def _conv_out_kernel(
     a,  # [rows, C]

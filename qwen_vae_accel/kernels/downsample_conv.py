@@ -21,6 +21,7 @@ from qwen_vae_accel.kernels.blocks import (
     store_tile,
     tile,
 )
+from qwen_vae_accel.kernels.compiling import Kernel
 from qwen_vae_accel.kernels.conv3x3 import Norm
 from qwen_vae_accel.kernels.layout import Grid, from_flat, to_flat
 from qwen_vae_accel.kernels.tuning import ConvConfig, Device
@@ -28,6 +29,7 @@ from qwen_vae_accel.kernels.weights import ConvWeights
 
 
 # One compiled kernel for every size: integers are not specialised.
+@Kernel
 @triton.jit(do_not_specialize=["rows", "image_rows", "pitch", "large_rows", "large_image_rows", "large_pitch"])
 def _downsample_kernel(
     a,  # [large rows, C]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from qwen_vae_accel.kernels import compiling
+from qwen_vae_accel.kernels.compiling import Progress, Tasks
 from qwen_vae_accel.kernels.graphs import GraphCache
 from qwen_vae_accel.kernels.program import Program
 from qwen_vae_accel.kernels.topology import LATENT_CHANNELS, state_reasons
@@ -21,6 +23,8 @@ from qwen_vae_accel.kernels.weights import Packer
 if TYPE_CHECKING:
     from qwen_vae_accel.kernels.network import Planner
 
+# The choices of tiles and attention splits change between these.
+_COMPILED_LATENTS = ((8, 8), (32, 32), (64, 64), (96, 128), (166, 166), (240, 240))
 _PROGRAMS = 64  # plans kept, least recently used dropped first; a plan is a few kB of host memory
 
 
@@ -139,6 +143,27 @@ class _Fused:
         with torch.cuda.device(self.device if self.device.type == "cuda" else -1):
             self.program(tuple(image.shape)).run(memory)
         return memory.output
+
+    def compile(self, progress: Progress | None = None) -> None:
+        """Compile, in parallel, the kernels that images from 64 pixels a side need, so that no request waits for them.
+
+        What the disk holds from an earlier process is loaded. Tiny images may still compile one or two kernels of their own.
+        ``progress(done, total)`` is told of each kernel.
+        """
+        compiling.run(self.kernels(self.usual_shapes()), self.device, progress)
+
+    def usual_shapes(self) -> list[tuple[int, ...]]:
+        """Input shapes that between them run every kernel but those of tiny images."""
+        scale = 1 if self.channels == LATENT_CHANNELS else 8
+        return [(1, self.channels, height * scale, width * scale) for height, width in _COMPILED_LATENTS]
+
+    def kernels(self, shapes: Iterable[tuple[int, ...]]) -> Tasks:
+        """The kernels that inputs of ``shapes`` run, each by what tells it from others, with a task that compiles it."""
+        with compiling.collecting() as tasks:
+            for shape in shapes:
+                program = self.program(shape)
+                program.run(program.memory(torch.empty(shape, dtype=self.dtype, device="meta")))
+        return tasks
 
     def release(self) -> None:
         """Free graphs and their scratch memory."""

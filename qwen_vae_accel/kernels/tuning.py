@@ -85,12 +85,12 @@ _RESERVED = 20 << 10  # bytes of shared memory left for the epilogue and barrier
 class Tuning:
     """Which configuration each kernel runs with.
 
-    ``hopper_convs`` uses the CUDA C++ convolutions of sm90/ where the GPU and NVRTC allow.
+    ``hopper_convs``: the CUDA C++ convolutions of sm90/ where the GPU and NVRTC allow, else the Triton ones everywhere.
     """
 
     convs: Mapping[tuple, tuple[ConvConfig, ...]] = field(default_factory=lambda: H200_CONVS)
     attention: AttentionConfig = H200_ATTENTION
-    hopper_convs: bool = False
+    hopper_convs: bool = True
 
     def conv(self, kind: str, weights: ConvWeights | SmallConvWeights, grid: Grid, device: Device, epilogue: str) -> ConvConfig:
         key = (kind, weights.in_channels, weights.out_channels)

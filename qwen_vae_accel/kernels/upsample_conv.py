@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qwen_vae_accel.kernels.blocks import check_flat, load_tile, normalize, rms_norm_reference, split_channels, tile
+from qwen_vae_accel.kernels.compiling import Kernel
 from qwen_vae_accel.kernels.conv3x3 import Norm
 from qwen_vae_accel.kernels.layout import Grid, from_flat, to_flat
 from qwen_vae_accel.kernels.tuning import ConvConfig, Device
@@ -23,6 +24,7 @@ from qwen_vae_accel.kernels.weights import ConvWeights
 
 
 # One compiled kernel for every size: integers are not specialised.
+@Kernel
 @triton.jit(do_not_specialize=["rows", "image_rows", "pitch"])
 def _upsample_kernel(
     a,  # [rows, C] small image

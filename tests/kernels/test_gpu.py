@@ -10,6 +10,7 @@ import torch
 
 from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder
 from qwen_vae_accel.kernels.layout import Grid, from_flat
+from qwen_vae_accel.kernels.tuning import Tuning
 from tests.kernels.cases import NO_TMA, image_state, random_flat, random_vae
 
 pytestmark = [
@@ -188,13 +189,12 @@ def test_attention(specialized, splits):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_hopper_convolutions(vae, dtype):
-    """The CUDA C++ convolutions inside the network, plain and from a graph."""
-    from qwen_vae_accel.kernels.tuning import Tuning
-
+def test_triton_convolutions(networks, vae, dtype):
+    """What other GPUs run; here the networks above use the CUDA C++ convolutions."""
     if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs compute capability 9.0")
-    config = FusedConfig(tuning=Tuning(hopper_convs=True), graph_after=1)
+        pytest.skip("the networks above run them")
+    assert all(network._hopper._layers for network in networks.values())
+    config = FusedConfig(tuning=Tuning(hopper_convs=False), graph_after=1)
     for part, cls, shapes in (
         ("decoder", FusedDecoder, [(1, 16, 1, 1), (2, 16, 9, 13), (1, 16, 64, 64)]),
         ("encoder", FusedEncoder, [(1, 3, 15, 9), (2, 3, 77, 100), (1, 3, 512, 512)]),
@@ -205,7 +205,33 @@ def test_hopper_convolutions(vae, dtype):
             plain = network.run_plain(image.to(dtype))
             assert relative(plain, reference(vae, part, image)) < LIMIT[dtype]
             assert torch.equal(plain, network(image.to(dtype)))
-        assert network._hopper._layers
+
+
+def compiled_kernels() -> int:
+    from qwen_vae_accel.kernels import attention, attention_hopper, conv3x3, conv_in, conv_out, downsample_conv, upsample_conv
+    from qwen_vae_accel.kernels.compiling import Kernel
+    from qwen_vae_accel.kernels.sm90.conv3x3 import _kernel
+
+    modules = (attention, attention_hopper, conv3x3, conv_in, conv_out, downsample_conv, upsample_conv)
+    kernels = [value for module in modules for value in vars(module).values() if isinstance(value, Kernel)]
+    device = torch.cuda.current_device()
+    return sum(len(kernel._jit.device_caches[device][0]) for kernel in kernels) + _kernel.cache_info().currsize
+
+
+@pytest.mark.parametrize("part", ["decoder", "encoder"])
+@pytest.mark.parametrize("hopper", [True, False])
+def test_nothing_is_compiled_after_compile(vae, part, hopper):
+    cls = FusedDecoder if part == "decoder" else FusedEncoder
+    config = FusedConfig(graphs=0, tuning=Tuning(hopper_convs=hopper))
+    network = cls(image_state(vae, part), dtype=torch.float16, device=torch.device("cuda"), config=config)
+    steps: list[tuple[int, int]] = []
+    network.compile(lambda *step: steps.append(step))
+    assert steps[-1][0] == steps[-1][1] == len(steps) >= 8
+    before = compiled_kernels()
+    for height, width in ((64, 64), (200, 504), (768, 1024), (1328, 1328)):
+        scale = 8 if part == "decoder" else 1
+        network(draw(1, network.channels, height // scale, width // scale, dtype=torch.float16))
+    assert compiled_kernels() == before
 
 
 def test_wrong_input_is_refused(networks):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
-from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder, device_reasons, state_reasons
+from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder, compiling, device_reasons, state_reasons
 from qwen_vae_accel.kernels.conv3x3 import Norm, conv_reference
 from qwen_vae_accel.kernels.downsample_conv import downsample_conv_reference
 from qwen_vae_accel.kernels.hopper import HopperConvs
@@ -18,7 +21,7 @@ from qwen_vae_accel.kernels.sm90.schedules import Mode
 from qwen_vae_accel.kernels.topology import decoder_shapes, encoder_shapes
 from qwen_vae_accel.kernels.tuning import Device, Tuning
 from qwen_vae_accel.kernels.upsample_conv import upsample_conv
-from tests.kernels.cases import CONFIG, SMALL_TUNING, TMA, image_state, random_vae
+from tests.kernels.cases import CONFIG, NO_TMA, SMALL_TUNING, TMA, image_state, random_vae
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreter tests; the GPU has test_gpu.py")
 
@@ -114,6 +117,43 @@ def test_scratch_of_a_megapixel(cls):
     three_matrices = 3 * 1026 * 1025 * 96 * 2
     assert three_matrices <= program.scratch_bytes < 1.01 * three_matrices
     assert abs(program.flops / 1e12 - (4.28 if cls is FusedDecoder else 2.85)) < 0.02
+
+
+@pytest.mark.parametrize("device", [TMA, NO_TMA, Device(132, 232448, True)], ids=["tma", "pointers", "large"])
+@pytest.mark.parametrize("cls", [FusedDecoder, FusedEncoder])
+def test_no_size_needs_a_kernel_that_was_not_compiled_ahead(cls, device):
+    shapes = decoder_shapes(3) if cls is FusedDecoder else encoder_shapes(3)
+    network = cls(meta(shapes), dtype=torch.bfloat16, device=torch.device("meta"), config=FusedConfig(device=device))
+    usual = network.usual_shapes()
+    compiled = network.kernels(usual)
+    assert 8 <= len(compiled) <= 40
+    unit = usual[0][-1] // 8
+    draw = random.Random(0)
+    for _ in range(60):
+        shape = (draw.choice((1, 1, 2, 4)), network.channels, draw.randint(8, 240) * unit, draw.randint(8, 240) * unit)
+        assert network.kernels([shape]).keys() <= compiled.keys(), shape
+
+
+def test_compiling_runs_every_task_and_tells_of_each(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    done, told = [], []
+    tasks = {index: (lambda index=index: done.append(index)) for index in range(30)}
+    compiling.run(tasks, torch.device("cuda", 0), lambda *step: told.append(step))
+    assert sorted(done) == list(range(30)) and told == [(count, 30) for count in range(1, 31)]
+    tasks[7] = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        compiling.run(tasks, torch.device("cuda", 0))
+    assert len(done) == 59, "the others are compiled all the same"
+
+
+def test_launches_are_listed_in_their_own_thread_only():
+    with compiling.collecting() as tasks:
+        thread = threading.Thread(target=lambda: seen.append(compiling.listed()))
+        seen: list = []
+        thread.start()
+        thread.join()
+        assert compiling.listed() is tasks
+    assert seen == [None] and compiling.listed() is None
 
 
 def test_arena_never_overlaps_what_lives_together():
