@@ -79,6 +79,7 @@ class AccelConfig:
             or ``"error"``. None: build when an engine backend is named and ``engine_dir`` given, else fall back.
         verify: run an engine once against the exact model before its first use on a machine.
         postprocess: make a pipeline's PIL images and arrays on the GPU too, byte for byte as diffusers does.
+        offload_reference: keep the VAE's own weights in CPU memory; they come back for whatever runs the original methods.
     """
 
     task: str = "t2i"
@@ -94,13 +95,14 @@ class AccelConfig:
     on_miss: str | None = None
     verify: bool = True
     postprocess: bool = True
+    offload_reference: bool = False
 
     def __post_init__(self) -> None:
         self._one_of("task", TASKS)
         self._one_of("backend", BACKENDS)
         if self.on_miss is not None:
             self._one_of("on_miss", ON_MISS)
-        for name in ("multi_profile", "verify", "postprocess"):
+        for name in ("multi_profile", "verify", "postprocess", "offload_reference"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}")
         for name in ("dtype", "encode_dtype", "decode_dtype"):

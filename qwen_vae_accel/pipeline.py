@@ -19,6 +19,7 @@ from qwen_vae_accel.dispatch import Dispatcher, Request
 from qwen_vae_accel.errors import HandleError, InvalidInputError, UnsupportedVAEError
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.model.offload import execution_device, run_pre_forward
+from qwen_vae_accel.model.parking import Parking
 from qwen_vae_accel.plan import MIN_SIDE, Size
 from qwen_vae_accel.processing import PostProcessing, processors_of
 from qwen_vae_accel.progress import progress_bar
@@ -105,6 +106,8 @@ class Handle:
         for name, function in _replacements(type(vae)).items():
             vae.__dict__[name] = types.MethodType(function, vae)
         vae.__dict__[_HANDLE] = self
+        self._parking = Parking(vae)
+        self._park()
         if pipeline is not None:
             try:
                 self._adopt(pipeline)
@@ -165,6 +168,7 @@ class Handle:
             self._active = False
             self._changed.wait_for(lambda: self._calls == 0)
         self._dispatcher.forget()
+        self._unpark()
         if self._dispatcher.runtime is not None:
             self._dispatcher.runtime.release()
 
@@ -172,7 +176,7 @@ class Handle:
         """What happened since :func:`accelerate`: a table when printed with rich, values through ``.as_dict()``."""
         runtime = self._dispatcher.runtime
         resident = runtime.resident() if runtime is not None else []
-        return self._journal.report(self.config.backend, resident, self._note())
+        return self._journal.report(self.config.backend, resident, self._note(), self._parking.nbytes)
 
     def warmup(self, progress: bool = True) -> Report:
         """Load the engines of the plan, building those that are missing where ``on_miss`` says so.
@@ -228,6 +232,7 @@ class Handle:
             if self._journal.fallback(method, ORIGINAL, reason):
                 logger.warning("%s runs as diffusers wrote it: %s", method, reason)
             with self._one_original:  # diffusers keeps the state of a call in the VAE itself
+                self._unpark()
                 return self._original[method](x, return_dict=return_dict)
         image = x[:, :, 0].to(request.job.dtype)
         if self.vae.use_slicing and len(image) > 1:
@@ -284,9 +289,24 @@ class Handle:
 
     def _moved(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._dispatcher.forget()
+        self._unpark()
         result = original(*args, **kwargs)
         self._source.moved()
+        self._park()
         return result
+
+    # The VAE's own weights, in GPU memory or out of it.
+
+    def _park(self) -> None:
+        if self.config.offload_reference:
+            self._source.release()  # networks over views of the weights would keep their memory
+            self._parking.park()
+            self._source.moved()
+
+    def _unpark(self) -> None:
+        if self._parking.nbytes:
+            self._parking.unpark()
+            self._source.moved()
 
 
 def _remove_leftovers(vae: nn.Module) -> None:

@@ -83,7 +83,7 @@ class Journal:
         with self._lock:
             self._left_alone.append(f"{method}: {reason}")
 
-    def report(self, backend: str, resident: list[str], note: str = "") -> Report:
+    def report(self, backend: str, resident: list[str], note: str = "", offloaded: int = 0) -> Report:
         """What happened so far."""
         with self._lock:
             calls: dict[str, dict[str, int]] = {"encode": {}, "decode": {}}
@@ -105,6 +105,7 @@ class Journal:
                     ],
                     "builds": [{"engine": name, "seconds": seconds} for name, seconds in self._builds],
                     "self_checks": [{"engine": name, "ms": ms} for name, ms in self._checks],
+                    "offloaded_bytes": offloaded,
                     "left_alone": list(dict.fromkeys(self._left_alone)),
                     "note": note,
                 }
@@ -122,7 +123,8 @@ class Report:
 
         Keys: ``backend`` (configured), ``calls`` (method -> backend -> count), ``fallbacks`` (method, backend that served,
         reason, count), ``engines`` (loaded now), ``loads``, ``evictions``, ``load_ms`` (one entry per load), ``builds``,
-        ``self_checks``, ``left_alone`` (what was not replaced, and why), ``note``.
+        ``self_checks``, ``offloaded_bytes`` (of
+        the VAE's own weights, kept in CPU memory), ``left_alone`` (what was not replaced, and why), ``note``.
         """
         return self._values
 

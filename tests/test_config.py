@@ -51,6 +51,7 @@ def configs(draw) -> AccelConfig:
         "on_miss": on_miss,
         "verify": draw(st.booleans()),
         "postprocess": draw(st.booleans()),
+        "offload_reference": draw(st.booleans()),
     }
     assert set(fields) == {f.name for f in dataclasses.fields(AccelConfig)}, "a new field: draw it too"
     return AccelConfig(**fields)

@@ -48,6 +48,7 @@ def test_values():
         ],
         "builds": [{"engine": "16_9/vae_decoder.pt2", "seconds": 31.0}],
         "self_checks": [{"engine": "16_9/vae_decoder.pt2", "ms": 80.0}],
+        "offloaded_bytes": 0,
         "left_alone": [],
         "note": "a note",
     }

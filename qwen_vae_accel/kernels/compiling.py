@@ -80,4 +80,4 @@ def _kind(argument: Any) -> Hashable:
         return argument.base.dtype, tuple(argument.block_shape)
     if isinstance(argument, torch.Tensor):
         return argument.dtype
-    return type(argument)
+    return type(argument).__name__
