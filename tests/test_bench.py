@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 from qwen_vae_accel import accelerate
+from qwen_vae_accel.bench import kernels
 from qwen_vae_accel.bench.cases import BenchError, parse_method, parse_sizes
 from qwen_vae_accel.bench.harness import Effort, Harness, Row, geometric_mean, make_cases
 from qwen_vae_accel.bench.overhead import overhead
 from qwen_vae_accel.bench.report import BenchReport
 from qwen_vae_accel.errors import ConfigError
+from qwen_vae_accel.kernels.fused import KernelTime
 from qwen_vae_accel.plan import Size
 from tests.helpers import CPU, FakeBackend
 
@@ -107,6 +109,25 @@ def test_speedups_are_against_the_baseline_of_the_same_size() -> None:
     assert "OutOfMemoryError: no" in text
     assert "26.86" in text  # the guide's figure for this size
     assert geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
+
+
+def test_kernel_times_make_a_table_and_a_roofline(tmp_path: Path) -> None:
+    bounds = {"matmul_tflops": 800.0, "copy_tbps": 4.0}
+    conv = KernelTime("conv3x3 96->96 norm", "1x1024x1024", 0.25, 0.174, 0.4)
+    add = KernelTime("conv_out sum 3", "1x1024x1024", 0.05, 0.0001, 0.12)
+    entries = [kernels._entry(row, bounds) for row in (conv, conv, add)]
+    assert entries[0]["tflops"] == pytest.approx(696)
+    assert entries[0]["share_of_floor"] == pytest.approx(696 / 800)  # bound by arithmetic
+    assert entries[2]["share_of_floor"] == pytest.approx(0.12e9 / 4e12 / 0.05e-3)  # bound by traffic
+    table = kernels.grouped(entries)
+    assert [row[2] for row in table] == ["2", "1", "3"] and table[0][3] == "0.500" and table[-1][3] == "0.550"
+    times = {"size": "1024x1024", "dtype": "bf16", "limits": bounds, "decode": entries, "encode": entries[:1]}
+    found = BenchReport([ROW], {"device": "cuda"}, {"dtype": "bf16"}, None, "bench", times)
+    assert "| conv3x3 96->96 norm" in found.markdown()
+    written = found.write(tmp_path, "x")
+    assert [path.name for path in written] == ["x.json", "x.md", "x.png", "x_roofline.png"]
+    assert all(path.stat().st_size > 1000 for path in written[2:])
+    assert json.loads(written[0].read_text())["kernels"] == times
 
 
 def test_published_gpu_figures_stand_beside_gpu_runs_only() -> None:

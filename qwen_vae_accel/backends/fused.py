@@ -29,11 +29,11 @@ class FusedProgram:
     """The network as kernels; holds its weights packed for them."""
 
     def __init__(self, network: FusedDecoder | FusedEncoder) -> None:
-        self._network = network
+        self.network = network
         self.nbytes = network.nbytes
 
     def __call__(self, x: Tensor, profile: int = 0) -> Tensor:
-        return self._network(x.contiguous())
+        return self.network(x.contiguous())
 
 
 class FusedBackend(DirectBackend):

@@ -7,6 +7,7 @@ engine backend with ``-mp`` for one multi-profile engine, or ``fastvae`` (a thir
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from qwen_vae_accel.backends.base import EngineBackend, Environment, Job
@@ -89,14 +91,11 @@ def _diffusers(vae: nn.Module, case: Case, folder: Path) -> Iterator[Run]:
 
 @contextmanager
 def _compiled(vae: nn.Module, case: Case, folder: Path) -> Iterator[Run]:
-    torch._dynamo.reset()
+    """diffusers with ``torch.compile`` on its network, for any size: one compilation serves a whole run."""
     network: Any = vae.get_submodule("decoder" if case.task == "decode" else "encoder")
-    network.compile()
-    try:
-        with _diffusers(vae, case, folder) as run:
-            yield run
-    finally:
-        torch._dynamo.reset()
+    network.compile(dynamic=True)
+    with _diffusers(vae, case, folder) as run:
+        yield run
 
 
 @contextmanager
@@ -119,10 +118,14 @@ def _accelerated(vae: nn.Module, case: Case, folder: Path, *, backend: str, mult
 
 
 @contextmanager
-def _fastvae(vae: nn.Module, case: Case, folder: Path) -> Iterator[Run]:
+def _fastvae(vae: Any, case: Case, folder: Path) -> Iterator[Run]:
+    """fastvae's adapter for Wan 2.1, fed the same weights under the same names."""
     if case.task != "decode":
         raise BenchError("fastvae only decodes")
-    decoder = importlib.import_module("fastvae").FastVAEDecoder.from_vae(vae)
+    names = set(inspect.signature(AutoencoderKLWan.__init__).parameters)
+    wan = AutoencoderKLWan(**{name: value for name, value in vae.config.items() if name in names})
+    wan.load_state_dict(vae.state_dict())
+    decoder = importlib.import_module("fastvae").FastVAEDecoder.from_vae(wan.to(vae.device, vae.dtype).eval())
     yield lambda z: decoder.decode(z)[:, :, 0]
 
 

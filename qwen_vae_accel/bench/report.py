@@ -18,7 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from qwen_vae_accel.backends.base import Environment
-from qwen_vae_accel.bench.cases import BASELINE
+from qwen_vae_accel.bench import kernels
+from qwen_vae_accel.bench.cases import BASELINE, TASKS
 from qwen_vae_accel.bench.harness import Row, geometric_mean
 from qwen_vae_accel.bench.published import LABEL, milliseconds
 from qwen_vae_accel.errors import ConfigError
@@ -58,6 +59,7 @@ class BenchReport:
         settings: what was asked for.
         overhead: see :func:`qwen_vae_accel.bench.overhead.overhead`.
         command: the command line.
+        kernel_times: see :func:`qwen_vae_accel.bench.kernels.measure`.
     """
 
     def __init__(
@@ -67,12 +69,14 @@ class BenchReport:
         settings: Mapping[str, Any],
         overhead: Mapping[str, float | int] | None,
         command: str,
+        kernel_times: dict[str, Any] | None = None,
     ) -> None:
         self.rows = tuple(rows)
         self.facts = dict(facts)
         self.settings = dict(settings)
         self.overhead = None if overhead is None else dict(overhead)
         self.command = command
+        self.kernels = kernel_times
         self.created = datetime.now(timezone.utc).isoformat(timespec="seconds")
         dtype = self.settings.get("dtype")
         self._baseline = {
@@ -126,6 +130,7 @@ class BenchReport:
             "rows": rows,
             "summary": self.summary(),
             "overhead": self.overhead,
+            "kernels": self.kernels,
         }
 
     # Text.
@@ -150,13 +155,15 @@ class BenchReport:
         ]
         for task in self.tasks:
             lines += [f"## {task.capitalize()}", "", self._table(task), ""]
+        times = self.kernels or {}
+        for task in TASKS if times else ():
+            lines += [f"## Kernels of the fused {task}r, {times['size']} {times['dtype']}", ""]
+            lines += [_github(kernels.COLUMNS, kernels.grouped(times[task]), 2), ""]
         return "\n".join([*lines, *self._remarks(), ""])
 
     def _table(self, task: str) -> str:
         columns, cells = self._cells(task)
-        alignment = ["left", "left", *["right"] * (len(columns) - 2)]
-        tabulate = _optional("tabulate").tabulate
-        return str(tabulate(cells, columns, tablefmt="github", colalign=alignment, disable_numparse=True))
+        return _github(columns, cells, 2)
 
     def _cells(self, task: str) -> tuple[list[str], list[list[str]]]:
         """Headings and rows of the table of ``task``."""
@@ -213,7 +220,7 @@ class BenchReport:
     # Files.
 
     def write(self, folder: Path, name: str) -> list[Path]:
-        """``name.json``, ``name.md`` and ``name.png`` in ``folder``."""
+        """``name.json``, ``name.md``, ``name.png`` and, with kernels, ``name_roofline.png`` in ``folder``."""
         from qwen_vae_accel.bench.chart import draw
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -222,7 +229,16 @@ class BenchReport:
         paths[1].write_text(self.markdown(), encoding="utf-8")
         if not draw(self, paths[2]):
             paths.pop()
+        if self.kernels:
+            paths.append(folder / f"{name}_roofline.png")
+            kernels.draw(self.kernels, paths[-1])
         return paths
+
+
+def _github(columns: Sequence[str], cells: Sequence[Sequence[str]], left: int) -> str:
+    alignment = [*["left"] * left, *["right"] * (len(columns) - left)]
+    tabulate = _optional("tabulate").tabulate
+    return str(tabulate(cells, columns, tablefmt="github", colalign=alignment, disable_numparse=True))
 
 
 def _digits(ms: float) -> str:

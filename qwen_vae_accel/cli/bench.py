@@ -21,6 +21,7 @@ from qwen_vae_accel.bench.cases import (
     parse_sizes,
 )
 from qwen_vae_accel.bench.harness import Effort, Harness, Row, make_cases, run_all
+from qwen_vae_accel.bench.kernels import measure
 from qwen_vae_accel.bench.overhead import overhead
 from qwen_vae_accel.bench.report import BenchReport, machine, require_packages
 from qwen_vae_accel.cli import common
@@ -47,6 +48,9 @@ def bench(
     seconds: Annotated[float | None, typer.Option(min=0.0, help="Seconds of sampling per case at most.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the JSON, Markdown and PNG.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of those files. Default: bench_DEVICE.")] = None,
+    kernels: Annotated[
+        str | None, typer.Option(metavar="WxH", help="Also time every kernel of the fused backend at this size.")
+    ] = None,
     engine_dir: Annotated[Path | None, typer.Option(help="Keep built engines here for the next run.")] = None,
     as_json: common.Json = False,
     verbose: common.Verbose = False,
@@ -64,6 +68,7 @@ def bench(
         named = [parse_method(text, kind) for text in common.split(methods) or ()]
         template = random_vae() if vae is None else load_vae(vae, common.parse_device("cpu"))
         named = named or [parse_method(text, kind) for text in default_methods(template, where, kind)]
+        kernel_size = parse_sizes([kernels])[0] if kernels else None
         effort = Effort.default(where, iters, seconds)
         cases = make_cases(named, wanted, tasks)
         with tempfile.TemporaryDirectory(prefix="qwen-vae-accel-bench-") as temporary:
@@ -86,8 +91,9 @@ def bench(
             "seconds": effort.seconds,
             "warmup": effort.warmup,
         }
+        times = measure(template, where, kind, kernel_size) if kernel_size else None
         command = shlex.join(["qwen-vae-accel", *sys.argv[1:]])
-        report = BenchReport(rows, machine(where), settings, overhead(where), command)
+        report = BenchReport(rows, machine(where), settings, overhead(where), command, times)
         document = report.as_dict()
         if output is not None:
             try:

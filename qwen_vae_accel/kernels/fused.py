@@ -14,7 +14,7 @@ from torch import Tensor
 from qwen_vae_accel.kernels import compiling
 from qwen_vae_accel.kernels.compiling import Progress, Tasks
 from qwen_vae_accel.kernels.graphs import GraphCache
-from qwen_vae_accel.kernels.program import Program
+from qwen_vae_accel.kernels.program import Program, Traffic
 from qwen_vae_accel.kernels.topology import LATENT_CHANNELS, state_reasons
 from qwen_vae_accel.kernels.tuning import Device, Tuning
 from qwen_vae_accel.kernels.weights import Packer
@@ -50,6 +50,7 @@ class KernelTime(NamedTuple):
     shape: str
     milliseconds: float
     teraflop: float
+    gigabyte: float
 
 
 def describe_device(device: torch.device) -> Device:
@@ -180,7 +181,8 @@ class _Fused:
         program.run(memory)
         times = []
         for step in program.steps:
-            step.launch(memory)
+            traffic = Traffic(memory)
+            step.launch(traffic)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 for _ in range(repeats):
@@ -193,7 +195,7 @@ class _Fused:
                 end.record()
                 end.synchronize()
                 spans.append(begin.elapsed_time(end) / repeats)
-            times.append(KernelTime(step.kernel, step.shape, min(spans), step.flops / 1e12))
+            times.append(KernelTime(step.kernel, step.shape, min(spans), step.flops / 1e12, traffic.nbytes / 1e9))
         return times
 
 

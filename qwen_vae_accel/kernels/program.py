@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +99,7 @@ class Step:
     kernel: str  # e.g. "conv3x3 96->96 residual x norm"
     shape: str  # pixels it writes, e.g. "1x1024x1024"
     flops: int
-    launch: Callable[[Memory], None]
+    launch: Callable[[Any], None]  # given a Memory, or a Traffic
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,3 +122,32 @@ class Program:
     def run(self, memory: Memory) -> None:
         for step in self.steps:
             step.launch(memory)
+
+
+class Traffic:
+    """A stand-in for a :class:`Memory` that counts the bytes of what a launch asks for, each matrix as often as it does.
+
+    Matrices, input and output; not weights, which are small beside them and stay in the cache.
+    """
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self.nbytes = 0
+
+    def __getitem__(self, slot: Slot | None) -> Tensor:
+        return self._count(self._memory[slot])
+
+    def get(self, slot: Slot | None) -> Tensor | None:
+        return None if slot is None else self[slot]
+
+    @property
+    def image(self) -> Tensor:
+        return self._count(self._memory.image)
+
+    @property
+    def output(self) -> Tensor:
+        return self._count(self._memory.output)
+
+    def _count(self, tensor: Tensor) -> Tensor:
+        self.nbytes += tensor.nbytes
+        return tensor

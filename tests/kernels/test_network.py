@@ -16,7 +16,7 @@ from qwen_vae_accel.kernels.conv3x3 import Norm, conv_reference
 from qwen_vae_accel.kernels.downsample_conv import downsample_conv_reference
 from qwen_vae_accel.kernels.hopper import HopperConvs
 from qwen_vae_accel.kernels.layout import Grid
-from qwen_vae_accel.kernels.program import Arena
+from qwen_vae_accel.kernels.program import Arena, Traffic
 from qwen_vae_accel.kernels.sm90.schedules import Mode
 from qwen_vae_accel.kernels.topology import decoder_shapes, encoder_shapes
 from qwen_vae_accel.kernels.tuning import Device, Tuning
@@ -144,6 +144,23 @@ def test_compiling_runs_every_task_and_tells_of_each(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         compiling.run(tasks, torch.device("cuda", 0))
     assert len(done) == 59, "the others are compiled all the same"
+
+
+def test_traffic_is_counted_by_what_a_launch_asks_for():
+    config = FusedConfig(device=Device(132, 232448, True))
+    network = FusedDecoder(meta(decoder_shapes(3)), dtype=torch.bfloat16, device=torch.device("meta"), config=config)
+    program = network.program((1, 16, 128, 128))
+    memory = program.memory(torch.empty(1, 16, 128, 128, dtype=torch.bfloat16, device="meta"))
+    counted = []
+    with compiling.collecting():
+        for step in program.steps:
+            traffic = Traffic(memory)
+            step.launch(traffic)
+            counted.append(traffic.nbytes)
+    matrix = Grid(1, 1024, 1024).rows * 96 * 2
+    conv = next(i for i, step in enumerate(program.steps) if step.kernel == "conv3x3 96->96 residual x norm")
+    assert counted[conv] == 4 * matrix  # hidden and the residual in, x and the normed one out
+    assert counted[-1] > memory.output.nbytes
 
 
 def test_launches_are_listed_in_their_own_thread_only():
