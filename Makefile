@@ -12,7 +12,7 @@ DEMO_OUTPUT ?= demo_output
 BENCH_OUTPUT ?= benchmarks/results
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format test-gpu test-matrix bench clean
+.PHONY: help setup demo test lint format test-gpu sanitize test-matrix bench clean
 
 help:
 	@echo "make demo      build engines for the shipped tiny VAE, reload them in a new process, run a photo and a pipeline"
@@ -20,6 +20,7 @@ help:
 	@echo "make lint      ruff and mypy"
 	@echo "make format    let ruff rewrite the layout"
 	@echo "make test-gpu  only the tests that need a CUDA GPU"
+	@echo "make sanitize  a small decode and encode under compute-sanitizer (memcheck, racecheck); needs a CUDA GPU"
 	@echo "make test-matrix  the pipeline tests against three diffusers releases, each in an environment of its own"
 	@echo "make bench     benchmark a full-size VAE with random weights; writes JSON, Markdown and PNG"
 	@echo "make clean     remove the virtual environment, caches and demo output"
@@ -49,6 +50,11 @@ format: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
+
+sanitize: $(STAMP)
+	for tool in memcheck racecheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	    $(BIN)/python -m tests.kernels.sanitize || exit 1; done
 
 test-matrix: $(STAMP)
 	$(BIN)/python tests/pipelines/matrix.py $(MATRIX_ARGS)
