@@ -1,6 +1,7 @@
 """Published figures that may stand beside ours: the TensorRT guide's, measured by its authors on an H100 in bfloat16.
 
-Their own eager runs on the H100 are within 4 % of ours on an H200, so the figures are comparable; they are theirs all the same.
+The guide is "Qwen Image VAE TensorRT Acceleration Guide" of ModelTC/LightX2V. Its own eager runs on the H100 are within 4 % of
+ours on an H200, so the figures are comparable; they are theirs all the same.
 """
 
 from __future__ import annotations
@@ -34,3 +35,45 @@ def milliseconds(task: str, size: Size) -> float | None:
     """The published time, if there is one."""
     figures = TENSORRT_H100.get(size)
     return None if figures is None else figures.decode if task == "decode" else figures.encode
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """The guide's end-to-end milliseconds of one size, PyTorch and TensorRT; decode includes post-processing to PIL.
+
+    Attributes:
+        first_load: what the first request of the size took on top, with engines on disk.
+    """
+
+    decode: tuple[float, float]
+    encode: tuple[float, float] | None = None
+    first_load: float | None = None
+
+
+# Qwen-Image-2512, 5 steps, static engines. The guide's 1472x1140 is 1472x1136 in the pipeline.
+T2I_SERVICE = {
+    Size(1664, 928): Service((189.3, 88.4), first_load=343.9),
+    Size(928, 1664): Service((179.6, 85.6), first_load=226.4),
+    Size(1328, 1328): Service((157.6, 106.2), first_load=304.1),
+    Size(1472, 1136): Service((148.7, 94.7), first_load=238.0),
+    Size(768, 1024): Service((70.4, 46.1), first_load=178.2),
+}
+# qwen-image-edit, 4 steps, multi-profile engines; by the size of the input image, which is scaled before it is encoded.
+I2I_SERVICE = {
+    Size(512, 512): Service((138.4, 134.0), (48.5, 28.8)),
+    Size(1024, 1024): Service((152.7, 133.3), (48.2, 28.4)),
+    Size(848, 480): Service((140.4, 134.4), (48.7, 29.6)),
+    Size(1280, 720): Service((139.0, 134.2), (48.6, 30.1)),
+    Size(1024, 768): Service((152.8, 134.8), (49.2, 29.8)),
+}
+SERVICE = {"t2i": T2I_SERVICE, "i2i": I2I_SERVICE}
+# What the guide says in words, by the names of our summary.
+SERVICE_SUMMARY = {
+    "t2i decode + post-processing": "1.8x",
+    "i2i decode + post-processing": "1.08x",
+    "i2i encode": "1.66x",
+    "post-processing alone, 1328x1328": "80-90 ms",
+    "first request of a new size, extra": "178-344 ms",
+    "t2i extra memory at rest": "about 5 GB per engine pair",
+    "i2i extra memory at rest": "1.0-1.2 GB",
+}

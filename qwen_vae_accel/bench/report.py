@@ -237,7 +237,7 @@ class BenchReport:
 
 def _github(columns: Sequence[str], cells: Sequence[Sequence[str]], left: int) -> str:
     alignment = [*["left"] * left, *["right"] * (len(columns) - left)]
-    tabulate = _optional("tabulate").tabulate
+    tabulate = optional_package("tabulate").tabulate
     return str(tabulate(cells, columns, tablefmt="github", colalign=alignment, disable_numparse=True))
 
 
@@ -250,7 +250,12 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _optional(name: str) -> Any:
+def optional_package(name: str) -> Any:
+    """A package of the extra ``bench``.
+
+    Raises:
+        ConfigError: if it is not installed.
+    """
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -260,4 +265,4 @@ def _optional(name: str) -> Any:
 def require_packages() -> None:
     """Fail before the long part if a package of the report is missing."""
     for name in ("tabulate", "matplotlib"):
-        _optional(name)
+        optional_package(name)

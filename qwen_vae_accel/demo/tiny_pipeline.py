@@ -14,6 +14,14 @@ from torch import nn
 from qwen_vae_accel.errors import ConfigError
 
 _HIDDEN = 16
+# Of a QwenImageTransformer2DModel; its channels follow the VAE's.
+TINY_TRANSFORMER: dict[str, Any] = {
+    "num_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": _HIDDEN,
+    "axes_dims_rope": (8, 4, 4),
+}
 _SPECIAL = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -84,15 +92,7 @@ def tiny_pipeline(vae: Any, seed: int = 0) -> Any:
     z_dim = vae.config.z_dim
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        transformer = QwenImageTransformer2DModel(
-            in_channels=4 * z_dim,
-            out_channels=z_dim,
-            num_layers=2,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=_HIDDEN,
-            axes_dims_rope=(8, 4, 4),
-        ).eval()
+        transformer = QwenImageTransformer2DModel(in_channels=4 * z_dim, out_channels=z_dim, **TINY_TRANSFORMER).eval()
         text_encoder = _text_encoder(tokenizer)
     transformer, text_encoder = (model.to(vae.device, vae.dtype) for model in (transformer, text_encoder))
     pipeline = QwenImagePipeline(

@@ -1,0 +1,114 @@
+"""``qwen-vae-accel serve-bench``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from qwen_vae_accel.backends.base import EngineBackend
+from qwen_vae_accel.backends.registry import get_backend
+from qwen_vae_accel.bench.cases import SHORT, parse_sizes
+from qwen_vae_accel.bench.report import machine, require_packages
+from qwen_vae_accel.bench.serve.measure import Measurement, postprocessing
+from qwen_vae_accel.bench.serve.pipelines import I2I_SIZES, STEPS, T2I_SIZES, TASKS, Service
+from qwen_vae_accel.bench.serve.report import make_document, view, write
+from qwen_vae_accel.cli import common
+from qwen_vae_accel.config import AccelConfig
+from qwen_vae_accel.errors import ConfigError
+from qwen_vae_accel.plan import Size, parse_size
+
+_POSTPROCESS_SIZE = Size(1328, 1328)
+_POSTPROCESS_REPEATS = 25
+
+
+def _sizes(text: str | None, task: str) -> list[Size]:
+    texts = common.split(text)
+    if texts is None:
+        return list(T2I_SIZES if task == "t2i" else I2I_SIZES)
+    return parse_sizes(texts) if task == "t2i" else list(dict.fromkeys(map(parse_size, texts)))
+
+
+def serve_bench(
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a pipeline or VAE. Default: a full-size VAE with random weights.")
+    ] = None,
+    transformer: Annotated[
+        str | None,
+        typer.Option(
+            help="full (20 B) or tiny, random weights. Default: the model's own; else full on a GPU, tiny on the CPU."
+        ),
+    ] = None,
+    task: Annotated[str, typer.Option(help="t2i, i2i or both.")] = "both",
+    sizes: Annotated[
+        str | None, typer.Option(help="Names or WxH, comma-separated; of the input images for i2i. Default: the guide's.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Requests per size after the first.")] = 3,
+    backend: Annotated[str, typer.Option(help="Of the accelerated pipeline.")] = "auto",
+    engine_dir: Annotated[Path | None, typer.Option(help="Folder of the engines; missing ones are built first.")] = None,
+    device: common.Device = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the JSON, Markdown and PNG.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of those files. Default: serve_DEVICE.")] = None,
+    as_json: common.Json = False,
+    verbose: common.Verbose = False,
+) -> None:
+    """Measure whole requests, plain and accelerated: denoising, encode, decode, post-processing, first request, memory."""
+
+    def work() -> common.Outcome:
+        if output is not None:
+            require_packages()
+        if task not in (*TASKS, "both"):
+            raise ConfigError(f"task must be t2i, i2i or both, not {task!r}")
+        chosen = TASKS if task == "both" else (task,)
+        wanted = {kind: _sizes(sizes, kind) for kind in chosen}
+        AccelConfig(backend=backend)
+        where = common.parse_device(device)
+        dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+        kind = transformer
+        if kind is None and (model is None or not (model / "transformer").is_dir()):
+            kind = "full" if where.type == "cuda" else "tiny"
+        with common.progress(2 * sum(map(len, wanted.values())) + 1, "models") as update:
+
+            def told(line: str) -> None:
+                update(line.split("  ")[0], True)
+                common.stderr.print(line, markup=False, highlight=False)
+
+            service = Service(model, kind, where, dtype)
+            with tempfile.TemporaryDirectory(prefix="qwen-vae-accel-serve-") as temporary:
+                engines = str(engine_dir or temporary) if _needs_engines(backend, engine_dir) else None
+                measurement = Measurement(service, repeats, backend, engines, told)
+                rows, memory = measurement.run(wanted)
+            update("post-processing", False)
+            alone = postprocessing(_POSTPROCESS_SIZE, where, dtype, _POSTPROCESS_REPEATS)
+            update("post-processing", True)
+        weights = "random weights" if kind is not None else "weights of the model"
+        settings: dict[str, Any] = {
+            "backend": backend,
+            "dtype": SHORT[dtype],
+            "weights": "VAE of full size with random weights" if model is None else f"VAE {model.resolve().name}",
+            "transformer": f"{service.parameters / 1e9:.1f} B parameters, {weights}",
+            "tasks": list(chosen),
+            "sizes": {one: [str(size) for size in shapes] for one, shapes in wanted.items()},
+            "steps": {one: STEPS[one] for one in chosen},
+            "repeats": repeats,
+        }
+        command = shlex.join(["qwen-vae-accel", *sys.argv[1:]])
+        document = make_document(rows, memory, alone, machine(where), settings, command)
+        printed = dict(document)
+        if output is not None:
+            try:
+                printed["files"] = [str(path) for path in write(document, output, name or f"serve_{where.type}")]
+            except OSError as error:
+                raise ConfigError(f"cannot write the report to {output}: {error}") from error
+        return common.Outcome(printed, view(document), not any(row["error"] for row in rows))
+
+    common.run(as_json, verbose, work)
+
+
+def _needs_engines(backend: str, engine_dir: Path | None) -> bool:
+    return engine_dir is not None or (backend != "auto" and isinstance(get_backend(backend), EngineBackend))
