@@ -12,7 +12,7 @@ DEMO_OUTPUT ?= demo_output
 BENCH_OUTPUT ?= benchmarks/results
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format test-gpu sanitize test-matrix bench clean
+.PHONY: help setup browser demo test lint format test-gpu sanitize test-matrix bench clean
 
 help:
 	@echo "make demo      build engines for the shipped tiny VAE, reload them in a new process, run a photo and a pipeline"
@@ -41,7 +41,11 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-test: lint
+# For the tests of HTML pages. Never fails: where no browser can be had, those tests say what to install.
+browser: $(STAMP)
+	$(BIN)/python -m tests.browser
+
+test: lint browser
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 format: $(STAMP)

@@ -18,7 +18,7 @@ class ConfigError(AccelError, ValueError):
 
 
 class InvalidInputError(AccelError, ValueError):
-    """A tensor that the VAE cannot take: wrong rank, channels, device, dtype or size."""
+    """Input that cannot be used: a tensor of a wrong rank, channels, device, dtype or size; a file of another kind."""
 
 
 class UnsupportedVAEError(AccelError, TypeError):

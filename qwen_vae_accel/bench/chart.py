@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_vae_accel.bench.cases import BASELINE
@@ -26,22 +25,20 @@ def _colour(label: str, labels: Sequence[str]) -> str:
     return _COLOURS[[other for other in labels if other not in theirs].index(label) % len(_COLOURS)]
 
 
-def draw(report: BenchReport, path: Path) -> bool:
-    """Write the chart as PNG; False, and no file, if no case succeeded."""
+def draw(report: BenchReport) -> Any | None:
+    """The matplotlib figure; None if no case succeeded."""
     good = [row for row in report.rows if row.median_ms is not None]
     if not good:
-        return False
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+        return None
+    from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(row.task for row in good))
     labels = list(dict.fromkeys(row.label for row in good))
     sizes = list(dict.fromkeys(row.size for row in good))
     bars = len(labels) + any(milliseconds(task, size) for task in tasks for size in sizes if report.on_cuda)
     width = min(24.0, max(6.0, 1.2 + 0.42 * bars * len(sizes)))
-    figure, axes = pyplot.subplots(len(tasks), 1, figsize=(width, 3.6 * len(tasks) + 0.9), squeeze=False)
+    figure = Figure(figsize=(width, 3.6 * len(tasks) + 0.9))
+    axes = figure.subplots(len(tasks), 1, squeeze=False)
     for axis, task in zip(axes[:, 0], tasks, strict=True):
         _panel(axis, report, [row for row in good if row.task == task], labels)
     handles, names = axes[0, 0].get_legend_handles_labels()
@@ -50,12 +47,12 @@ def draw(report: BenchReport, path: Path) -> bool:
     figure.legend(handles, names, loc="lower center", ncol=min(len(names), 4), fontsize=8, frameon=False)
     lines = -(-len(names) // 4)
     figure.tight_layout(rect=(0, 0.03 + 0.035 * lines, 1, 1))
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-    return True
+    return figure
 
 
 def _panel(axis: Any, report: BenchReport, rows: Sequence[Row], labels: Sequence[str]) -> None:
+    from matplotlib import rcParams
+
     task = rows[0].task
     sizes = list(dict.fromkeys(row.size for row in rows))
     published = [milliseconds(task, size) if report.on_cuda else None for size in sizes]
@@ -72,7 +69,14 @@ def _panel(axis: Any, report: BenchReport, rows: Sequence[Row], labels: Sequence
             hatch = "///" if name == LABEL else None
             axis.bar(x, ms, thickness * 0.92, color=colour, hatch=hatch, edgecolor="white", linewidth=0.5)
             if row is not None and row.p10_ms is not None and row.p90_ms is not None:
-                axis.errorbar(x, ms, [[max(0, ms - row.p10_ms)], [max(0, row.p90_ms - ms)]], color="#333", lw=0.8, capsize=1.5)
+                axis.errorbar(
+                    x,
+                    ms,
+                    [[max(0, ms - row.p10_ms)], [max(0, row.p90_ms - ms)]],
+                    color=rcParams["text.color"],
+                    lw=0.8,
+                    capsize=1.5,
+                )
             ratio = report.speedup(row) if row else None
             text = f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}"
             if ratio and row and not row.method.startswith(BASELINE):

@@ -23,8 +23,10 @@ from qwen_vae_accel.bench.cases import BASELINE, TASKS
 from qwen_vae_accel.bench.harness import Row, geometric_mean
 from qwen_vae_accel.bench.published import LABEL, milliseconds
 from qwen_vae_accel.errors import ConfigError
+from qwen_vae_accel.plan import parse_size
 
 SCHEMA = 1
+KIND = "bench"
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -85,6 +87,23 @@ class BenchReport:
             if row.method == BASELINE and row.dtype == dtype and row.median_ms
         }
 
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> BenchReport:
+        """The report that :meth:`as_dict` made a document of.
+
+        Raises:
+            KeyError, TypeError, ValueError: if it is none.
+        """
+        known = {field.name for field in dataclasses.fields(Row)}
+        rows = []
+        for values in document["rows"]:
+            kept = {name: value for name, value in values.items() if name in known}
+            numbers = {"psnr_db": None if kept["psnr_db"] is None else float(kept["psnr_db"])}
+            rows.append(Row(**{**kept, "size": parse_size(kept["size"]), **numbers}))
+        report = cls(rows, document["machine"], document["settings"], document["overhead"], document["command"])
+        report.created = str(document["created"])
+        return report
+
     @property
     def on_cuda(self) -> bool:
         """Whether the published GPU figures may stand beside these."""
@@ -123,6 +142,7 @@ class BenchReport:
             rows.append({name: _finite(value) for name, value in values.items()})
         return {
             "schema": SCHEMA,
+            "kind": KIND,
             "created": self.created,
             "command": self.command,
             "machine": self.facts,
@@ -159,13 +179,13 @@ class BenchReport:
         for task in TASKS if times else ():
             lines += [f"## Kernels of the fused {task}r, {times['size']} {times['dtype']}", ""]
             lines += [_github(kernels.COLUMNS, kernels.grouped(times[task]), 2), ""]
-        return "\n".join([*lines, *self._remarks(), ""])
+        return "\n".join([*lines, *self.remarks(), ""])
 
     def _table(self, task: str) -> str:
-        columns, cells = self._cells(task)
+        columns, cells = self.cells(task)
         return _github(columns, cells, 2)
 
-    def _cells(self, task: str) -> tuple[list[str], list[list[str]]]:
+    def cells(self, task: str) -> tuple[list[str], list[list[str]]]:
         """Headings and rows of the table of ``task``."""
         rows = [row for row in self.rows if row.task == task]
         memory = any(row.peak_mib is not None for row in rows)
@@ -191,17 +211,18 @@ class BenchReport:
     def __rich__(self) -> RenderableType:
         parts: list[RenderableType] = []
         for task in self.tasks:
-            columns, cells = self._cells(task)
+            columns, cells = self.cells(task)
             table = Table(title=task, title_justify="left")
             for index, column in enumerate(columns):
                 table.add_column(column, justify="left" if index < 2 else "right", overflow="fold")
             for cell in cells:
                 table.add_row(*cell)
             parts.append(table)
-        parts += [Text(line) for line in self._remarks()]
+        parts += [Text(line) for line in self.remarks()]
         return Group(*parts)
 
-    def _remarks(self) -> list[str]:
+    def remarks(self) -> list[str]:
+        """What the tables do not say: failures, the plugin's cost."""
         lines = [f"- failed: {row.label}, {row.task} {row.size}: {row.error.splitlines()[0]}" for row in self.rows if row.error]
         if self.overhead is not None:
             warm, cold = self.overhead["overhead_us"], self.overhead["overhead_cold_us"]
@@ -227,11 +248,14 @@ class BenchReport:
         paths = [folder / f"{name}{suffix}" for suffix in (".json", ".md", ".png")]
         paths[0].write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
         paths[1].write_text(self.markdown(), encoding="utf-8")
-        if not draw(self, paths[2]):
+        figure = draw(self)
+        if figure is None:
             paths.pop()
+        else:
+            figure.savefig(paths[2], dpi=130)
         if self.kernels:
             paths.append(folder / f"{name}_roofline.png")
-            kernels.draw(self.kernels, paths[-1])
+            kernels.draw(self.kernels).savefig(paths[-1], dpi=130)
         return paths
 
 

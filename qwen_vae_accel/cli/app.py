@@ -11,6 +11,7 @@ from qwen_vae_accel.cli.bench import bench
 from qwen_vae_accel.cli.config import config
 from qwen_vae_accel.cli.demo import demo
 from qwen_vae_accel.cli.engines import adopt, build, list_engines, prune, verify
+from qwen_vae_accel.cli.report import report
 from qwen_vae_accel.cli.serve_bench import serve_bench
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app.command("list")(list_engines)
 app.command()(verify)
 app.command()(bench)
 app.command("serve-bench")(serve_bench)
+app.command()(report)
 app.command()(prune)
 app.command()(adopt)
 app.command()(demo)

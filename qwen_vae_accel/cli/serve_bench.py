@@ -91,7 +91,7 @@ def serve_bench(
             "backend": backend,
             "dtype": SHORT[dtype],
             "weights": "VAE of full size with random weights" if model is None else f"VAE {model.resolve().name}",
-            "transformer": f"{service.parameters / 1e9:.1f} B parameters, {weights}",
+            "transformer": f"{_count(service.parameters)} parameters, {weights}",
             "tasks": list(chosen),
             "sizes": {one: [str(size) for size in shapes] for one, shapes in wanted.items()},
             "steps": {one: STEPS[one] for one in chosen},
@@ -108,6 +108,10 @@ def serve_bench(
         return common.Outcome(printed, view(document), not any(row["error"] for row in rows))
 
     common.run(as_json, verbose, work)
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.1f} B" if number >= 1e8 else f"{number / 1e6:.2f} M"
 
 
 def _needs_engines(backend: str, engine_dir: Path | None) -> bool:

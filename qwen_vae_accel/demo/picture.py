@@ -71,6 +71,16 @@ def amplified(a: Tensor, b: Tensor) -> tuple[Image.Image, float, int]:
     return Image.fromarray((pixels * 255).round().astype(np.uint8)), largest, factor
 
 
+def save_each(panels: Sequence[tuple[Image.Image, str, str]], names: Sequence[str], folder: Path) -> dict[str, dict[str, str]]:
+    """Write panels one by one as ``NAME.png``; by name, the file's name with the panel's title and line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {}
+    for name, (panel, title, line) in zip(names, panels, strict=True):
+        panel.save(folder / f"{name}.png")
+        found[name] = {"file": f"{folder.name}/{name}.png", "title": title, "line": line}
+    return found
+
+
 def side_by_side(panels: Sequence[tuple[Image.Image, str, str]], path: Path) -> None:
     """Write panels in a row, each with a title and a line below it, as PNG."""
     width = max(panel.width for panel, _, _ in panels)

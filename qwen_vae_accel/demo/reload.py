@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_vae_accel.config import DTYPES, AccelConfig
-from qwen_vae_accel.demo.picture import amplified, open_photo, psnr, side_by_side, to_image, to_tensor
+from qwen_vae_accel.demo.picture import amplified, open_photo, psnr, save_each, side_by_side, to_image, to_tensor
 from qwen_vae_accel.demo.tiny_pipeline import tiny_pipeline
 from qwen_vae_accel.errors import AccelError
 from qwen_vae_accel.loading import load_vae
@@ -27,6 +27,9 @@ from qwen_vae_accel.pipeline import Handle, accelerate
 
 PROMPT = "a cup of coffee on a wooden table"
 STEPS = 4
+SCHEMA = 1
+KIND = "demo"
+PANELS = ("photo", "diffusers", "accelerated", "difference")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +107,7 @@ def _photo(request: Request, vae: nn.Module, device: torch.device) -> tuple[dict
     ]
     path = Path(request.output) / "photo.png"
     side_by_side(panels, path)
+    each = save_each(panels, PANELS, Path(request.output) / "panels")
     latents = (ours["latent"].float() - plain["latent"].float()).abs().max().item()
     return {
         "image": Path(request.image).name,
@@ -115,6 +119,7 @@ def _photo(request: Request, vae: nn.Module, device: torch.device) -> tuple[dict
         "largest_difference": largest,
         "largest_latent_difference": latents,
         "picture": str(path),
+        "panels": each,
     }, handle
 
 
@@ -184,6 +189,8 @@ def perform(request: Request) -> dict[str, Any]:
         photo, handle = _photo(request, vae, device)
         report = handle.report()
         return {
+            "schema": SCHEMA,
+            "kind": KIND,
             "model": Path(request.model).name,
             "device": request.device,
             "dtype": request.dtype,

@@ -214,10 +214,12 @@ def remarks(document: Document) -> list[str]:
     return lines
 
 
-def _sections(document: Document) -> list[tuple[str, Cells]]:
-    sections = [(TITLES[task], request_cells(document, task)) for task in tasks(document)]
-    sections += [("Summary", summary_cells(document)), ("Memory", memory_cells(document))]
-    return [section for section in sections if section[1][1]]
+def sections(document: Document) -> list[tuple[str, Cells]]:
+    """Every table that has rows, with its title."""
+    found = [("Summary", summary_cells(document))]
+    found += [(TITLES[task], request_cells(document, task)) for task in tasks(document)]
+    found.append(("Memory", memory_cells(document)))
+    return [section for section in found if section[1][1]]
 
 
 def markdown(document: Document) -> str:
@@ -235,7 +237,7 @@ def markdown(document: Document) -> str:
     ]
     for line in remarks(document):
         lines += [line, ""]
-    for title, (columns, cells) in _sections(document):
+    for title, (columns, cells) in sections(document):
         alignment = ["left", *["right"] * (len(columns) - 1)]
         table = str(tabulate(cells, columns, tablefmt="github", colalign=alignment, disable_numparse=True))
         lines += [f"## {title}", "", table, ""]
@@ -245,7 +247,7 @@ def markdown(document: Document) -> str:
 def view(document: Document) -> RenderableType:
     """The same for a terminal."""
     parts: list[RenderableType] = []
-    for title, (columns, cells) in _sections(document):
+    for title, (columns, cells) in sections(document):
         table = Table(title=title, title_justify="left")
         for index, column in enumerate(columns):
             table.add_column(column, justify="right" if index else "left", overflow="fold")

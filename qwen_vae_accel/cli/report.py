@@ -1,0 +1,45 @@
+"""``qwen-vae-accel report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from qwen_vae_accel.cli import common
+from qwen_vae_accel.errors import ConfigError
+from qwen_vae_accel.page.results import read_all
+from qwen_vae_accel.page.write import render, write
+
+Results = Annotated[
+    list[Path], typer.Argument(help="JSON of bench and serve-bench, output folders of demo; shown in this order.")
+]
+
+
+def report(
+    results: Results,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
+    title: Annotated[str, typer.Option(help="Its title.")] = "Qwen-Image VAE: results",
+    as_json: common.Json = False,
+    verbose: common.Verbose = False,
+) -> None:
+    """Make one self-contained HTML page of results: tables, charts, and a slider between the demo's pictures."""
+
+    def work() -> common.Outcome:
+        if output.is_dir():
+            raise ConfigError(f"{output} is a folder: name the page, such as {output / 'report.html'}")
+        if any(output.resolve() == path.resolve() for path in results):
+            raise ConfigError(f"{output} is one of the results: name another file for the page")
+        sections = read_all(results)
+        page = render(sections, title)
+        try:
+            write(output, page)
+        except OSError as error:
+            raise ConfigError(f"cannot write {output}: {error}") from error
+        size = output.stat().st_size
+        document = {"file": str(output), "bytes": size, "sections": [section.title for section in sections]}
+        return common.Outcome(document, Text(f"{output}, {size / 1e6:.1f} MB, {len(sections)} results"))
+
+    common.run(as_json, verbose, work)
