@@ -17,6 +17,7 @@ BENCH_OUTPUT ?= benchmarks/results
 help:
 	@echo "make demo      build engines for the shipped tiny VAE, reload them in a new process, run a photo and a pipeline"
 	@echo "make test      lint, then all tests that this machine can run"
+	@echo "make browser   find a Chromium for the tests of HTML pages, or install one"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    let ruff rewrite the layout"
 	@echo "make test-gpu  only the tests that need a CUDA GPU"

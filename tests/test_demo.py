@@ -103,3 +103,6 @@ def test_the_whole_demo(cli: Cli, small_photo: Path, tmp_path: Path) -> None:
     for name in ("photo.png", "pipeline.png"):
         with Image.open(output / name) as sheet:
             assert sheet.width > 150
+    for panel in photo["panels"].values():
+        with Image.open(output / panel["file"]) as image:
+            assert image.size == (64, 48)
