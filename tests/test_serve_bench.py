@@ -13,6 +13,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit
 
 from qwen_vae_accel import accelerate
 from qwen_vae_accel.bench.cases import BenchError
+from qwen_vae_accel.bench.report import machine
 from qwen_vae_accel.bench.serve import measure
 from qwen_vae_accel.bench.serve.measure import Measurement, postprocessing
 from qwen_vae_accel.bench.serve.pipelines import Request, Service, random_transformer
@@ -198,6 +199,24 @@ def picture_of(pixels: Any) -> Any:
     from PIL import Image
 
     return Image.fromarray(255 - pixels[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu_memory_is_measured_and_the_fused_kernels_serve() -> None:
+    device = torch.device("cuda", 0)
+    service = Service(None, "tiny", device, torch.bfloat16)
+    measurement = Measurement(service, 1, "auto", None, lambda line: None, offload_reference=True)
+    rows, memory = measurement.run({"t2i": [Size(256, 256)], "i2i": [Size(64, 64)]})
+    for row in rows:
+        assert row["error"] is None
+        assert row["accelerated"]["served"]["decode"] == {"fused": 2}
+        assert row["accelerated"]["served"]["postprocess"] == {"device": 2}
+        assert row["plain"]["peak_mib"] > row["plain"]["activation_mib"]["decode"] > 0
+    assert [entry["task"] for entry in memory] == ["t2i", "i2i"]
+    assert all(entry["extra_mib"] == entry["accelerated_mib"] - entry["plain_mib"] for entry in memory)
+    document = make_document(rows, memory, None, machine(device), SETTINGS, "serve-bench")
+    assert "extra memory at rest" in markdown(document)
 
 
 @pytest.mark.parametrize(

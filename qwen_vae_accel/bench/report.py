@@ -225,8 +225,9 @@ class BenchReport:
         """What the tables do not say: failures, the plugin's cost."""
         lines = [f"- failed: {row.label}, {row.task} {row.size}: {row.error.splitlines()[0]}" for row in self.rows if row.error]
         if self.overhead is not None:
-            warm, cold = self.overhead["overhead_us"], self.overhead["overhead_cold_us"]
-            lines.append(f"- The plugin adds {warm:.0f} us to a call; {cold:.0f} us where the network has emptied the caches.")
+            line = f"- The plugin adds {self.overhead['overhead_us']:.0f} us to a call"
+            cold = self.overhead.get("overhead_cold_us")  # older results have none
+            lines.append(line + ("." if cold is None else f"; {cold:.0f} us where the network has emptied the caches."))
         return lines
 
     def _published(self, task: str, rows: Sequence[Row], width: int) -> list[list[str]]:

@@ -51,6 +51,9 @@ def serve_bench(
     repeats: Annotated[int, typer.Option(min=1, help="Requests per size after the first.")] = 3,
     backend: Annotated[str, typer.Option(help="Of the accelerated pipeline.")] = "auto",
     engine_dir: Annotated[Path | None, typer.Option(help="Folder of the engines; missing ones are built first.")] = None,
+    offload_reference: Annotated[
+        bool, typer.Option("--offload-reference", help="Keep the VAE's own weights in CPU memory while accelerated.")
+    ] = False,
     device: common.Device = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the JSON, Markdown and PNG.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of those files. Default: serve_DEVICE.")] = None,
@@ -81,7 +84,7 @@ def serve_bench(
             service = Service(model, kind, where, dtype)
             with tempfile.TemporaryDirectory(prefix="qwen-vae-accel-serve-") as temporary:
                 engines = str(engine_dir or temporary) if _needs_engines(backend, engine_dir) else None
-                measurement = Measurement(service, repeats, backend, engines, told)
+                measurement = Measurement(service, repeats, backend, engines, told, offload_reference)
                 rows, memory = measurement.run(wanted)
             update("post-processing", False)
             alone = postprocessing(_POSTPROCESS_SIZE, where, dtype, _POSTPROCESS_REPEATS)
@@ -96,6 +99,7 @@ def serve_bench(
             "sizes": {one: [str(size) for size in shapes] for one, shapes in wanted.items()},
             "steps": {one: STEPS[one] for one in chosen},
             "repeats": repeats,
+            "offload_reference": offload_reference,
         }
         command = shlex.join(["qwen-vae-accel", *sys.argv[1:]])
         document = make_document(rows, memory, alone, machine(where), settings, command)

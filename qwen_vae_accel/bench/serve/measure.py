@@ -57,16 +57,24 @@ class Measurement:
         backend: of ``accelerate``.
         engine_dir: where a backend that has engines keeps them; those that are missing are built first. None: none are used.
         told: called with a line for people as each side of a request is done.
+        offload_reference: the setting of ``accelerate``.
     """
 
     def __init__(
-        self, service: Service, repeats: int, backend: str, engine_dir: str | None, told: Callable[[str], None]
+        self,
+        service: Service,
+        repeats: int,
+        backend: str,
+        engine_dir: str | None,
+        told: Callable[[str], None],
+        offload_reference: bool = False,
     ) -> None:
         self._service = service
         self._repeats = repeats
         self._backend = backend
         self._engine_dir = engine_dir
         self._told = told
+        self._offload_reference = offload_reference
 
     def run(self, wanted: Mapping[str, Sequence[Size]]) -> tuple[list[Values], list[Values]]:
         """One row per request, and the memory at rest with each task's engines or kernels.
@@ -110,11 +118,12 @@ class Measurement:
             return done, {"task": task, "warmup_s": warmup_s, "accelerated_mib": self._at_rest()}
 
     def _config(self, task: str, sizes: Sequence[Size]) -> AccelConfig:
-        if self._engine_dir is None:
-            return AccelConfig(task=task, backend=self._backend)
-        shapes = [shape for size in sizes for shape in _shapes(Request(task, size)) if shape is not None]
-        names = tuple(dict.fromkeys(map(str, shapes)))
-        return AccelConfig(task=task, backend=self._backend, engine_dir=self._engine_dir, sizes=names, on_miss="build")
+        options: Values = {}
+        if self._engine_dir is not None:
+            shapes = [shape for size in sizes for shape in _shapes(Request(task, size)) if shape is not None]
+            names = tuple(dict.fromkeys(map(str, shapes)))
+            options = {"engine_dir": self._engine_dir, "sizes": names, "on_miss": "build"}
+        return AccelConfig(task=task, backend=self._backend, offload_reference=self._offload_reference, **options)
 
     def _send(self, request: Request, handle: Handle | None) -> Done:
         """The first request of its size, then the others; a failure is told in the values."""

@@ -200,10 +200,11 @@ def _guide(times: tuple[float, float] | None) -> str:
 def remarks(document: Document) -> list[str]:
     """What the tables do not say."""
     settings = document["settings"]
+    offloaded = ", reference weights on the CPU" if settings.get("offload_reference") else ""
     lines = [
-        f"Plain / accelerated (backend {settings['backend']}), medians of {settings['repeats']} requests in milliseconds, "
-        f"{settings['dtype']}; {settings['weights']}; transformer: {settings['transformer']}. Each part from an idle device to "
-        "its result. Means are geometric.",
+        f"Plain / accelerated (backend {settings['backend']}{offloaded}), medians of {settings['repeats']} requests "
+        f"in milliseconds, {settings['dtype']}; {settings['weights']}; transformer: {settings['transformer']}. Each part "
+        "from an idle device to its result. Means are geometric.",
         "First request, extra: what encode, decode and post-processing of the first request of a size take above their median.",
     ]
     if _on_cuda(document):
