@@ -38,8 +38,10 @@ def draw(document: Document) -> Any | None:
         _panel(whole, rows, tuple(_COLOURS), f"{TITLES[task]}: the whole request, ms")
         _panel(part, rows, _WITHOUT_DENOISING, f"{TITLES[task]}: without denoising, ms")
     figure.suptitle(f"Each pair of bars: plain pipeline above, accelerated below. {machine_name(document)}", fontsize=11)
-    handles = {label: bar for axis in axes.flat for bar, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="lower center", ncol=len(handles), fontsize=9, frameon=False)
+    shown_bars = {label: bar for axis in axes.flat for bar, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    names = [label for label in LABELS.values() if label in shown_bars]
+    handles = [shown_bars[name] for name in names]
+    figure.legend(handles, names, loc="lower center", ncol=len(names), fontsize=9, frameon=False)
     figure.tight_layout(rect=(0, 0.25 / figure.get_figheight(), 1, 1))
     return figure
 
