@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,15 +102,15 @@ def grouped(entries: Sequence[dict[str, Any]]) -> list[list[str]]:
 COLUMNS = ["kernel", "batch x height x width", "launches", "ms", "TFLOP/s", "share of floor"]
 
 
-def draw(document: dict[str, Any], path: Path) -> None:
-    """The roofline: arithmetic rate over arithmetic intensity, one point per kernel, as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+def draw(document: dict[str, Any] | None) -> Any | None:
+    """The roofline as a matplotlib figure: arithmetic rate over arithmetic intensity, one point per kernel; None of nothing."""
+    if document is None:
+        return None
+    from matplotlib.figure import Figure
 
     bounds = document["limits"]
-    figure, axis = pyplot.subplots(figsize=(9, 5.2))
+    figure = Figure(figsize=(9, 5.2))
+    axis = figure.subplots()
     ridge = bounds["matmul_tflops"] / bounds["copy_tbps"]
     axis.plot([1, ridge, 1e5], [bounds["copy_tbps"], bounds["matmul_tflops"], bounds["matmul_tflops"]], color="#555", lw=1.2)
     axis.annotate(
@@ -136,5 +135,4 @@ def draw(document: dict[str, Any], path: Path) -> None:
     axis.legend(frameon=False, fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    return figure

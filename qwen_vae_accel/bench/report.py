@@ -100,7 +100,8 @@ class BenchReport:
             kept = {name: value for name, value in values.items() if name in known}
             numbers = {"psnr_db": None if kept["psnr_db"] is None else float(kept["psnr_db"])}
             rows.append(Row(**{**kept, "size": parse_size(kept["size"]), **numbers}))
-        report = cls(rows, document["machine"], document["settings"], document["overhead"], document["command"])
+        facts, settings, overhead = document["machine"], document["settings"], document["overhead"]
+        report = cls(rows, facts, settings, overhead, document["command"], document.get("kernels"))  # older: none
         report.created = str(document["created"])
         return report
 
@@ -173,17 +174,18 @@ class BenchReport:
             f"{self.settings.get('dtype')}, same run.",
             "",
         ]
-        for task in self.tasks:
-            lines += [f"## {task.capitalize()}", "", self._table(task), ""]
-        times = self.kernels or {}
-        for task in TASKS if times else ():
-            lines += [f"## Kernels of the fused {task}r, {times['size']} {times['dtype']}", ""]
-            lines += [_github(kernels.COLUMNS, kernels.grouped(times[task]), 2), ""]
+        for title, (columns, cells) in self.sections():
+            lines += [f"## {title}", "", _github(columns, cells), ""]
         return "\n".join([*lines, *self.remarks(), ""])
 
-    def _table(self, task: str) -> str:
-        columns, cells = self.cells(task)
-        return _github(columns, cells, 2)
+    def sections(self) -> list[tuple[str, tuple[list[str], list[list[str]]]]]:
+        """Titles of the tables, with their headings and rows."""
+        found = [(task.capitalize(), self.cells(task)) for task in self.tasks]
+        times = self.kernels or {}
+        for task in TASKS if times else ():
+            title = f"Kernels of the fused {task}r, {times['size']} {times['dtype']}"
+            found.append((title, (kernels.COLUMNS, kernels.grouped(times[task]))))
+        return found
 
     def cells(self, task: str) -> tuple[list[str], list[list[str]]]:
         """Headings and rows of the table of ``task``."""
@@ -246,22 +248,18 @@ class BenchReport:
         from qwen_vae_accel.bench.chart import draw
 
         folder.mkdir(parents=True, exist_ok=True)
-        paths = [folder / f"{name}{suffix}" for suffix in (".json", ".md", ".png")]
+        paths = [folder / f"{name}.json", folder / f"{name}.md"]
         paths[0].write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
         paths[1].write_text(self.markdown(), encoding="utf-8")
-        figure = draw(self)
-        if figure is None:
-            paths.pop()
-        else:
-            figure.savefig(paths[2], dpi=130)
-        if self.kernels:
-            paths.append(folder / f"{name}_roofline.png")
-            kernels.draw(self.kernels).savefig(paths[-1], dpi=130)
+        for figure, suffix in ((draw(self), ".png"), (kernels.draw(self.kernels), "_roofline.png")):
+            if figure is not None:
+                paths.append(folder / f"{name}{suffix}")
+                figure.savefig(paths[-1], dpi=130)
         return paths
 
 
-def _github(columns: Sequence[str], cells: Sequence[Sequence[str]], left: int) -> str:
-    alignment = [*["left"] * left, *["right"] * (len(columns) - left)]
+def _github(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    alignment = ["left", "left", *["right"] * (len(columns) - 2)]
     tabulate = optional_package("tabulate").tabulate
     return str(tabulate(cells, columns, tablefmt="github", colalign=alignment, disable_numparse=True))
 

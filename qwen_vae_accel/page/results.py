@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from qwen_vae_accel.bench import chart as bench_chart
+from qwen_vae_accel.bench import kernels as bench_kernels
 from qwen_vae_accel.bench import report as bench_report
 from qwen_vae_accel.bench.serve import chart as serve_chart
 from qwen_vae_accel.bench.serve import report as serve_report
@@ -55,7 +56,7 @@ class Section:
 
     Attributes:
         facts: name -> value, of the machine and the versions.
-        chart: inline SVG, or "".
+        charts: inline SVGs.
         pictures: those of the slider, in its order; then ``difference``.
     """
 
@@ -65,7 +66,7 @@ class Section:
     tables: list[Table]
     facts: dict[str, str]
     command: str = ""
-    chart: str = ""
+    charts: tuple[str, ...] = ()
     pictures: tuple[Picture, ...] = ()
     difference: Picture | None = None
 
@@ -118,6 +119,10 @@ def _facts(facts: Mapping[str, Any]) -> dict[str, str]:
     return {name.removeprefix("package:").replace("_", " "): str(value) for name, value in facts.items()}
 
 
+def _charts(*svgs: str) -> tuple[str, ...]:
+    return tuple(svg for svg in svgs if svg)
+
+
 def _bench(document: Mapping[str, Any], path: Path) -> Section:
     report = bench_report.BenchReport.from_dict(document)
     name = report.facts.get("device_name") if report.on_cuda else report.facts.get("cpu")
@@ -130,10 +135,15 @@ def _bench(document: Mapping[str, Any], path: Path) -> Section:
             f"{report.settings['dtype']}, same run.",
             *(line.removeprefix("- ") for line in report.remarks()),
         ],
-        tables=[Table(task.capitalize(), *report.cells(task)) for task in report.tasks],
+        tables=[Table(title, *cells) for title, cells in report.sections()],
         facts=_facts(report.facts),
         command=report.command,
-        chart=to_svg(lambda: bench_chart.draw(report), f"Milliseconds by method and size, {name}"),
+        charts=_charts(
+            to_svg(lambda: bench_chart.draw(report), f"Milliseconds by method and size, {name}"),
+            to_svg(lambda: bench_kernels.draw(report.kernels), f"Roofline of the fused kernels, {name}")
+            if report.kernels
+            else "",
+        ),
     )
 
 
@@ -147,7 +157,9 @@ def _serve(document: Mapping[str, Any], path: Path) -> Section:
         tables=[Table(title, *cells) for title, cells in serve_report.sections(values)],
         facts=_facts(values["machine"]),
         command=str(values["command"]),
-        chart=to_svg(lambda: serve_chart.draw(values), f"Milliseconds of each request by part, plain and accelerated, {name}"),
+        charts=_charts(
+            to_svg(lambda: serve_chart.draw(values), f"Milliseconds of each request by part, plain and accelerated, {name}")
+        ),
     )
 
 
