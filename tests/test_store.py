@@ -12,10 +12,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from qwen_vae_accel.config import AccelConfig
 from qwen_vae_accel.engines.manifest import NAME, Verification
 from qwen_vae_accel.engines.store import EngineStore, hash_file
 from qwen_vae_accel.errors import EngineError, EngineMissingError, EngineRefusedError
-from qwen_vae_accel.plan import EngineKey, Profile, Size
+from qwen_vae_accel.plan import EngineKey, Plan, Profile, Size
 from tests import processes
 from tests.processes import build, content, expected, maker
 
@@ -113,6 +114,22 @@ def test_results_of_self_checks_are_kept(root):
     assert EngineStore(root).find(expected())[1].verification == {"m/512x512": CHECK}
 
 
+def test_scratch_memory_is_kept_when_it_becomes_known(root):
+    store = EngineStore(root)
+    _, record = store.find(expected())
+    assert record.scratch is None
+    for told, kept in ((None, None), ((1 << 40,), (1 << 40,)), (None, (1 << 40,)), ((7,), (7,))):
+        store.record_verification(PATH, record.sha256, "m/512x512", CHECK, told)
+        assert EngineStore(root).find(expected())[1].scratch == kept
+
+
+def test_a_manifest_from_before_scratch_memory_was_kept_still_loads(root):
+    document = json.loads((root / NAME).read_text())
+    del document["engines"][PATH][0]["scratch"]
+    (root / NAME).write_text(json.dumps(document))
+    assert find(root)[1].scratch is None
+
+
 # Damage.
 
 
@@ -208,6 +225,9 @@ def test_manifests_that_cannot_be_read_are_errors_and_kept(root, text, message):
         {"verification": {"m": {"passed": True}}},
         {"verification": {"m": {**dataclasses.asdict(CHECK), "tolerance": "small"}}},
         {"size": "many"},
+        {"scratch": 5},
+        {"scratch": [1, 2]},
+        {"scratch": ["much"]},
     ],
 )
 def test_malformed_records(root, change):
@@ -273,6 +293,38 @@ def test_records_of_any_size_can_be_read_back(tmp_path, shape):
 )
 def test_foreign_engines_are_refused_with_every_difference(root, change, differences):
     assert refusal(root, **change) == differences
+
+
+@pytest.mark.parametrize(
+    ("sizes", "multi"),
+    [
+        (["16_9"], False),
+        (["4_3"], False),
+        (["520x264"], False),
+        (None, True),
+        (["64x64:96x80:200x104", "8x8:64x64:96x96"], True),
+    ],
+)
+@pytest.mark.parametrize("method", ["encode", "decode"])
+def test_a_refusal_names_the_command_that_rebuilds_that_engine(tmp_path, sizes, multi, method):
+    key = Plan.make(sizes, multi).engines(method)[0]
+    wanted = expected(key=key)
+    EngineStore(tmp_path).build(wanted, maker(wanted))
+    with pytest.raises(EngineRefusedError) as caught:
+        EngineStore(tmp_path).find(expected("newer", key=key))
+    command = str(caught.value).partition("Rebuild it here: qwen-vae-accel build ")[2].split()
+    assert ("--multi-profile" in command) is multi
+    options = dict(zip(*[iter(word for word in command if word != "--multi-profile")] * 2, strict=True))
+    assert options["--engine-dir"] == str(tmp_path) and options["--backend"] == "tensorrt"
+    config = AccelConfig(
+        task=options["--task"], sizes=tuple(options["--sizes"].split(",")), multi_profile=multi, dtype=options["--dtype"]
+    )
+    assert method in config.methods
+    built = config.plan().engines(method)
+    assert [k.stem for k in built] == [key.stem]
+    assert [(p.minimum, p.optimum, p.maximum) for p in built[0].profiles] == [
+        (p.minimum, p.optimum, p.maximum) for p in key.profiles
+    ]
 
 
 def test_the_encoder_in_the_decoders_place(root):

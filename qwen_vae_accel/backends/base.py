@@ -179,12 +179,20 @@ class EngineBackend(Backend):
         return built == here
 
     @abstractmethod
-    def build(self, model: nn.Module, job: Job, key: EngineKey, path: Path) -> None:
-        """Compile ``model`` (2-D network in ``job``'s dtype and device) for the sizes of ``key`` into ``path``."""
+    def build(self, model: nn.Module, job: Job, key: EngineKey, path: Path) -> tuple[int, ...] | None:
+        """Compile ``model`` (2-D network in ``job``'s dtype and device) for the sizes of ``key`` into ``path``.
+
+        Returns:
+            Bytes of scratch memory that a run will need, per profile, where the compiler says so; else None.
+        """
 
     @abstractmethod
     def load(self, path: Path, job: Job, key: EngineKey) -> Program:
         """Load the engine of ``path``, whose bytes are known to be good."""
+
+    def scratch(self, program: Program) -> tuple[int, ...] | None:
+        """Bytes of scratch memory that a run of a loaded engine needs at most, per profile; None where it does not tell."""
+        return None
 
     def describe(self, path: Path, job: Job) -> EngineDescription | None:
         """What the file of ``path`` says of itself; None where files of this backend do not tell. This runs its code."""

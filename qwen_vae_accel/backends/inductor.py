@@ -70,7 +70,7 @@ class InductorBackend(EngineBackend):
         names = ("device", "device_name", "compute_capability", "cuda", "platform", "package:torch")
         return {name: facts[name] for name in names if name in facts}
 
-    def build(self, model: nn.Module, job: Job, key: EngineKey, path: Path) -> None:
+    def build(self, model: nn.Module, job: Job, key: EngineKey, path: Path) -> tuple[int, ...] | None:
         reasons = self.build_reasons()
         if reasons:
             raise RuntimeError("; ".join(reasons))
@@ -85,6 +85,7 @@ class InductorBackend(EngineBackend):
             program = torch.export.export(model, (example,), dynamic_shapes=dynamic)
             torch._inductor.aoti_compile_and_package(program, package_path=str(path))
         _load_elsewhere(path)
+        return None
 
     @staticmethod
     def _range(name: str, axis: int, job: Job, key: EngineKey) -> torch.export.Dim:

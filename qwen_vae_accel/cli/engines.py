@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from qwen_vae_accel.backends.base import EngineBackend
 from qwen_vae_accel.backends.tensorrt import BuildSettings, TensorRTBackend, parse_capabilities
 from qwen_vae_accel.cli import common
 from qwen_vae_accel.config import AccelConfig
@@ -31,7 +34,7 @@ def _source(vae: Path, device: torch.device) -> ModelSource:
 def _table(*columns: str) -> Table:
     table = Table()
     for column in columns:
-        table.add_column(column, justify="right" if column in ("MB", "s", "PSNR dB") else "left", overflow="fold")
+        table.add_column(column, justify="right" if column in ("MB", "scratch MB", "s", "PSNR dB") else "left", overflow="fold")
     return table
 
 
@@ -79,7 +82,7 @@ def build(
         target = given.target_environment() if given is not None and given.targets else None
         where = common.parse_device("cpu" if target is not None and device is None else device)
         builder = Builder(settings, _source(vae, where), where, given, target)
-        with common.progress(len(builder.wanted), "build") as update:
+        with common.progress(len(builder.wanted), "build") as update, _builder_steps(builder.backend, update):
 
             def told(wanted: Wanted, result: BuildResult | None) -> None:
                 if result is None:
@@ -108,6 +111,13 @@ def build(
     common.run(as_json, verbose, work)
 
 
+def _builder_steps(backend: EngineBackend, update: Callable[[str, bool], None]) -> AbstractContextManager[None]:
+    """Show the steps of TensorRT's builder, which takes minutes on a data-centre GPU; other compilers do not tell."""
+    if not isinstance(backend, TensorRTBackend):
+        return nullcontext()
+    return backend.telling(lambda phase, step, count: update(f"{phase} {step}/{count}", False))
+
+
 def _tensorrt(config: AccelConfig, capabilities: str | None, settings: list[str] | None) -> TensorRTBackend | None:
     """The TensorRT backend that the options ask for; None where none of them is given."""
     if capabilities is None and not settings:
@@ -125,7 +135,7 @@ def list_engines(
     as_json: common.Json = False,
     verbose: common.Verbose = False,
 ) -> None:
-    """List the engines: sizes, dtype, bytes, self-checks, and why one would not be run here. Exit code 1 if any would not."""
+    """List the engines: profiles, memory, self-checks, and why one would not be run here. Exit code 1 if any would not."""
 
     def work() -> common.Outcome:
         where = common.parse_device(device)
@@ -144,22 +154,26 @@ def list_engines(
 def _survey_view(found: list[EngineStatus], weights: bool) -> RenderableType:
     if not found:
         return Text("no engines")
-    table = _table("engine", "sizes", "dtype", "backend", "MB", "PSNR dB", "runs here")
+    table = _table("engine", "profile", "sizes", "dtype", "backend", "MB", "scratch MB", "PSNR dB", "runs here")
     for status in found:
         record = status.record
-        sizes = ", ".join(str(p.optimum) for p in record.profiles) if record else ""
-        if record and not record.key.is_static:
-            sizes = ", ".join(f"{p.minimum}..{p.optimum}..{p.maximum}" for p in record.profiles)
-        checks = ", ".join(f"{result.psnr_db:.1f}" for result in status.checks.values()) or "not checked"
-        table.add_row(
-            status.path,
-            sizes,
-            record.dtype if record else "",
-            record.backend if record else "",
-            f"{status.size / 1e6:.1f}",
-            checks if record else "",
-            Text("yes") if status.current else Text("no: " + "; ".join(status.reasons), style="red"),
-        )
+        size = f"{status.size / 1e6:.1f}"
+        verdict = Text("yes") if status.current else Text("no: " + "; ".join(status.reasons), style="red")
+        if record is None:
+            table.add_row(status.path, "", "", "", "", size, "", "", verdict)
+            continue
+        for index, profile in enumerate(record.profiles):
+            check = status.checks.get(profile.name)
+            head = (status.path, record.dtype, record.backend, size, verdict) if index == 0 else ("",) * 5
+            table.add_row(
+                head[0],
+                profile.name,
+                str(profile.optimum) if record.key.is_static else f"{profile.minimum}..{profile.optimum}..{profile.maximum}",
+                *head[1:4],
+                "not known" if record.scratch is None else f"{record.scratch[index] / 1e6:.1f}",
+                "not checked" if check is None else f"{check.psnr_db:.1f}",
+                head[4],
+            )
     note = "" if weights else "Weights were not compared; --vae does that."
     return Group(table, Text(note)) if note else table
 

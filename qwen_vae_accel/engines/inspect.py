@@ -7,7 +7,6 @@ import logging
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -64,6 +63,7 @@ class EngineStatus:
                 "method": r.method,
                 "dtype": r.dtype,
                 "profiles": r.profile_values(),
+                "scratch": None if r.scratch is None else list(r.scratch),
                 "origin": r.origin,
                 "built_at": r.built_at,
                 "build_seconds": r.build_seconds,
@@ -160,8 +160,7 @@ class Inspector:
         weights = record.weights
         if self._source is not None:
             weights = self._source.fingerprint(record.method, DTYPES[record.dtype])
-        identity = backend.identity(self._environment)
-        expected = Expected(record.key, record.backend, backend.suffix, record.dtype, weights, identity, backend.accepts)
+        expected = Expected.of(backend, record.key, DTYPES[record.dtype], weights, self._environment)
         if expected.path != path:
             raise EngineError(f"its record belongs to {expected.path}")
         return expected
@@ -190,7 +189,9 @@ class Inspector:
         for profile in status.record.profiles:
             with runtime.use(wanted, Choice(wanted.key, profile)) as program:
                 result = runtime.run_check(wanted, profile, program, self._machine)
-            self.store.record_verification(status.path, status.record.sha256, check_name(self._machine, profile), result)
+                scratch = wanted.backend.scratch(program)
+            check = check_name(self._machine, profile)
+            self.store.record_verification(status.path, status.record.sha256, check, result, scratch)
             yield profile, result
         runtime.release()
 
@@ -280,19 +281,13 @@ class Inspector:
             raise
         except Exception as error:
             raise EngineRefusedError(path, [f"{backend.name} cannot load or run it: {error}"]) from error
-        record = EngineRecord(
+        expected = Expected.of(backend, key, dtype, source.fingerprint(method, dtype), self._environment)
+        record = expected.record(
+            self._environment,
             sha256=digest,
             size=size,
-            backend=backend.name,
-            method=key.method,
-            name=key.name,
-            profiles=key.profiles,
-            dtype=str(dtype).removeprefix("torch."),
-            weights=source.fingerprint(key.method, dtype),
-            identity=backend.identity(self._environment),
-            environment=self._environment.describe(),
-            built_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             build_seconds=0.0,
+            scratch=backend.scratch(program),
             origin="adopted",
             verification=checks,
         )

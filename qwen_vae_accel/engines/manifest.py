@@ -80,6 +80,8 @@ class EngineRecord:
         environment: everything known of the machine that built it.
         built_at: UTC time, ISO 8601.
         build_seconds: wall time of the build.
+        scratch: bytes of device memory that a run needs at most beside the weights, per profile: what the engine says of
+            itself, and until it is first loaded what its builder planned; None where neither is known.
         origin: ``"built"`` here, or ``"adopted"`` on the user's word.
         verification: results of the self-check by ``machine/profile``.
     """
@@ -96,6 +98,7 @@ class EngineRecord:
     environment: dict[str, str]
     built_at: str
     build_seconds: float
+    scratch: tuple[int, ...] | None = None
     origin: str = "built"
     verification: dict[str, Verification] = field(default_factory=dict)
 
@@ -130,8 +133,13 @@ class EngineRecord:
         profiles = tuple(Profile(p["name"], _size(p["min"]), _size(p["opt"]), _size(p["max"])) for p in values["profiles"])
         if not profiles:
             raise ValueError("no profiles")
+        scratch = values.get("scratch")
+        if scratch is not None:
+            scratch = tuple(map(int, scratch))
+            if len(scratch) != len(profiles):
+                raise ValueError(f"{len(scratch)} values of scratch memory for {len(profiles)} profiles")
         checks = {name: Verification.from_json(result) for name, result in values.get("verification", {}).items()}
-        return cls(**{**values, "profiles": profiles, "verification": checks})
+        return cls(**{**values, "profiles": profiles, "scratch": scratch, "verification": checks})
 
 
 @dataclass(slots=True)

@@ -6,6 +6,7 @@ never released; who needs room waits. One thread loads an engine, others that wa
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import logging
 import math
@@ -16,7 +17,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -197,15 +197,7 @@ class EngineRuntime:
     def expected(self, wanted: Wanted) -> Expected:
         """What the engine of ``wanted`` must be to be run here."""
         job = wanted.job
-        return Expected(
-            key=wanted.key,
-            backend=wanted.backend.name,
-            suffix=wanted.backend.suffix,
-            dtype=str(job.dtype).removeprefix("torch."),
-            weights=wanted.weights,
-            identity=wanted.backend.identity(self._detect(job.device)),
-            accepts=wanted.backend.accepts,
-        )
+        return Expected.of(wanted.backend, wanted.key, job.dtype, wanted.weights, self._detect(job.device))
 
     def _load(self, wanted: Wanted) -> Program:
         start = time.perf_counter()
@@ -237,7 +229,8 @@ class EngineRuntime:
                 start = time.perf_counter()
                 result = self.run_check(wanted, profile, program, machine)
                 self._journal.verify(wanted.path, (time.perf_counter() - start) * 1e3)
-                self.store.record_verification(wanted.path, record.sha256, name, result)
+                scratch = wanted.backend.scratch(program)
+                self.store.record_verification(wanted.path, record.sha256, name, result, scratch)
             self._judge(wanted, profile, result)
             self._good.add((slot_key, profile.name))
 
@@ -284,26 +277,14 @@ class EngineRuntime:
                 for name, value in self._source.state(wanted.job.method).items()
             }
             try:
-                wanted.backend.build(build_model(state, wanted.job.method), wanted.job, wanted.key, path)
+                model = build_model(state, wanted.job.method)
+                scratch = wanted.backend.build(model, wanted.job, wanted.key, path)
             except OSError:
                 raise
             except Exception as error:
                 raise BuildError(f"{wanted.backend.name} failed to build {wanted.path}: {error}") from error
             elapsed = time.perf_counter() - start
-            return EngineRecord(
-                sha256="",
-                size=0,
-                backend=expected.backend,
-                method=wanted.job.method,
-                name=wanted.key.name,
-                profiles=wanted.key.profiles,
-                dtype=expected.dtype,
-                weights=expected.weights,
-                identity=dict(expected.identity),
-                environment=environment.describe(),
-                built_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                build_seconds=round(elapsed, 3),
-            )
+            return expected.record(environment, sha256="", size=0, build_seconds=round(elapsed, 3), scratch=scratch)
 
         def accept(path: Path, record: EngineRecord) -> EngineRecord:
             if not self._verify:
@@ -315,7 +296,7 @@ class EngineRuntime:
             result = self.run_check(wanted, profile, program, machine)
             self._judge(wanted, profile, result)
             record.verification[check_name(machine, profile)] = result
-            return record
+            return dataclasses.replace(record, scratch=wanted.backend.scratch(program) or record.scratch)
 
         here = selfcheck.machine_id(environment) + "/"
 

@@ -16,10 +16,14 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
+import torch
 from filelock import FileLock
 
+from qwen_vae_accel.backends.base import EngineBackend, Environment
 from qwen_vae_accel.engines.manifest import NAME, EngineRecord, Manifest, Verification
 from qwen_vae_accel.errors import BuildError, EngineError, EngineMissingError, EngineRefusedError
 from qwen_vae_accel.plan import EngineKey
@@ -39,10 +43,49 @@ class Expected:
     identity: Mapping[str, str]
     accepts: Callable[[str, str, str], bool] = lambda fact, built, here: built == here
 
+    @classmethod
+    def of(cls, backend: EngineBackend, key: EngineKey, dtype: torch.dtype, weights: str, environment: Environment) -> Expected:
+        """What ``backend``'s engine of ``key`` must be to be run in ``environment``."""
+        return cls(
+            key=key,
+            backend=backend.name,
+            suffix=backend.suffix,
+            dtype=str(dtype).removeprefix("torch."),
+            weights=weights,
+            identity=backend.identity(environment),
+            accepts=backend.accepts,
+        )
+
     @property
     def path(self) -> str:
         """Path below the engine directory."""
         return self.key.stem + self.suffix
+
+    def record(self, environment: Environment, **values: Any) -> EngineRecord:
+        """The record of a new engine that is this, made in ``environment``; ``values`` are the fields not known here."""
+        return EngineRecord(
+            backend=self.backend,
+            method=self.key.method,
+            name=self.key.name,
+            profiles=self.key.profiles,
+            dtype=self.dtype,
+            weights=self.weights,
+            identity=dict(self.identity),
+            environment=environment.describe(),
+            built_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **values,
+        )
+
+    def build_command(self, root: Path) -> str:
+        """The command that builds it into ``root``."""
+        key = self.key
+        sizes = key.name
+        if not key.is_static:
+            sizes = ",".join(f"{p.minimum}:{p.optimum}:{p.maximum}" for p in key.profiles)
+        task = "i2i" if key.method == "encode" else "t2i"
+        options = f"--backend {self.backend} --task {task} --dtype {self.dtype} --sizes {sizes}"
+        multi = "" if key.is_static else " --multi-profile"
+        return f"qwen-vae-accel build {options}{multi} --engine-dir {root} --vae PATH"
 
     def differences(self, record: EngineRecord) -> list[str]:
         """Why an engine of ``record`` must not be run for this, one text per difference."""
@@ -144,8 +187,7 @@ class EngineStore:
             )
         found = expected.differences(record)
         if found:
-            hint = f"Rebuild it here: qwen-vae-accel build --backend {expected.backend} --engine-dir {self.root} --vae PATH"
-            raise EngineRefusedError(str(path), found, hint)
+            raise EngineRefusedError(str(path), found, f"Rebuild it here: {expected.build_command(self.root)}")
         return path, record
 
     # Writing.
@@ -244,13 +286,20 @@ class EngineStore:
             manifest.engines[name] = [record]
         return final
 
-    def record_verification(self, name: str, sha256: str, check: str, result: Verification) -> None:
-        """Keep the result of a self-check; in a directory that cannot be written it is logged and lost."""
+    def record_verification(
+        self, name: str, sha256: str, check: str, result: Verification, scratch: tuple[int, ...] | None = None
+    ) -> None:
+        """Keep the result of a self-check, and the scratch memory that the loaded engine says it needs.
+
+        In a directory that cannot be written it is logged and lost.
+        """
         try:
             with self._editing() as manifest:
-                for record in manifest.engines.get(name, []):
+                records = manifest.engines.get(name, [])
+                for index, record in enumerate(records):
                     if record.sha256 == sha256:
                         record.verification[check] = result
+                        records[index] = dataclasses.replace(record, scratch=scratch or record.scratch)
         except (EngineError, OSError) as error:
             logger.warning("the self-check of %s is not recorded: %s", name, error)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,8 +24,9 @@ from qwen_vae_accel.engines.store import Expected
 from qwen_vae_accel.errors import BackendUnavailableError, BuildError, ConfigError, EngineMissingError, EngineRefusedError
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.plan import EngineKey
+from tests.fixtures_cli import Cli
 from tests.helpers import CPU, EXACT, decoded, distance, moments, picture, randn
-from tests.tensorrt.conftest import job_of, key_of
+from tests.tensorrt.conftest import job_of, key_of, missing_rtx
 from tests.tensorrt.standin import StandIn, engine_file
 
 CLASSIC = {"torch-tensorrt": "2.14.0", "tensorrt": "11.1.0.5"}
@@ -101,6 +103,28 @@ def test_a_cpu_machine_refuses_it_by_name_with_reasons(micro: nn.Module, tmp_pat
 def test_building_for_this_machine_needs_its_gpu(rtx: Flavour, source: ModelSource, tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="no GPU here to build for; name one: .*--compute-capability"):
         TensorRTBackend().build(nn.Identity(), job_of(source, "decode"), key_of("decode", "64x64"), tmp_path / "e.trt")
+
+
+@pytest.mark.parametrize(
+    ("packages", "platform", "in_ci", "must_fail"),
+    [
+        (RTX, "linux-x86_64", True, None),
+        (CLASSIC, "linux-x86_64", False, False),
+        (CLASSIC, "linux-x86_64", True, True),
+        ({}, "linux-x86_64", False, True),
+        ({}, "darwin-arm64", False, False),
+        ({}, "darwin-arm64", True, True),
+        ({"tensorrt-rtx": "1.5.0.114"}, "linux-x86_64", False, True),
+        ({**CLASSIC, **RTX}, "linux-x86_64", False, True),
+    ],
+)
+def test_real_builds_are_skipped_only_where_the_flavour_cannot_be(
+    packages: dict[str, str], platform: str, in_ci: bool, must_fail: bool | None
+) -> None:
+    here = Environment("cpu", "AVX2", platform=platform, packages=packages)
+    missing = missing_rtx(here, in_ci)
+    assert (missing and missing[0]) is must_fail
+    assert missing is None or "pip install 'qwen-vae-accel[tensorrt-rtx]'" in missing[1]
 
 
 # Settings: what Torch-TensorRT would swallow.
@@ -216,14 +240,15 @@ class StandInBackend(TensorRTBackend):
         self._frames = frames
 
     def build(self, model: nn.Module, job: Job, key: EngineKey, path: Path) -> None:
-        path.write_bytes(foreign_file(job, key, self._frames))
+        path.write_bytes(foreign_file(job, key, self._frames, scratch=[1_000_000 * (n + 1) for n in range(len(key.profiles))]))
 
 
-def foreign_file(job: Job, key: EngineKey, frames: bool = False) -> bytes:
+def foreign_file(job: Job, key: EngineKey, frames: bool = False, scratch: Sequence[int] = ()) -> bytes:
     """An engine as somebody else could have made it."""
     outputs = 2 * job.topology.z_dim if job.method == "encode" else job.topology.image_channels
     ranges = [tuple(shape[2:] for shape in triple) for triple in input_shapes(job, key)]
-    return engine_file(job.method, ranges, (job.in_channels, outputs), frames=frames)  # type: ignore[arg-type]
+    channels = (job.in_channels, outputs)
+    return engine_file(job.method, ranges, channels, frames=frames, scratch=scratch)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -283,6 +308,29 @@ def test_the_guides_static_config_loads_its_directory(
         assert handle.report().as_dict()["calls"]["decode"] == {"tensorrt": 1}
     assert (engines / "64x64" / "vae_decoder.trt").is_file()
     assert not (engines / "64x64" / "vae_encoder.trt").exists(), "text-to-image makes and loads no encoder"
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_scratch_memory_is_recorded_from_the_loaded_engine(
+    plugin: Callable[..., None], cli: Cli, micro: nn.Module, tmp_path: Path, no_grad: None, verify: bool
+) -> None:
+    plugin()
+    sizes = ["32x32:64x64:128x128", "64x64:128x128:192x192"]
+    options = {"backend": "tensorrt", "engine_dir": tmp_path, "sizes": sizes, "multi_profile": True, "on_miss": "build"}
+    with accelerate(micro, verify=verify, **options) as handle:
+        handle.warmup(progress=False)
+
+    def listed() -> tuple[dict[str, Any], str]:
+        (engine,) = cli("list", "--engine-dir", tmp_path, "--json").document["engines"]
+        return engine, cli("list", "--engine-dir", tmp_path).stdout
+
+    engine, table = listed()
+    # Not loaded for a check yet, and this builder does not say what it planned.
+    assert engine["scratch"] == ([1_000_000, 2_000_000] if verify else None)
+    assert ("not known" in table) is not verify and ("2.0" in table) is verify
+    with accelerate(micro, **options):
+        decoded(micro, randn(1, 4, 1, 8, 8))
+    assert listed()[0]["scratch"] == [1_000_000, 2_000_000]
 
 
 def test_a_failing_run_falls_back_and_says_why(
@@ -347,6 +395,7 @@ def test_foreign_engines_are_adopted_by_what_they_say_and_served(
         record = inspector.adopt(name, config)
         assert record.origin == "adopted" and len(record.profiles) == 2
         assert str(record.profiles[0].maximum) == "96x96"
+        assert record.scratch == (1024, 1024), "as the engine says"
     with accelerate(micro, config) as handle:
         assert distance(decoded(micro, z), references[0], "decode") < EXACT
         assert distance(moments(micro, x), references[1], "encode") < EXACT

@@ -7,10 +7,11 @@ builder configuration and file; that the network is the right one is tested by r
 from __future__ import annotations
 
 import gc
-import logging
+import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from qwen_vae_accel.backends.tensorrt.build import BuildReport, export, input_sh
 from qwen_vae_accel.backends.tensorrt.crossbuild import torch_tensorrt_for
 from qwen_vae_accel.backends.tensorrt.engine import TensorRTError
 from qwen_vae_accel.backends.tensorrt.flavour import Flavour
+from qwen_vae_accel.cli import common
 from qwen_vae_accel.cli.app import app
 from qwen_vae_accel.engines.store import EngineStore
 from qwen_vae_accel.errors import BuildError
@@ -34,7 +36,6 @@ from tests.helpers import CPU, EXACT, TINY_VAE, picture, randn
 from tests.tensorrt.conftest import job_of, key_of
 
 GUIDE_MULTI = Plan.make(None, multi_profile=True)
-_ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+)")
 
 # The network, spelled for TensorRT.
 
@@ -118,42 +119,13 @@ def multi_decoder(
 @pytest.fixture(scope="session")
 def static_decoder(
     full: nn.Module, cross_build: Callable[..., TensorRTBackend], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, BuildReport, int]:
-    """The full-size decoder for 1328x1328, and the activation memory that TensorRT plans for it."""
+) -> tuple[Path, BuildReport]:
+    """The full-size decoder for 1328x1328."""
     path = tmp_path_factory.mktemp("static") / "vae_decoder.trt"
     plan = Plan.make(["1_1"], multi_profile=False)
-    with _builder_log() as log:
-        report = cross_build(full, "decode", torch.bfloat16, plan, "8.9", path).last_build
+    report = cross_build(full, "decode", torch.bfloat16, plan, "8.9", path).last_build
     assert report is not None
-    return path, report, _activations(log)
-
-
-class _builder_log(logging.Handler):
-    """The texts that TensorRT's builder logs inside the block."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(record.getMessage())
-
-    def __enter__(self) -> list[str]:
-        self._logger = logging.getLogger("torch_tensorrt [TensorRT Conversion Context]")
-        self._level = self._logger.level
-        self._logger.setLevel(logging.INFO)
-        self._logger.addHandler(self)
-        return self.texts
-
-    def __exit__(self, *exception: object) -> None:
-        self._logger.removeHandler(self)
-        self._logger.setLevel(self._level)
-
-
-def _activations(texts: list[str]) -> int:
-    found = [int(match[1]) for text in texts if (match := _ACTIVATIONS.search(text))]
-    assert found, "TensorRT's builder logs its activation memory"
-    return max(found)
+    return path, report
 
 
 def _is_engine(path: Path, report: BuildReport) -> bool:
@@ -174,12 +146,17 @@ def test_full_decoder_with_nine_profiles(
             assert shape == (1, 16, size.height // 8, size.width // 8), profile.name
     assert report.attention_chunks == 8 and report.capabilities == ("8.9",)
     assert 50e6 < report.nbytes < 150e6  # 50.6 MB of weights, and kernels for nine profiles
+    assert report.scratch is not None and len(report.scratch) == 9
+    # A feature map of 96 channels at a profile's largest size, at least; the smallest profile needs the least.
+    for planned, profile in zip(report.scratch, GUIDE_MULTI.profiles, strict=True):
+        assert planned > 96 * profile.maximum.width * profile.maximum.height * 2, profile.name
+    assert report.scratch[0] == min(report.scratch)
     record_property("megabytes", report.nbytes / 1e6)
     record_property("seconds", report.seconds)
 
 
-def test_full_decoder_static(static_decoder: tuple[Path, BuildReport, int]) -> None:
-    path, report, _ = static_decoder
+def test_full_decoder_static(static_decoder: tuple[Path, BuildReport]) -> None:
+    path, report = static_decoder
     assert _is_engine(path, report)
     assert [(t.name, t.shape) for t in (*report.inputs, *report.outputs)] == [
         ("z", (1, 16, 166, 166)),
@@ -189,15 +166,14 @@ def test_full_decoder_static(static_decoder: tuple[Path, BuildReport, int]) -> N
 
 
 def test_runs_of_queries_keep_the_scores_small(
-    full: nn.Module, cross_build: Callable[..., TensorRTBackend], static_decoder: tuple[Path, BuildReport, int], tmp_path: Path
+    full: nn.Module, cross_build: Callable[..., TensorRTBackend], static_decoder: tuple[Path, BuildReport], tmp_path: Path
 ) -> None:
-    *_, memory = static_decoder
     plan = Plan.make(["1_1"], multi_profile=False)
-    with _builder_log() as log:
-        cross_build(full, "decode", torch.bfloat16, plan, "8.9", tmp_path / "e.trt", query_limit=10**9)
+    unlimited = cross_build(full, "decode", torch.bfloat16, plan, "8.9", tmp_path / "e.trt", query_limit=10**9).last_build
+    assert unlimited is not None and unlimited.scratch is not None and static_decoder[1].scratch is not None
     # 27556 pixels: all scores are 1.5 GB in bfloat16, and so are the probabilities. A feature map of 96 channels is 339 MB.
-    assert _activations(log) > 2 * 27556**2 * 2
-    assert memory < 5 * 96 * 1328**2 * 2
+    assert unlimited.scratch[0] > 2 * 27556**2 * 2
+    assert static_decoder[1].scratch[0] < 5 * 96 * 1328**2 * 2
 
 
 def test_full_encoder_for_several_capabilities(
@@ -205,11 +181,10 @@ def test_full_encoder_for_several_capabilities(
 ) -> None:
     plan = Plan.make(["16_9"], multi_profile=False)
     path = tmp_path / "vae_encoder.trt"
-    with _builder_log() as log:
-        report = cross_build(full, "encode", torch.float16, plan, "8.6,12.0", path).last_build
-    # Runs of queries that do not wait for one another were batched here, and all scores held: 2.5 GB.
-    assert _activations(log) < 5 * 96 * 928 * 1664 * 2
+    report = cross_build(full, "encode", torch.float16, plan, "8.6,12.0", path).last_build
     assert report is not None and _is_engine(path, report)
+    # Runs of queries that do not wait for one another were batched here, and all scores held: 2.5 GB.
+    assert report.scratch is not None and report.scratch[0] < 5 * 96 * 928 * 1664 * 2
     assert [(t.name, t.shape, t.dtype) for t in (*report.inputs, *report.outputs)] == [
         ("x", (1, 3, 928, 1664), "HALF"),
         ("output0", (1, 32, 116, 208), "HALF"),
@@ -241,8 +216,8 @@ def test_float32_and_progress(tiny: nn.Module, rtx: Flavour, tmp_path: Path) -> 
 # The same file, through Torch-TensorRT's own module.
 
 
-def test_names_and_order_are_those_torch_tensorrts_module_takes(static_decoder: tuple[Path, BuildReport, int]) -> None:
-    path, report, _ = static_decoder
+def test_names_and_order_are_those_torch_tensorrts_module_takes(static_decoder: tuple[Path, BuildReport]) -> None:
+    path, report = static_decoder
     with torch_tensorrt_for((8, 9)) as torch_tensorrt:
         from torch_tensorrt.dynamo._settings import CompilationSettings
 
@@ -313,7 +288,7 @@ def test_a_capability_that_it_does_not_build_for(tiny: nn.Module, rtx: Flavour, 
 )
 def test_real_tensorrts_refusals_are_errors(
     full: nn.Module,
-    static_decoder: tuple[Path, BuildReport, int],
+    static_decoder: tuple[Path, BuildReport],
     tmp_path: Path,
     damage: Callable[[bytes], bytes],
     says: str,
@@ -325,7 +300,7 @@ def test_real_tensorrts_refusals_are_errors(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU there are no stand-ins")
-def test_stand_ins_are_gone_after_the_import() -> None:
+def test_stand_ins_are_gone_after_the_import(rtx: Flavour) -> None:
     isfile, capability = os.path.isfile, torch.cuda.get_device_capability
     had = hasattr(torch._C, "_CudaDeviceProperties")
     with torch_tensorrt_for((12, 0)):
@@ -339,11 +314,21 @@ def test_stand_ins_are_gone_after_the_import() -> None:
 # The command.
 
 
-def test_the_command_builds_a_directory_for_another_machine(rtx: Flavour, tmp_path: Path) -> None:
+def test_the_command_builds_a_directory_for_another_machine(
+    rtx: Flavour, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+
+    @contextmanager
+    def progress(total: int, description: str) -> Iterator[Callable[[str, bool], None]]:
+        yield lambda text, advance: shown.append(text)
+
+    monkeypatch.setattr(common, "progress", progress)
     options = ["--vae", str(TINY_VAE), "--engine-dir", str(tmp_path / "engines"), "--sizes", "64x64", "--json"]
     command = ["build", *options, "--backend", "tensorrt", "--compute-capability", "8.9", "--dtype", "fp16"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
+    assert any(re.search(r" \d+/\d+$", text) for text in shown), "the builder's own steps are shown"
     records = EngineStore(tmp_path / "engines").manifest().engines
     assert set(records) == {"64x64/vae_decoder.trt"}
     (record,) = records["64x64/vae_decoder.trt"]
@@ -354,11 +339,15 @@ def test_the_command_builds_a_directory_for_another_machine(rtx: Flavour, tmp_pa
         "platform": "x86_64",
     }
     assert record.verification == {}, "checked on the target, not here"
+    assert record.scratch is not None and record.scratch[0] > 1e6, "as its builder planned"
     assert record.profiles == (Profile.static("64x64", Size(64, 64)),)
     again = CliRunner().invoke(app, command)
     assert '"current"' in again.output and again.exit_code == 0
-    listed = CliRunner().invoke(app, ["list", "--engine-dir", str(tmp_path / "engines")])
-    assert "here no NVIDIA GPU" in " ".join(listed.output.split()) or listed.exit_code == 1
+    listed = CliRunner().invoke(app, ["list", "--engine-dir", str(tmp_path / "engines"), "--json"])
+    (engine,) = json.loads(listed.stdout)["engines"]
+    assert engine["scratch"] == list(record.scratch)
+    if not torch.cuda.is_available():
+        assert listed.exit_code == 1 and any("here no NVIDIA GPU" in reason for reason in engine["reasons"])
     gc.collect()
 
 

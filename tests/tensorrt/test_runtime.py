@@ -166,12 +166,9 @@ def test_threads_on_the_same_and_on_different_streams(trt: StandIn, source: Mode
     assert trt.alive.count("context") == 3
 
 
-@pytest.mark.parametrize("explicit", [True, False])
-def test_everything_is_freed_contexts_first(trt: StandIn, explicit: bool) -> None:
+def test_everything_is_freed_contexts_first(trt: StandIn) -> None:
     run = program(trt, engine_file("decode", STATIC))
     run(randn(1, 4, 8, 8))
-    if explicit:
-        run.release()
     del run
     gc.collect()
     assert trt.named("free") == [("context",), ("engine",), ("runtime",)]

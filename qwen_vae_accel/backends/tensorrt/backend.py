@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import nn
 
-from qwen_vae_accel.backends.base import EngineBackend, EngineDescription, Environment, Job
+from qwen_vae_accel.backends.base import EngineBackend, EngineDescription, Environment, Job, Program
 from qwen_vae_accel.backends.tensorrt import flavour as flavours
 from qwen_vae_accel.backends.tensorrt.build import BuildReport, Progress, build_engine
 from qwen_vae_accel.backends.tensorrt.crossbuild import common_processor, target_environment, torch_tensorrt_for
@@ -128,7 +128,16 @@ class TensorRTBackend(EngineBackend):
 
     # Building.
 
-    def build(self, model: nn.Module, job: Job, key: EngineKey, path: Path) -> None:
+    @contextmanager
+    def telling(self, progress: Progress) -> Iterator[None]:
+        """Tell ``progress`` of each step of the builder inside the block."""
+        before, self._progress = self._progress, progress
+        try:
+            yield
+        finally:
+            self._progress = before
+
+    def build(self, model: nn.Module, job: Job, key: EngineKey, path: Path) -> tuple[int, ...] | None:
         environment = Environment.detect(job.device)
         reasons = self.build_reasons(environment)
         flavour = flavours.installed(environment.packages)
@@ -154,6 +163,7 @@ class TensorRTBackend(EngineBackend):
         path.write_bytes(data)
         self.last_build = report
         logger.info("built %s: %.1f s in TensorRT, %.1f MB", key.stem, report.seconds, report.nbytes / 1e6)
+        return report.scratch
 
     @staticmethod
     def _timing_cache(path: Path, environment: Environment) -> Path:
@@ -170,6 +180,9 @@ class TensorRTBackend(EngineBackend):
         if differences:
             raise TensorRTError("; ".join(differences))
         return TensorRTProgram(engine, job.dtype, job.device, self._streams, path.stat().st_size)
+
+    def scratch(self, program: Program) -> tuple[int, ...] | None:
+        return program.facts.scratch if isinstance(program, TensorRTProgram) else None
 
     def describe(self, path: Path, job: Job) -> EngineDescription:
         facts = self._open(path, job).facts

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from qwen_vae_accel.backends.base import Job
-from qwen_vae_accel.backends.tensorrt.logs import make_recorder
+from qwen_vae_accel.backends.tensorrt.logs import activation_memory, make_recorder
 from qwen_vae_accel.backends.tensorrt.settings import BuildSettings, Capability, capability_text
 from qwen_vae_accel.errors import BuildError
 from qwen_vae_accel.model.spelling import query_chunks, spell
@@ -57,6 +57,8 @@ class BuildReport:
         layers: layers of TensorRT's network.
         attention_chunks: runs of queries in the attention.
         capabilities: compute capabilities it is built for; empty: the GPU of this machine.
+        scratch: bytes of scratch memory that the builder plans, one per profile (one for a static engine); None where its
+            log does not say so.
         nbytes: size of the engine.
         seconds: of the builder alone, after export and conversion.
     """
@@ -67,6 +69,7 @@ class BuildReport:
     layers: int
     attention_chunks: int
     capabilities: tuple[str, ...]
+    scratch: tuple[int, ...] | None
     nbytes: int
     seconds: float
 
@@ -151,9 +154,10 @@ def build_engine(
         config.progress_monitor = _monitor(trt, progress)
     # TensorRT does not own the cache that a build uses: it must live until the build is over.
     cache = _attach_timing_cache(config, timing_cache) if timing_cache is not None else None
-    start = time.perf_counter()
-    memory = interpreter.builder.build_serialized_network(interpreter.ctx.net, config)
-    seconds = time.perf_counter() - start
+    with activation_memory() as planned:
+        start = time.perf_counter()
+        memory = interpreter.builder.build_serialized_network(interpreter.ctx.net, config)
+        seconds = time.perf_counter() - start
     if memory is None:
         raise BuildError(f"TensorRT built no engine: {recorder.take()}")
     interpreter.ctx.clear_cpu_weights_reference_holder()
@@ -167,6 +171,7 @@ def build_engine(
         layers=net.num_layers,
         attention_chunks=chunks,
         capabilities=tuple(map(capability_text, targets)),
+        scratch=tuple(planned) if len(planned) == len(shapes) else None,
         nbytes=memory.nbytes,
         seconds=seconds,
     )

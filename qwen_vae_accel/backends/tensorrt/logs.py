@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
 _KEPT = 8
+_CONVERSION_LOGGER = "torch_tensorrt [TensorRT Conversion Context]"
+_ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+)")
 
 
 def make_logger(trt: ModuleType) -> Any:
@@ -75,3 +80,29 @@ def make_recorder(trt: ModuleType) -> Any:
                 self._errors.clear()
 
     return Recorder()
+
+
+@contextmanager
+def activation_memory() -> Iterator[list[int]]:
+    """Bytes of scratch memory that TensorRT's builder plans inside the block, one per optimization profile, in their order.
+
+    The builder says so in its log only, which Torch-TensorRT writes to a logger of Python's; what was not to be seen before
+    is not seen now.
+    """
+    found: list[int] = []
+    conversion = logging.getLogger(_CONVERSION_LOGGER)
+    level, shown = conversion.level, conversion.getEffectiveLevel()
+
+    def look(record: logging.LogRecord) -> bool:
+        match = _ACTIVATIONS.search(record.getMessage())
+        if match is not None:
+            found.append(int(match[1]))
+        return record.levelno >= shown
+
+    conversion.addFilter(look)
+    conversion.setLevel(min(shown, logging.INFO))
+    try:
+        yield found
+    finally:
+        conversion.setLevel(level)
+        conversion.removeFilter(look)

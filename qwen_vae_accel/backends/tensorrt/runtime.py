@@ -90,12 +90,6 @@ class TensorRTProgram:
         del source, scratch
         return (output.squeeze(2) if facts.output.frames else output).to(self._dtype)
 
-    def release(self) -> None:
-        """Give up the engine; no run may be under way. Contexts go before the engine that they belong to."""
-        with self._lock:
-            self._contexts.clear()
-        del self._engine
-
     def _context(self, stream: int) -> _Context:
         with self._lock:
             context = self._contexts.get(stream)
