@@ -143,9 +143,9 @@ class AccelConfig:
 
     # What follows from the fields.
 
-    def plan(self, scale: int = LATENT_SCALE) -> Plan:
-        """The sizes engines are made for; ``scale`` in pixels per latent pixel."""
-        return Plan.make(self.sizes, self.multi_profile, scale)
+    def plan(self, scale: int = LATENT_SCALE, multiple: int = 1) -> Plan:
+        """The sizes engines are made for, with ``scale`` and ``multiple`` of the VAE's topology."""
+        return Plan.make(self.sizes, self.multi_profile, scale, multiple)
 
     @property
     def miss_policy(self) -> str:

@@ -100,7 +100,7 @@ class Dispatcher:
         self._config = config
         self._source = source
         self._journal = journal
-        self.plan = config.plan(source.topology.scale)
+        self.plan = config.plan(source.topology.scale, source.topology.multiple)
         self._environments: dict[torch.device, Environment] = {}
         self._routes: dict[tuple[Job, bool, tuple[str, ...]], _Route] = {}
         self._misses: dict[tuple[str, Job, Size, str], str] = {}

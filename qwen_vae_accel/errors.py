@@ -22,7 +22,7 @@ class InvalidInputError(AccelError, ValueError):
 
 
 class UnsupportedVAEError(AccelError, TypeError):
-    """The model is not a Qwen-Image / Wan 2.1 VAE; ``reasons`` lists each difference found."""
+    """The model is no VAE of Qwen-Image, Qwen-Image 2.1 or Wan 2.1; ``reasons`` lists the differences found."""
 
     def __init__(self, what: str, reasons: Iterable[str]) -> None:
         self.reasons = tuple(reasons)

@@ -14,7 +14,7 @@ from qwen_vae_accel.errors import UnsupportedVAEError
 
 logger = logging.getLogger(__name__)
 
-_CLASSES = ("AutoencoderKLQwenImage", "AutoencoderKLWan")
+_CLASSES = ("AutoencoderKLQwenImage", "AutoencoderKLQwenImage21", "AutoencoderKLWan")
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -41,7 +41,7 @@ def _class_name(folder: Path) -> str:
     except (OSError, ValueError, AttributeError) as error:
         raise UnsupportedVAEError(str(folder), [f"its config.json cannot be read: {error}"]) from error
     if name not in _CLASSES:
-        raise UnsupportedVAEError(str(folder), [f"its config.json says it is {name!r}, not {' or '.join(_CLASSES)}"])
+        raise UnsupportedVAEError(str(folder), [f"its config.json says it is {name!r}, not one of {', '.join(_CLASSES)}"])
     return str(name)
 
 
@@ -74,6 +74,8 @@ def load_vae(path: str | Path, device: torch.device, dtype: torch.dtype | None =
 
     folder = vae_folder(path)
     name = _class_name(folder)
+    if not hasattr(diffusers, name):
+        raise UnsupportedVAEError(str(path), [f"diffusers {diffusers.__version__} has no {name}: install a newer release"])
     try:
         vae: nn.Module = getattr(diffusers, name).from_pretrained(str(folder), torch_dtype=dtype or stored_dtype(folder))
     except (OSError, ValueError, RuntimeError, KeyError) as error:

@@ -45,7 +45,7 @@ def accelerate(target: Any, config: AccelConfig | Mapping[str, Any] | str | Path
 
     Raises:
         ConfigError: if ``config`` or ``overrides`` cannot be meant.
-        UnsupportedVAEError: if ``target`` holds no VAE of the Qwen-Image / Wan 2.1 family.
+        UnsupportedVAEError: if ``target`` holds no VAE of Qwen-Image, Qwen-Image 2.1 or Wan 2.1.
         BackendUnavailableError: if a backend asked for by name cannot run here.
         EngineError: if the engine directory cannot be one.
         HandleError: if the VAE is accelerated already with another config.
@@ -275,6 +275,11 @@ class Handle:
             raise InvalidInputError(f"{method} takes floating point values, was given {x.dtype}")
         if 0 in shape or min(shape[3:]) < smallest:
             raise InvalidInputError(f"{method} takes {what} with at least {smallest} pixels a side, was given {shape}")
+        multiple = topology.multiple if method == "encode" else 1
+        if shape[3] % multiple or shape[4] % multiple:
+            raise InvalidInputError(
+                f"encode takes {what} with sides that are multiples of {multiple} pixels, was given {shape}"
+            )
         if x.device != device:
             raise InvalidInputError(f"{method} was given a tensor on {x.device}, but the VAE is on {device}")
 

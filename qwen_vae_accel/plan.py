@@ -1,8 +1,9 @@
 """Names and shapes: which sizes are served, and which engine serves a request.
 
 Everything here is a pure function of values. Sizes are in pixels, written ``WIDTHxHEIGHT``; the guide's names stand for
-its sizes. Pipelines round a requested size down to a multiple of 16 before they decode (1472x1140 decodes as 1472x1136),
-so static sizes are rounded the same way. Optimization profiles are ranges of sizes and keep theirs: an encoder takes
+its sizes. Pipelines round a requested size down to whole pairs of latent pixels before they decode (with 8 pixels per latent
+pixel 1472x1140 decodes as 1472x1136, with 16 as 1472x1120), so static sizes are rounded the same way. Optimization profiles
+are ranges of sizes and keep theirs, down to the multiple that the encoder takes: without residual shortcuts it takes
 1620 pixels and gives 202 latent columns, as diffusers does.
 """
 
@@ -126,7 +127,7 @@ def _default_range(name: str, optimum: Size) -> Profile:
     return Profile(name, low, optimum, high)
 
 
-def _profile(text: str) -> Profile:
+def _ranges(text: str) -> Profile:
     parts = text.split(":")
     if len(parts) == 1:
         optimum = parse_size(text)
@@ -139,19 +140,36 @@ def _profile(text: str) -> Profile:
     return Profile(str(optimum), low, optimum, high)
 
 
-def _static(text: str) -> Profile:
+def _profile(text: str, multiple: int) -> Profile:
+    profile = _ranges(text)
+    if multiple == 1:
+        return profile
+    low, optimum, high = (size.floor(multiple) for size in (profile.minimum, profile.optimum, profile.maximum))
+    low = Size(max(multiple, low.width), max(multiple, low.height))
+    if min(optimum.width, optimum.height) < multiple:
+        raise ConfigError(f"range {text!r}: this VAE takes multiples of {multiple}, and rounded down nothing is left")
+    return Profile(profile.name if profile.name in GUIDE_PROFILES else str(optimum), low, optimum, high)
+
+
+def _static(text: str, scale: int) -> Profile:
     if ":" in text:
         raise ConfigError(f"range {text!r} needs multi_profile=True; a static engine has one size")
-    size = parse_size(text).floor(STATIC_MULTIPLE)
-    if min(size.width, size.height) < STATIC_MULTIPLE:
-        raise ConfigError(f"size {text!r}: pipelines round down to multiples of {STATIC_MULTIPLE}, which leaves nothing")
-    return Profile.static(folder_name(size), size)
+    multiple = static_multiple(scale)
+    size = parse_size(text).floor(multiple)
+    if min(size.width, size.height) < multiple:
+        raise ConfigError(f"size {text!r}: pipelines round down to multiples of {multiple}, which leaves nothing")
+    return Profile.static(folder_name(size, scale), size)
 
 
-def folder_name(size: Size) -> str:
+def static_multiple(scale: int) -> int:
+    """What the sides of a static size are multiples of, as the pipelines round, for ``scale`` pixels per latent pixel."""
+    return max(STATIC_MULTIPLE, 2 * scale)
+
+
+def folder_name(size: Size, scale: int = LATENT_SCALE) -> str:
     """The folder of a static size: the guide's name where it has one, else ``WIDTHxHEIGHT``."""
     for name, guide_size in GUIDE_STATIC.items():
-        if guide_size.floor(STATIC_MULTIPLE) == size:
+        if guide_size.floor(static_multiple(scale)) == size:
             return name
     return str(size)
 
@@ -211,8 +229,10 @@ class Plan:
     scale: int = LATENT_SCALE
 
     @classmethod
-    def make(cls, sizes: Iterable[str] | None, multi_profile: bool, scale: int = LATENT_SCALE) -> Plan:
+    def make(cls, sizes: Iterable[str] | None, multi_profile: bool, scale: int = LATENT_SCALE, multiple: int = 1) -> Plan:
         """The plan for ``sizes`` (names, WxH, MIN:OPT:MAX), or the guide's own where ``sizes`` is None.
+
+        ``scale`` and ``multiple`` are those of the VAE's topology.
 
         Raises:
             ConfigError: for a size that cannot be read, an empty list or two profiles of one name.
@@ -222,7 +242,7 @@ class Plan:
             opened = not multi_profile
         else:
             opened = False
-        profiles = tuple(dict.fromkeys(_profile(text) if multi_profile else _static(text) for text in sizes))
+        profiles = tuple(dict.fromkeys(_profile(text, multiple) if multi_profile else _static(text, scale) for text in sizes))
         if not profiles:
             raise ConfigError("sizes is empty: name at least one size, or leave it out for the guide's")
         names = [profile.name for profile in profiles]
@@ -249,6 +269,6 @@ class Plan:
             ranges = ", ".join(f"{p.name} [{p.minimum}..{p.maximum}]" for p in self.profiles)
             return Miss(f"{size} lies in no optimization profile: {ranges}")
         if self.open:
-            profile = Profile.static(folder_name(size), size)
+            profile = Profile.static(folder_name(size, self.scale), size)
             return Choice(EngineKey(method, profile.name, (profile,)), profile)
         return Miss(f"{size} is not a static size of the plan: {', '.join(str(p.optimum) for p in self.profiles)}")

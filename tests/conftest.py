@@ -7,9 +7,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
-from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan
+from diffusers import AutoencoderKLQwenImage
 from torch import nn
 
 from qwen_vae_accel import accelerate
@@ -22,21 +23,42 @@ torch.set_num_threads(1)
 
 # Small, with every part of the real topology: three halvings, an attention, a shortcut where widths differ.
 MICRO = {"base_dim": 8, "z_dim": 4, "num_res_blocks": 1, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+# The same of Qwen-Image 2.1: four halvings, three of them of time too, shortcuts of averages and copies, RGBA.
+MICRO_21 = {
+    "base_dim": 8,
+    "decoder_base_dim": 12,
+    "z_dim": 6,
+    "num_res_blocks": 1,
+    "latents_mean": [0.0] * 6,
+    "latents_std": [1.0] * 6,
+}
 TOPOLOGIES = {
-    "micro": (AutoencoderKLQwenImage, MICRO),
-    "rgba": (AutoencoderKLQwenImage, {**MICRO, "input_channels": 4}),
-    "two halvings": (AutoencoderKLQwenImage, {**MICRO, "dim_mult": [1, 2, 4], "temperal_downsample": [False, True]}),
-    "other widths": (AutoencoderKLQwenImage, {**MICRO, "dim_mult": [1, 3, 2, 5], "num_res_blocks": 2, "z_dim": 6}),
-    "wan 2.1": (AutoencoderKLWan, {**MICRO}),
+    "micro": ("AutoencoderKLQwenImage", MICRO),
+    "rgba": ("AutoencoderKLQwenImage", {**MICRO, "input_channels": 4}),
+    "two halvings": ("AutoencoderKLQwenImage", {**MICRO, "dim_mult": [1, 2, 4], "temperal_downsample": [False, True]}),
+    "other widths": ("AutoencoderKLQwenImage", {**MICRO, "dim_mult": [1, 3, 2, 5], "num_res_blocks": 2, "z_dim": 6}),
+    "wan 2.1": ("AutoencoderKLWan", {**MICRO}),
+    "2.1": ("AutoencoderKLQwenImage21", MICRO_21),
+    "2.1 other widths": (
+        "AutoencoderKLQwenImage21",
+        {**MICRO_21, "dim_mult": [1, 4, 2], "temperal_downsample": [True, False], "num_res_blocks": 2},
+    ),
+    "2.1 without shortcuts": (
+        "AutoencoderKLQwenImage21",
+        {**MICRO_21, "is_residual": False, "decoder_base_dim": 8, "dim_mult": [1, 2, 4], "temperal_downsample": [False, True]},
+    ),
+    "residual of 3-D convolutions": ("AutoencoderKLWan", {**MICRO, "is_residual": True}),
 }
 
 
 def random_vae(name: str = "micro") -> nn.Module:
     """A small VAE with random weights, always the same."""
     cls, config = TOPOLOGIES[name]
+    if not hasattr(diffusers, cls):
+        pytest.skip(f"diffusers {diffusers.__version__} has no {cls}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return spread_gammas(cls(**config)).eval()
+        return spread_gammas(getattr(diffusers, cls)(**config)).eval()
 
 
 @pytest.fixture

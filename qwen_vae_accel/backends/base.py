@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -108,6 +108,11 @@ class Job:
         """Channels of the network's input."""
         return self.topology.image_channels if self.method == "encode" else self.topology.z_dim
 
+    @property
+    def multiple(self) -> int:
+        """What the sides of the network's input must be multiples of."""
+        return self.topology.multiple if self.method == "encode" else 1
+
     def input_hw(self, size: Size) -> tuple[int, int]:
         """Height and width of the network's input for an image of ``size``."""
         scale = 1 if self.method == "encode" else self.topology.scale
@@ -197,6 +202,12 @@ class EngineBackend(Backend):
     def describe(self, path: Path, job: Job) -> EngineDescription | None:
         """What the file of ``path`` says of itself; None where files of this backend do not tell. This runs its code."""
         return None
+
+
+def export_range(name: str, low: int, high: int, multiple: int = 1) -> Any:
+    """A side of an input for ``torch.export``: from ``low`` to ``high`` in steps of ``multiple``, which divides both."""
+    steps = torch.export.Dim(name, min=low // multiple, max=high // multiple)
+    return steps if multiple == 1 else multiple * steps
 
 
 def default_device() -> torch.device:

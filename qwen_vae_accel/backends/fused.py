@@ -53,6 +53,8 @@ class FusedBackend(DirectBackend):
             reasons.append(
                 f"its kernels are for channels {WIDTHS} by level; this {job.method}r has {tuple(dict.fromkeys(found))}"
             )
+        if topology.residual:
+            reasons.append("its kernels have no residual shortcuts of averages and copies, and this VAE has them")
         if topology.z_dim != LATENT_CHANNELS or topology.image_channels not in IMAGE_CHANNELS:
             reasons.append(
                 f"its kernels are for {LATENT_CHANNELS} latent and {IMAGE_CHANNELS} image channels; "

@@ -11,12 +11,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from qwen_vae_accel.backends.base import EngineBackend, Environment, Job
+from qwen_vae_accel.backends.base import EngineBackend, Environment, Job, export_range
 from qwen_vae_accel.model.spelling import QUERY_LIMIT, query_chunks, spell
 from qwen_vae_accel.plan import EngineKey
 
@@ -88,10 +88,10 @@ class InductorBackend(EngineBackend):
         return None
 
     @staticmethod
-    def _range(name: str, axis: int, job: Job, key: EngineKey) -> torch.export.Dim:
+    def _range(name: str, axis: int, job: Job, key: EngineKey) -> Any:
         low = min(job.input_hw(profile.minimum)[axis] for profile in key.profiles)
         high = max(job.input_hw(profile.maximum)[axis] for profile in key.profiles)
-        return torch.export.Dim(name, min=low, max=high)
+        return export_range(name, low, high, job.multiple)
 
     def load(self, path: Path, job: Job, key: EngineKey) -> InductorProgram:
         return InductorProgram(path, job.device)

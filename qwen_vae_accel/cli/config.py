@@ -54,7 +54,7 @@ def config(
         for other in (*engine_backends(), *direct_backends()):
             reasons = list(dict.fromkeys(text for job in jobs for text in other.reasons(environment, job)))
             backends.append({"name": other.name, "engines": isinstance(other, EngineBackend), "reasons": reasons})
-        plan = settings.plan(source.topology.scale)
+        plan = settings.plan(source.topology.scale, source.topology.multiple)
         engines = [
             {
                 "method": method,

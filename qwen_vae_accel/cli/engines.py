@@ -239,12 +239,13 @@ def prune(
 
     def work() -> common.Outcome:
         where = common.parse_device(device)
-        inspector = Inspector(engine_dir, where, None if vae is None else _source(vae, where))
+        source = None if vae is None else _source(vae, where)
+        inspector = Inspector(engine_dir, where, source)
         planned = None
         if config is not None or sizes is not None or multi_profile is not None:
             settings = common.resolve(config, task=task, sizes=sizes, multi_profile=multi_profile)
             methods = settings.methods if config is not None or task is not None else ("encode", "decode")
-            planned = _planned_paths(settings, methods, inspector)
+            planned = _planned_paths(settings, methods, inspector, source)
         removals = inspector.prunable(planned)
         failures = []
         for removal in removals if yes else ():
@@ -271,8 +272,10 @@ def prune(
     common.run(as_json, verbose, work)
 
 
-def _planned_paths(settings: AccelConfig, methods: tuple[str, ...], inspector: Inspector) -> set[str]:
-    plan = settings.plan()
+def _planned_paths(
+    settings: AccelConfig, methods: tuple[str, ...], inspector: Inspector, source: ModelSource | None
+) -> set[str]:
+    plan = settings.plan() if source is None else settings.plan(source.topology.scale, source.topology.multiple)
     stems = {key.stem for method in methods for key in plan.engines(method)}
     return {path for path in inspector.store.manifest().engines if path.rpartition(".")[0] in stems}
 

@@ -115,7 +115,7 @@ class Builder:
         self.store = EngineStore(config.engine_dir)
         verify = config.verify and target is None
         self._runtime = EngineRuntime(self.store, source, Journal(), None, config.vram_budget, verify, lambda _: environment)
-        plan = config.plan(source.topology.scale)
+        plan = config.plan(source.topology.scale, source.topology.multiple)
         self.wanted = tuple(
             Wanted(self.backend, job, key, source.fingerprint(method, job.dtype))
             for method, job in jobs.items()

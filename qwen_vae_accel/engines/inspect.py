@@ -21,8 +21,8 @@ from qwen_vae_accel.engines.manifest import NAME, EngineRecord, Verification, ch
 from qwen_vae_accel.engines.runtime import EngineRuntime, Wanted
 from qwen_vae_accel.engines.store import EngineStore, Expected, hash_file
 from qwen_vae_accel.errors import AccelError, ConfigError, EngineError, EngineMissingError, EngineRefusedError
-from qwen_vae_accel.model import ModelSource
-from qwen_vae_accel.plan import MULTI_PROFILE, STATIC_MULTIPLE, Choice, EngineKey, Profile, folder_name, parse_size
+from qwen_vae_accel.model import ModelSource, Topology
+from qwen_vae_accel.plan import MULTI_PROFILE, Choice, EngineKey, Profile, folder_name, parse_size, static_multiple
 from qwen_vae_accel.report import Journal
 
 logger = logging.getLogger(__name__)
@@ -266,7 +266,10 @@ class Inspector:
         try:
             digest, size = hash_file(file), file.stat().st_size
             described = backend.describe(file, job)
-            key = self._key(path, method, name, config) if described is None else _described_key(path, method, name, described)
+            if described is None:
+                key = self._key(path, method, name, config, source.topology)
+            else:
+                key = _described_key(path, method, name, described, source.topology)
             program = backend.load(file, job, key)
             checks = {}
             for index, profile in enumerate(key.profiles):
@@ -313,19 +316,20 @@ class Inspector:
         return method, MULTI_PROFILE if single else pure.parts[0]
 
     @staticmethod
-    def _key(path: str, method: str, name: str, config: AccelConfig) -> EngineKey:
+    def _key(path: str, method: str, name: str, config: AccelConfig, topology: Topology) -> EngineKey:
         """The engine that a file is, where only its place says so."""
         if name == MULTI_PROFILE:
             if not config.multi_profile:
                 raise ConfigError(f"{path} has several profiles: say which with --multi-profile and --sizes")
-            return EngineKey(method, MULTI_PROFILE, config.plan().profiles)
-        size = parse_size(name).floor(STATIC_MULTIPLE)
-        if folder_name(size) != name:
-            raise EngineRefusedError(path, [f"engines of {size} belong in the folder {folder_name(size)}"])
+            return EngineKey(method, MULTI_PROFILE, config.plan(topology.scale, topology.multiple).profiles)
+        size = parse_size(name).floor(static_multiple(topology.scale))
+        folder = folder_name(size, topology.scale)
+        if folder != name:
+            raise EngineRefusedError(path, [f"engines of {size} belong in the folder {folder}"])
         return EngineKey(method, name, (Profile.static(name, size),))
 
 
-def _described_key(path: str, method: str, name: str, described: EngineDescription) -> EngineKey:
+def _described_key(path: str, method: str, name: str, described: EngineDescription, topology: Topology) -> EngineKey:
     """The engine that a file is, where it says so itself; its place must not say otherwise."""
     profiles = described.profiles
     if name == MULTI_PROFILE:
@@ -333,8 +337,9 @@ def _described_key(path: str, method: str, name: str, described: EngineDescripti
     size = profiles[0].optimum
     if len(profiles) != 1 or profiles[0].minimum != profiles[0].maximum:
         raise EngineRefusedError(path, ["it takes a range of sizes, so it belongs in a file named ..._multi_profile"])
-    if folder_name(size) != name:
-        raise EngineRefusedError(path, [f"it is for {size}, so it belongs in the folder {folder_name(size)}"])
+    folder = folder_name(size, topology.scale)
+    if folder != name:
+        raise EngineRefusedError(path, [f"it is for {size}, so it belongs in the folder {folder}"])
     return EngineKey(method, name, (Profile.static(name, size),))
 
 

@@ -1,4 +1,4 @@
-"""The image encoder and decoder: the Qwen-Image VAE for one frame, exactly, as 2-D networks.
+"""The image encoder and decoder: the Qwen-Image VAEs for one frame, exactly, as 2-D networks.
 
 With one frame every causal 3-D convolution sees zeros in its older temporal taps, so only ``weight[:, :, -1]`` acts,
 and the temporal resampling convolutions never run. What is left is a third of the arithmetic and of the weights.
@@ -10,14 +10,46 @@ import torch
 from torch import Tensor, nn
 
 from qwen_vae_accel.model.layers import Conv, Downsample, MidBlock, ResidualBlock, RMSNorm, State, Upsample, under
+from qwen_vae_accel.model.shortcuts import AverageDown, DuplicateUp
 
 
 def _indices(state: State, prefix: str) -> list[int]:
     return sorted({int(key.split(".")[0]) for key in under(state, prefix)})
 
 
+def _resnets(state: State) -> nn.ModuleList:
+    return nn.ModuleList(ResidualBlock(under(state, f"resnets.{i}")) for i in _indices(state, "resnets"))
+
+
+def _ends(resnets: nn.ModuleList) -> tuple[int, int]:
+    """Input and output channels of a chain of residual blocks."""
+    first, last = resnets[0], resnets[-1]
+    assert isinstance(first, ResidualBlock) and isinstance(last, ResidualBlock)
+    return first.conv1.weight.shape[1], last.conv2.weight.shape[0]
+
+
+class DownBlock(nn.Module):
+    """One resolution of a residual encoder: residual blocks and, but for the last, the halving, with a shortcut around both."""
+
+    def __init__(self, state: State) -> None:
+        super().__init__()
+        self.resnets = _resnets(state)
+        downsampler = under(state, "downsampler")
+        self.downsamplers = nn.ModuleList([Downsample(downsampler)] if downsampler else [])
+        frames = 2 if "time_conv" in downsampler else 1
+        self.shortcut = AverageDown(*_ends(self.resnets), frames, side=2 if downsampler else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for block in (*self.resnets, *self.downsamplers):
+            y = block(y)
+        return y.add_(self.shortcut(x))
+
+
 class ImageEncoder(nn.Module):
-    """``[B, C, H, W]`` images in [-1, 1] -> ``[B, 2 * z_dim, H // 8, W // 8]``: mean and log-variance, concatenated.
+    """``[B, C, H, W]`` images in [-1, 1] -> ``[B, 2 * z_dim, H // s, W // s]``: mean and log-variance, concatenated.
+
+    ``s`` is 8, or 16 in the residual network, whose images must have sides that are multiples of 16.
 
     Args:
         state: 2-D weights in diffusers' names, ``encoder.`` dropped, plus ``quant_conv.*``
@@ -30,21 +62,26 @@ class ImageEncoder(nn.Module):
         self.down_blocks = nn.ModuleList()
         for index in _indices(state, "down_blocks"):
             block = under(state, f"down_blocks.{index}")
-            self.down_blocks.append(Downsample(block) if "resample.1.weight" in block else ResidualBlock(block))
+            kind = Downsample if "resample.1.weight" in block else ResidualBlock if "conv1.weight" in block else DownBlock
+            self.down_blocks.append(kind(block))
         self.mid_block = MidBlock(under(state, "mid_block"))
         self.norm_out = RMSNorm(under(state, "norm_out"), silu=True)
         self.conv_out = Conv(under(state, "conv_out"))
         self.quant_conv = Conv(under(state, "quant_conv"))
 
+    def steps(self) -> list[ResidualBlock | Downsample]:
+        """The convolving parts of :meth:`local` after the first convolution, in their order."""
+        return [step for step in self.down_blocks.modules() if isinstance(step, (ResidualBlock, Downsample))]
+
     def local(self, x: Tensor) -> Tensor:
-        """The part in which a pixel depends on its neighbourhood only: image -> features at 1/8 size."""
+        """The part in which a pixel depends on its neighbourhood only: image -> features at the latent's size."""
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         for block in self.down_blocks:
             x = block(x)
         return x
 
     def mixing(self, x: Tensor) -> Tensor:
-        """The part around the attention, where every pixel depends on all: features at 1/8 size -> moments."""
+        """The part around the attention, where every pixel depends on all: features at the latent's size -> moments."""
         return self.quant_conv(self.conv_out(self.norm_out(self.mid_block(x)))).contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,27 +89,29 @@ class ImageEncoder(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Residual blocks of one resolution and, but for the last, the step to the next."""
+    """Residual blocks of one resolution and, but for the last, the step to the next; if residual a shortcut around both."""
 
     resnets: nn.ModuleList
     upsamplers: nn.ModuleList
 
     def __init__(self, state: State) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(ResidualBlock(under(state, f"resnets.{i}")) for i in _indices(state, "resnets"))
-        upsampler = under(state, "upsamplers.0")
+        self.resnets = _resnets(state)
+        residual = under(state, "upsampler")
+        upsampler = residual or under(state, "upsamplers.0")
         self.upsamplers = nn.ModuleList([Upsample(upsampler)] if upsampler else [])
+        frames = 2 if "time_conv" in residual else 1
+        self.shortcut = DuplicateUp(*_ends(self.resnets), frames, upsampler["resample.1.weight"].device) if residual else None
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.resnets:
-            x = block(x)
-        for block in self.upsamplers:
-            x = block(x)
-        return x
+        y = x
+        for block in (*self.resnets, *self.upsamplers):
+            y = block(y)
+        return y if self.shortcut is None else y.add_(self.shortcut(x))
 
 
 class ImageDecoder(nn.Module):
-    """``[B, z_dim, h, w]`` latents -> ``[B, C, 8h, 8w]`` images, clamped to [-1, 1].
+    """``[B, z_dim, h, w]`` latents -> ``[B, C, s * h, s * w]`` images, clamped to [-1, 1]; ``s`` is 8, or 16 if residual.
 
     Args:
         state: 2-D weights in diffusers' names, ``decoder.`` dropped, plus ``post_quant_conv.*``.
@@ -92,12 +131,12 @@ class ImageDecoder(nn.Module):
         return [block for block in self.up_blocks if isinstance(block, UpBlock)]
 
     def mixing(self, z: Tensor) -> Tensor:
-        """The part around the attention, where every pixel depends on all: latents -> features at 1/8 size."""
+        """The part around the attention, where every pixel depends on all: latents -> features at their size."""
         z = z.contiguous(memory_format=torch.channels_last)
         return self.mid_block(self.conv_in(self.post_quant_conv(z)))
 
     def local(self, x: Tensor) -> Tensor:
-        """The part in which a pixel depends on its neighbourhood only: features at 1/8 size -> image."""
+        """The part in which a pixel depends on its neighbourhood only: features at the latent's size -> image."""
         for block in self.up_blocks:
             x = block(x)
         return self.conv_out(self.norm_out(x)).clamp(-1.0, 1.0).contiguous()

@@ -29,6 +29,9 @@ _version = attrgetter("_version")
 def image_state(parameters: Mapping[str, Tensor], method: str) -> dict[str, Tensor]:
     """The 2-D weights of one network, as views: newest temporal slices, 1-D gammas, no temporal resampling.
 
+    In the residual topology the temporal resampling leaves a mark, an empty tensor ``time_conv``: there the shortcut counts
+    a second frame.
+
     Args:
         parameters: the VAE's parameters in diffusers' names.
         method: ``"encode"`` or ``"decode"``.
@@ -39,11 +42,14 @@ def image_state(parameters: Mapping[str, Tensor], method: str) -> dict[str, Tens
     network, quant = _PARTS[method]
     state = under(parameters, network)
     state.update({f"{quant}.{name}": value for name, value in under(parameters, quant).items()})
-    return {
-        name: value[:, :, -1] if value.dim() == 5 else value.reshape(-1) if name.endswith("gamma") else value
-        for name, value in ((name, value.detach()) for name, value in state.items())
-        if ".time_conv." not in name
-    }
+    found = {}
+    for name, value in ((name, value.detach()) for name, value in state.items()):
+        owner, _, rest = name.partition(".time_conv.")
+        if rest == "bias" and owner.endswith(("downsampler", "upsampler")):
+            found[f"{owner}.time_conv"] = value[:0]
+        elif not rest:
+            found[name] = value[:, :, -1] if value.dim() == 5 else value.reshape(-1) if name.endswith("gamma") else value
+    return found
 
 
 def build_model(state: State, method: str) -> ImageEncoder | ImageDecoder:
@@ -131,7 +137,7 @@ class ModelSource:
     """Image networks of one VAE, made on demand and made again when the VAE's weights have changed.
 
     Args:
-        vae: an ``AutoencoderKLQwenImage`` or Wan 2.1 ``AutoencoderKLWan``.
+        vae: an ``AutoencoderKLQwenImage``, ``AutoencoderKLQwenImage21`` or Wan 2.1 ``AutoencoderKLWan``.
 
     Raises:
         UnsupportedVAEError: if ``vae`` has another topology.

@@ -28,8 +28,8 @@ def _decoder_halo(decoder: ImageDecoder) -> int:
 def _encoder_halo(encoder: ImageEncoder) -> tuple[int, int]:
     """Rows of the image that a feature row can see on either side, and image rows per feature row."""
     reach, rate = 1, 1
-    for block in encoder.down_blocks:
-        if isinstance(block, Downsample):
+    for step in encoder.steps():
+        if isinstance(step, Downsample):
             reach, rate = reach + rate, rate * 2
         else:
             reach += 2 * rate

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qwen_vae_accel.backends.base import Job
+from qwen_vae_accel.backends.base import Job, export_range
 from qwen_vae_accel.backends.tensorrt.logs import activation_memory, make_recorder
 from qwen_vae_accel.backends.tensorrt.settings import BuildSettings, Capability, capability_text
 from qwen_vae_accel.errors import BuildError
@@ -91,14 +91,15 @@ def export(network: nn.Module, job: Job, shapes: Sequence[Shapes], limit: int) -
     low = tuple(min(sides) for sides in zip(*(shape[0] for shape in shapes), strict=True))
     high = tuple(max(sides) for sides in zip(*(shape[2] for shape in shapes), strict=True))
     dims = {
-        axis: torch.export.Dim(name, min=low[axis], max=high[axis])
+        axis: export_range(name, low[axis], high[axis], job.multiple)
         for axis, name in ((2, "height"), (3, "width"))
         if low[axis] < high[axis]
     }
     # Any size in the range will do; 0 and 1 would be taken for constants, and equal sides for one symbol.
     example = list(shapes[0][1])
     for axis in dims:
-        example[axis] = max(low[axis], min(high[axis], max(2, example[axis]) + (axis == 3)))
+        step = job.multiple
+        example[axis] = max(low[axis], min(high[axis], max(2 * step, example[axis]) + (axis == 3) * step))
     x = torch.zeros(example, dtype=job.dtype)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
