@@ -19,6 +19,7 @@ from tests.pipelines.factory import (
     with_layered_transformer,
     with_processor,
 )
+from tests.pipelines.qwen_image_21 import micro_vae_21, modular_qwen_21, qwen_image_21
 
 
 def _size(**more: Any) -> dict[str, Any]:
@@ -113,6 +114,33 @@ CASES = [
         lambda: _size(max_sequence_length=16, image=picture(), strength=0.9),
         has("AnimaImg2ImgVaeEncoderStep", module="diffusers.modular_pipelines.anima.encoders"),
         encode=1,
+    ),
+    Case("QwenImage 2.1", qwen_image_21, _size, has("QwenImage21Pipeline"), channels=4, vae=micro_vae_21),
+    Case(
+        "QwenImage 2.1 with images",
+        qwen_image_21,
+        lambda: _size(image=[picture(64, 64, "RGBA"), picture(96, 48, seed=1)]),
+        has("QwenImage21Pipeline"),
+        encode=2,
+        channels=4,
+        vae=micro_vae_21,
+    ),
+    Case(
+        "QwenImage 2.1 (modular)",
+        modular_qwen_21,
+        _size,
+        has("QwenImage21AutoBlocks", module="diffusers.modular_pipelines"),
+        channels=4,
+        vae=micro_vae_21,
+    ),
+    Case(
+        "QwenImage 2.1 with images (modular)",
+        modular_qwen_21,
+        lambda: _size(image=[picture(64, 64, "RGBA"), picture(96, 48, seed=1)]),
+        has("QwenImage21AutoBlocks", module="diffusers.modular_pipelines"),
+        encode=2,
+        channels=4,
+        vae=micro_vae_21,
     ),
     Case("QwenImage (modular)", modular_qwen("QwenImageAutoBlocks"), _size, has("QwenImageAutoBlocks")),
     Case(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -21,14 +20,19 @@ _MODULES = (
     "diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_inpaint",
     "diffusers.pipelines.qwenimage.pipeline_qwenimage_layered",
     "diffusers.modular_pipelines.qwenimage.encoders",
+    "diffusers.pipelines.qwenimage21.pipeline_qwenimage21",
+    "diffusers.modular_pipelines.qwenimage21.encoders",
 )
 
 
 def shrink_references(set_attribute: Any) -> None:
     """Have editing pipelines scale their references to 64x64 pixels in area, not to a megapixel; ratios stay."""
-    modules = [importlib.import_module(name) for name in _MODULES if importlib.util.find_spec(name) is not None]
-    originals = [(module, getattr(module, "calculate_dimensions", None)) for module in modules]
-    for module, original in originals:
+    for name in _MODULES:
+        try:
+            module = importlib.import_module(name)
+        except ModuleNotFoundError:  # an older diffusers
+            continue
+        original = getattr(module, "calculate_dimensions", None)
         if original is not None:
             set_attribute(module, "calculate_dimensions", lambda area, ratio, f=original: f(_REFERENCE_AREA, ratio))
 

@@ -127,6 +127,7 @@ class Case:
         missing: why this release of diffusers cannot run it, or "".
         encode, decode: VAE calls of one request.
         channels: image channels of its VAE.
+        vae: makes a VAE of so many channels in a dtype.
         pil_only: it pastes its images into others and makes no arrays.
         images: a request's result -> a flat list of PIL images.
     """
@@ -139,6 +140,7 @@ class Case:
     decode: int = 1
     channels: int = 3
     pil_only: bool = False
+    vae: Callable[[int, torch.dtype], nn.Module] = micro_vae
     images: Callable[[Any], list[Any]] = field(default=lambda result: list(result))
 
     def pipeline(self, vae: nn.Module | None = None, dtype: torch.dtype = torch.float32) -> Any:
@@ -146,7 +148,7 @@ class Case:
         reason = self.missing()
         if reason:
             pytest.skip(reason)
-        pipeline = self.make(micro_vae(self.channels, dtype) if vae is None else vae)
+        pipeline = self.make(self.vae(self.channels, dtype) if vae is None else vae)
         if hasattr(pipeline, "set_progress_bar_config"):
             pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -226,7 +228,12 @@ def qwen3_vl(cls: str, tokenizer: Any, like: Any, layers: int) -> nn.Module:
             "intermediate_size": HIDDEN,
             "num_heads": 2,
             "out_hidden_size": HIDDEN,
+            "deepstack_visual_indexes": [0],
         },
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<|vision_pad|>"),
+        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
     )
     return tiny(getattr(transformers, cls), 5, like, config=config)
 

@@ -14,7 +14,12 @@ from tests.pipelines.cases import BY_NAME, IMAGE_TO_IMAGE, TEXT_TO_IMAGE
 from tests.pipelines.factory import Case, micro_vae
 from tests.pipelines.test_matrix import assert_fast, largest_difference
 
-BOTH = pytest.mark.parametrize("case", [TEXT_TO_IMAGE, IMAGE_TO_IMAGE, BY_NAME["EditPlus"]], ids=lambda case: case.name)
+BOTH = pytest.mark.parametrize(
+    "case",
+    [TEXT_TO_IMAGE, IMAGE_TO_IMAGE, BY_NAME["EditPlus"], BY_NAME["QwenImage 2.1 with images"]],
+    ids=lambda case: case.name,
+)
+EVERY_VAE = pytest.mark.parametrize("case", [TEXT_TO_IMAGE, BY_NAME["QwenImage 2.1"]], ids=lambda case: case.name)
 CPU = torch.device("cpu")
 
 
@@ -60,13 +65,14 @@ def test_sequential_offload(case: Case) -> None:
     assert next(pipeline.vae.parameters()).is_meta
 
 
-def test_group_offload() -> None:
-    pipeline, plain = TEXT_TO_IMAGE.pipeline(), TEXT_TO_IMAGE.pipeline()
+@EVERY_VAE
+def test_group_offload(case: Case) -> None:
+    pipeline, plain = case.pipeline(), case.pipeline()
     try:
         pipeline.vae.enable_group_offload(onload_device=CPU, offload_device=CPU, offload_type="leaf_level")
     except AttributeError:
         pytest.skip(f"group offloading of diffusers {diffusers.__version__} wants an accelerator")
-    compare(TEXT_TO_IMAGE, pipeline, plain=plain)
+    compare(case, pipeline, plain=plain)
 
 
 @BOTH
@@ -81,9 +87,9 @@ def test_slicing(case: Case) -> None:
     assert len(fast) == 2 and largest_difference(fast, plain) <= 1
 
 
-def test_tiling_is_exact() -> None:
+@EVERY_VAE
+def test_tiling_is_exact(case: Case) -> None:
     """Unlike diffusers' tiles, ours give the image of the untiled VAE."""
-    case = TEXT_TO_IMAGE
     pipeline = case.pipeline()
     plain = case.request(pipeline, height=160, width=96)
     options = {
@@ -159,16 +165,17 @@ def test_compiled_transformer() -> None:
     compare(TEXT_TO_IMAGE, pipeline)
 
 
+@EVERY_VAE
 @pytest.mark.parametrize("first", [True, False], ids=["engines built before", "engines built on the way"])
-def test_engines(first: bool, fake: Any, tmp_path: Path) -> None:
+def test_engines(case: Case, first: bool, fake: Any, tmp_path: Path) -> None:
     """The pipeline's own sizes find their engines, and text-to-image loads no encoder."""
-    pipeline = TEXT_TO_IMAGE.pipeline()
-    plain = TEXT_TO_IMAGE.request(pipeline)
+    pipeline = case.pipeline()
+    plain = case.request(pipeline)
     with accelerate(pipeline, backend="tensorrt", engine_dir=tmp_path / "engines", sizes=["96x64"]) as handle:
         if first:
             handle.warmup(progress=False)
-        fast = [TEXT_TO_IMAGE.request(pipeline) for _ in range(2)]
-        assert_fast(handle, TEXT_TO_IMAGE, "tensorrt", requests=2)
+        fast = [case.request(pipeline) for _ in range(2)]
+        assert_fast(handle, case, "tensorrt", requests=2)
         assert handle.report().as_dict()["engines"] == ["96x64/vae_decoder.fake"]
     assert max(largest_difference(images, plain) for images in fast) <= 1
 
