@@ -32,6 +32,7 @@ from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.model.layers import RMSNorm
 from qwen_vae_accel.model.spelling import QUERY_LIMIT, PlainNorm, query_chunks, spell
 from qwen_vae_accel.plan import Plan, Profile, Size
+from tests.conftest import random_vae
 from tests.helpers import CPU, EXACT, TINY_VAE, picture, randn
 from tests.tensorrt.conftest import job_of, key_of
 
@@ -85,15 +86,18 @@ def test_number_of_query_runs(pixels: int, limit: int, chunks: int) -> None:
     assert query_chunks(pixels, limit) == chunks
 
 
+@pytest.mark.parametrize("name", ["tiny", "2.1"])
 @pytest.mark.parametrize("method", ["encode", "decode"])
-def test_the_exported_program_is_exact_at_every_size_of_its_profiles(tiny: nn.Module, method: str) -> None:
-    source = ModelSource(tiny)
+def test_the_exported_program_is_exact_at_every_size_of_its_profiles(tiny: nn.Module, method: str, name: str) -> None:
+    source = ModelSource(tiny if name == "tiny" else random_vae(name))
     key = key_of(method, "64x64:128x96:160x160,64x64:96x128:144x224", multi_profile=True)
     job = job_of(source, method)
-    program, chunks = export(source.model(method, torch.float32, CPU), job, input_shapes(job, key), limit=100)
-    assert chunks == 6  # 144x224 is 18x28 latent pixels
+    limit = 100 if name == "tiny" else 25  # of 18x28 latent pixels for 144x224, or 9x14
+    program, chunks = export(source.model(method, torch.float32, CPU), job, input_shapes(job, key), limit)
+    assert chunks == 6
     run, exact = program.module(), source.model(method, torch.float32, CPU)
     for size in (Size(64, 64), Size(128, 96), Size(160, 160), Size(144, 224), Size(72, 88), Size(101, 99)):
+        size = size.floor(job.multiple)
         x = _input(method, source, *job.input_hw(size))
         with torch.no_grad():
             reference = exact(x)
@@ -200,6 +204,24 @@ def test_tiny_encoder_with_nine_profiles(tiny: nn.Module, cross_build: Callable[
     # An encoder takes 1620 pixels as they are.
     assert report.profiles[8][1] == (1, 3, 1088, 1620)
     assert len(report.profiles) == 9
+
+
+@pytest.mark.parametrize(("method", "multi"), [("encode", True), ("decode", True), ("decode", False)])
+def test_qwen_image_21(cross_build: Callable[..., TensorRTBackend], tmp_path: Path, method: str, multi: bool) -> None:
+    sizes = ["64x64:128x96:160x160", "64x64:96x128:160x224"] if multi else ["96x64"]
+    plan = Plan.make(sizes, multi, scale=16, multiple=16)
+    path = tmp_path / "engine.trt"
+    report = cross_build(random_vae("2.1"), method, torch.bfloat16, plan, "8.9", path).last_build
+    assert report is not None and _is_engine(path, report)
+    channels, step = ((4, 12), 1) if method == "encode" else ((6, 4), 16)
+    height, width = (-1, -1) if multi else (64 // step, 96 // step)
+    assert report.inputs[0].shape == (1, channels[0], height, width)
+    assert report.outputs[0].shape[:2] == (1, channels[1])
+    if not multi:
+        assert report.outputs[0].shape[2:] == ((4, 6) if method == "encode" else (64, 96))
+    assert [best[2:] for _, best, _ in report.profiles] == (
+        [(p.optimum.height // step, p.optimum.width // step) for p in plan.profiles] if multi else []
+    )
 
 
 def test_float32_and_progress(tiny: nn.Module, rtx: Flavour, tmp_path: Path) -> None:

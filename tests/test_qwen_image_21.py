@@ -1,0 +1,199 @@
+"""``AutoencoderKLQwenImage21``: what is different for its users. The networks themselves are tested in ``test_model.py``."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+from qwen_vae_accel import accelerate
+from qwen_vae_accel.backends.base import Environment, Job
+from qwen_vae_accel.backends.fused import FusedBackend
+from qwen_vae_accel.errors import ConfigError, InvalidInputError, UnsupportedVAEError
+from qwen_vae_accel.loading import load_vae
+from qwen_vae_accel.model import ModelSource
+from qwen_vae_accel.model.topology import Topology
+from qwen_vae_accel.plan import Miss, Plan, Size
+from tests.conftest import MICRO_21, random_vae
+from tests.helpers import CPU, EXACT, decoded, distance, moments, picture, randn
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+
+@pytest.fixture
+def vae() -> torch.nn.Module:
+    return random_vae("2.1")
+
+
+# Against float64: on weights of many channels two evaluations in float32 differ by the errors of both.
+
+
+@pytest.mark.parametrize("method", ["encode", "decode"])
+def test_of_published_depth_it_is_no_further_from_float64_than_diffusers(method):
+    import diffusers
+
+    random_vae("2.1")  # skips where diffusers does not have it
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vae = diffusers.AutoencoderKLQwenImage21(base_dim=24, decoder_base_dim=36).eval()
+    x = picture(1, 4, 1, 96, 64) if method == "encode" else randn(1, 64, 1, 6, 4)
+    run = moments if method == "encode" else decoded
+    exact = run(copy.deepcopy(vae).double(), x.double())
+    theirs = (run(vae, x) - exact).abs().max()
+    accelerate(vae, backend="eager")
+    ours = (run(vae, x) - exact).abs().max()
+    assert ours <= max(1.5 * theirs, EXACT * exact.abs().max()), f"{ours:.2e} against {theirs:.2e}"
+
+
+# The plugin.
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4])
+def test_encode_and_decode_in_place(vae, batch):
+    x, z = picture(batch, 4, 1, 48, 32), randn(batch, 6, 1, 3, 5)
+    exact, image = moments(vae, x), decoded(vae, z)
+    generators = [torch.Generator().manual_seed(1) for _ in range(2)]
+    sample = vae.encode(x).latent_dist.sample(generators[0])
+    with accelerate(vae, backend="eager") as handle:
+        posterior = vae.encode(x).latent_dist
+        assert isinstance(posterior, DiagonalGaussianDistribution)
+        assert distance(posterior.parameters, exact, "encode") <= EXACT
+        assert torch.allclose(posterior.sample(generators[1]), sample, atol=1e-5)
+        assert distance(vae.decode(z).sample, image, "decode") <= EXACT
+        assert decoded(vae, z).shape == (batch, 4, 1, 48, 80)
+        assert handle.report().as_dict()["calls"] == {"encode": {"eager": 1}, "decode": {"eager": 2}}
+        assert handle.report().as_dict()["fallbacks"] == []
+    assert torch.equal(decoded(vae, z), image)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda v: v.encode(picture(1, 4, 1, 48, 40)), "multiples of 16 pixels, was given"),
+        (lambda v: v.encode(picture(1, 4, 1, 8, 8)), "multiples of 16 pixels"),
+        (lambda v: v.encode(picture(1, 3, 1, 48, 48)), "of 4 channels"),
+        (lambda v: v.decode(randn(1, 16, 1, 4, 4)), "of 6 channels"),
+    ],
+)
+def test_what_it_cannot_take(vae, call, says):
+    with accelerate(vae), pytest.raises(InvalidInputError, match=says):
+        call(vae)
+
+
+def test_tiling_and_slicing(vae):
+    x, z = picture(2, 4, 1, 320, 96), randn(2, 6, 1, 20, 6)
+    exact, image = moments(vae, x), decoded(vae, z)
+    vae.enable_tiling()
+    vae.enable_slicing()
+    with accelerate(vae, backend="eager") as handle:
+        assert distance(moments(vae, x), exact, "encode") <= EXACT
+        assert distance(decoded(vae, z), image, "decode") <= EXACT
+        assert handle.report().as_dict()["calls"] == {"encode": {"eager": 2}, "decode": {"eager": 2}}
+
+
+def test_the_weights_of_time_do_not_act_and_their_presence_does(vae):
+    """A fingerprint is of what the networks read; that a shortcut counts two frames is part of it, the values are not."""
+    source = ModelSource(vae)
+    before = {method: source.fingerprint(method, torch.float32) for method in ("encode", "decode")}
+    vae.decoder.up_blocks[0].upsampler.time_conv.weight.mul_(2)
+    vae.encoder.down_blocks[1].downsampler.time_conv.bias.add_(1)
+    assert {method: source.fingerprint(method, torch.float32) for method in before} == before
+    one_frame = random_vae("2.1")
+    del one_frame.encoder.down_blocks[1].downsampler.time_conv
+    assert ModelSource(one_frame).fingerprint("encode", torch.float32) != before["encode"]
+
+
+def test_a_folder_of_it(vae, tmp_path, monkeypatch):
+    vae.save_pretrained(tmp_path)
+    loaded = load_vae(tmp_path, CPU)
+    z = randn(1, 6, 1, 2, 3)
+    assert torch.equal(decoded(loaded, z), decoded(vae, z))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["_class_name"] == "AutoencoderKLQwenImage21"
+    import diffusers
+
+    class Older:
+        __version__ = "0.39.0"
+
+    monkeypatch.setitem(__import__("sys").modules, "diffusers", Older())
+    with pytest.raises(UnsupportedVAEError, match="0.39.0 has no AutoencoderKLQwenImage21: install a newer"):
+        load_vae(tmp_path, CPU)
+    assert diffusers.AutoencoderKLQwenImage21 is type(vae)
+
+
+# Sizes: 16 pixels per latent pixel, pipelines round to 32.
+
+
+def test_static_sizes_are_rounded_as_its_pipelines_round():
+    plan = Plan.make(["4_3", "1_1", "1040x1000"], False, scale=16, multiple=16)
+    assert [(p.name, str(p.optimum)) for p in plan.profiles] == [
+        ("4_3", "1472x1120"),
+        ("1_1", "1312x1312"),
+        ("1024x992", "1024x992"),
+    ]
+    opened = Plan.make(None, False, scale=16, multiple=16)
+    assert opened.select("decode", Size(1312, 1312)).key.stem == "1_1/vae_decoder"
+    assert opened.select("decode", Size(640, 640)).key.stem == "640x640/vae_decoder"
+    with pytest.raises(ConfigError, match="multiples of 32"):
+        Plan.make(["24x64"], False, scale=16, multiple=16)
+
+
+def test_ranges_are_of_sizes_that_its_encoder_takes():
+    plan = Plan.make(None, True, scale=16, multiple=16)
+    assert all(
+        side % 16 == 0
+        for p in plan.profiles
+        for size in (p.minimum, p.optimum, p.maximum)
+        for side in (size.width, size.height)
+    )
+    assert [p.name for p in plan.profiles] == [p.name for p in Plan.make(None, True).profiles]
+    (profile,) = Plan.make(["10x10:50x50:100x70"], True, scale=16, multiple=16).profiles
+    assert [str(s) for s in (profile.minimum, profile.optimum, profile.maximum)] == ["16x16", "48x48", "96x64"]
+    assert profile.name == "48x48"
+    assert isinstance(plan.select("encode", Size(2048, 2048)), Miss)
+    with pytest.raises(ConfigError, match="takes multiples of 16"):
+        Plan.make(["8x8:12x12:100x70"], True, scale=16, multiple=16)
+
+
+# Backends.
+
+
+def test_fused_says_why_not_and_the_next_backend_serves(vae):
+    gpu = Environment("cuda", "NVIDIA H200", (9, 0), cuda="13.0")
+    reasons = FusedBackend().reasons(gpu, Job("decode", ModelSource(vae).topology, torch.bfloat16, CPU))
+    text = "; ".join(reasons)
+    assert "residual shortcuts" in text and "this VAE has 6 and 4" in text
+    # Even where all widths are those of its kernels.
+    decoder = (384,) * 3 + (384,) * 6 + (192,) * 3 + (96,) * 3
+    published = Topology(3, 16, (), decoder, 8)
+    job = Job("decode", published, torch.bfloat16, CPU)
+    shortcuts = Job("decode", Topology(3, 16, (), decoder, 8, residual=True), torch.bfloat16, CPU)
+    extra = set(FusedBackend().reasons(gpu, shortcuts)) - set(FusedBackend().reasons(gpu, job))
+    assert len(extra) == 1 and "residual shortcuts" in extra.pop()
+    with accelerate(vae, backend="auto") as handle:
+        decoded(vae, randn(1, 6, 1, 2, 2))
+        assert handle.report().as_dict()["calls"]["decode"] == {"eager": 1}
+
+
+@pytest.mark.slow
+def test_real_engines_of_inductor(vae, tmp_path):
+    """Both networks for a range of sizes: built, checked, loaded again."""
+    z, x = randn(1, 6, 1, 4, 6), picture(2, 4, 1, 48, 80)
+    exact, image = moments(vae, x), decoded(vae, z)
+    sizes = {"sizes": ["32x32:64x64:130x128"], "multi_profile": True}
+    options = {"backend": "inductor", "engine_dir": tmp_path, "task": "i2i", **sizes}
+    with accelerate(vae, on_miss="build", **options) as handle:
+        assert handle.warmup(progress=False).as_dict()["fallbacks"] == []
+    with accelerate(vae, on_miss="error", **options) as handle:
+        assert distance(decoded(vae, z), image, "decode") <= 2e-5
+        assert distance(moments(vae, x), exact, "encode") <= 2e-5
+        assert decoded(vae, randn(1, 6, 1, 8, 8)).shape == (1, 4, 1, 128, 128)
+        report = handle.report().as_dict()
+    assert report["calls"] == {"encode": {"inductor": 1}, "decode": {"inductor": 2}} and report["builds"] == []
+
+
+def test_the_tests_model_is_of_the_published_structure():
+    assert not {"dim_mult", "temperal_downsample", "is_residual"} & set(MICRO_21)
