@@ -16,6 +16,7 @@ from qwen_vae_accel import accelerate
 from qwen_vae_accel.demo.picture import amplified, open_photo, psnr, side_by_side, to_image, to_tensor
 from qwen_vae_accel.demo.tiny_pipeline import tiny_pipeline
 from qwen_vae_accel.errors import InvalidInputError
+from tests.conftest import random_vae
 from tests.helpers import DATA, picture
 
 if TYPE_CHECKING:
@@ -106,3 +107,11 @@ def test_the_whole_demo(cli: Cli, small_photo: Path, tmp_path: Path) -> None:
     for panel in photo["panels"].values():
         with Image.open(output / panel["file"]) as image:
             assert image.size == (64, 48)
+
+
+def test_the_demo_is_not_for_qwen_image_21(cli: Cli, small_photo: Path, tmp_path: Path) -> None:
+    random_vae("2.1").save_pretrained(tmp_path / "vae")
+    result = cli("demo", "--model", tmp_path, "--image", small_photo, "--backend", "inductor", "-o", tmp_path / "out", "--json")
+    assert result.code == 1
+    assert result.document["error"]["type"] == "UnsupportedVAEError"
+    assert "this VAE has 16; accelerate() takes it" in result.document["error"]["message"]

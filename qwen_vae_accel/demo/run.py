@@ -20,6 +20,7 @@ from qwen_vae_accel.engines.runtime import Wanted
 from qwen_vae_accel.errors import AccelError, BuildError, ConfigError, UnsupportedVAEError
 from qwen_vae_accel.loading import load_vae, stored_dtype, vae_folder
 from qwen_vae_accel.model import ModelSource
+from qwen_vae_accel.plan import LATENT_SCALE
 
 _DATA = Path(qwen_vae_accel.__file__).resolve().parents[1] / "examples" / "data"
 
@@ -94,11 +95,17 @@ def build(request: Request, report: Callable[[int, Wanted, BuildResult | None], 
     """Build the engines; the request then names the backend that ``auto`` took.
 
     Raises:
+        UnsupportedVAEError: if the VAE is not one of 8 pixels per latent pixel.
         BuildError: if an engine could not be built.
     """
     device = torch.device(request.device)
     config = AccelConfig.from_dict(request.config)
-    builder = Builder(config, ModelSource(load_vae(request.model, device, getattr(torch, request.dtype))), device)
+    source = ModelSource(load_vae(request.model, device, getattr(torch, request.dtype)))
+    scale = source.topology.scale
+    if scale != LATENT_SCALE:
+        reason = f"the demo is for {LATENT_SCALE} pixels per latent pixel, and this VAE has {scale}; accelerate() takes it"
+        raise UnsupportedVAEError(type(source.vae).__name__, [reason])
+    builder = Builder(config, source, device)
     results = builder.run(lambda wanted, result: report(len(builder.wanted), wanted, result))
     failed = [result for result in results if result.status == "failed"]
     if failed:

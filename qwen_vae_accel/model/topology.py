@@ -104,7 +104,7 @@ def _missing_companions(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     for key in shapes:
         layer, _, leaf = key.rpartition(".")
         block, _, name = layer.rpartition(".")
-        if leaf in ("weight", "bias"):
+        if layer and leaf in ("weight", "bias"):
             expected |= {f"{layer}.weight", f"{layer}.bias"}
         if name == "conv1":
             expected |= {f"{block}.{other}" for other in ("norm1.gamma", "norm2.gamma", "conv2.weight")}
