@@ -26,6 +26,9 @@ ENGINE_BACKENDS = ("tensorrt", "inductor")
 ON_MISS = ("build", "fallback", "error")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+FLOAT8 = "float8_e4m3fn"
+_FLOAT8_NAMES = (FLOAT8, "torch.float8_e4m3fn", "float8", "fp8")
+_FLOAT8_BACKENDS = ("auto", "fused")
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)", re.IGNORECASE)
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | {
     f"{prefix}ib": 2 ** (10 * power) for power, prefix in enumerate("kmgt", start=1)
@@ -47,6 +50,8 @@ def dtype_name(value: str | torch.dtype) -> str:
     """A dtype as torch names it, without ``torch.``."""
     name = str(value).removeprefix("torch.")
     name = _DTYPE_ALIASES.get(name, name)
+    if str(value) in _FLOAT8_NAMES:
+        raise ConfigError(f"dtype {str(value)!r} is for decode_dtype alone; the others are {', '.join(DTYPES)}")
     if name not in DTYPES:
         raise ConfigError(f"dtype {str(value)!r} is not one of {', '.join(DTYPES)}")
     return name
@@ -72,7 +77,8 @@ class AccelConfig:
         dtype: compute dtype, ``"float32"``, ``"bfloat16"`` or ``"float16"``; None: the VAE's. Results always come back
             in the VAE's dtype.
         encode_dtype: overrides ``dtype`` for encoding (its error compounds over edits).
-        decode_dtype: overrides ``dtype`` for decoding.
+        decode_dtype: overrides ``dtype`` for decoding; also ``"float8_e4m3fn"``: the costly convolutions in float8 by the
+            ``fused`` backend (compute capability 8.9 and later), the other layers in ``dtype`` (bfloat16 for a float32 VAE).
         max_resident: how many sizes keep their engines loaded; None: as many as ``vram_budget`` holds. The guide's is 1.
         vram_budget: bytes that loaded engines may take together, or text such as ``"4GiB"``.
         on_miss: what to do when no usable engine is there: ``"build"`` it, ``"fallback"`` to a backend that needs none,
@@ -110,7 +116,10 @@ class AccelConfig:
             if value is not None:
                 if not isinstance(value, (str, torch.dtype)):
                     raise ConfigError(f"{name} must be a dtype's name, not {value!r}")
-                object.__setattr__(self, name, dtype_name(value))
+                eight = name == "decode_dtype" and str(value) in _FLOAT8_NAMES
+                object.__setattr__(self, name, FLOAT8 if eight else dtype_name(value))
+        if self.decode_dtype == FLOAT8:
+            self._check_float8()
         if self.engine_dir is not None:
             if not isinstance(self.engine_dir, (str, Path)) or not str(self.engine_dir).strip():
                 raise ConfigError(f"engine_dir must be a folder's path, not {self.engine_dir!r}")
@@ -133,6 +142,14 @@ class AccelConfig:
             near = get_close_matches(str(value), allowed, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {value!r}{hint}")
+
+    def _check_float8(self) -> None:
+        if self.backend not in _FLOAT8_BACKENDS:
+            raise ConfigError(f"decode_dtype {FLOAT8!r} is for backend fused or auto, not {self.backend!r}")
+        if self.dtype == "float32":
+            raise ConfigError(
+                f"with decode_dtype {FLOAT8!r} the other layers compute in dtype: bfloat16 or float16, not 'float32'"
+            )
 
     def _listed(self, name: str) -> list[Any]:
         value = getattr(self, name)
@@ -160,9 +177,16 @@ class AccelConfig:
         return ("decode",) if self.task == "t2i" else ("encode", "decode")
 
     def compute_dtype(self, method: str, vae_dtype: torch.dtype) -> torch.dtype:
-        """The dtype the network of ``method`` computes in."""
+        """The dtype the network of ``method`` computes in; that of its other layers where some are float8."""
+        if self.float8(method):
+            dtype = DTYPES[self.dtype] if self.dtype else vae_dtype
+            return torch.bfloat16 if dtype == torch.float32 else dtype
         name = (self.encode_dtype if method == "encode" else self.decode_dtype) or self.dtype
         return DTYPES[name] if name else vae_dtype
+
+    def float8(self, method: str) -> bool:
+        """Whether convolutions of the network of ``method`` are to compute in float8."""
+        return method == "decode" and self.decode_dtype == FLOAT8
 
     # JSON.
 

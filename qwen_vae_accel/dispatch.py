@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen_vae_accel.backends.base import DirectBackend, EngineBackend, Environment, Job, Program
+from qwen_vae_accel.backends.base import Backend, DirectBackend, EngineBackend, Environment, Job, Program
 from qwen_vae_accel.backends.registry import direct_backends, engine_backends, get_backend
 from qwen_vae_accel.config import AccelConfig
 from qwen_vae_accel.engines.runtime import EngineRuntime, Wanted
@@ -128,7 +128,8 @@ class Dispatcher:
 
     def job(self, method: str, device: torch.device, vae_dtype: torch.dtype) -> Job:
         """The job of ``method`` under the configured dtypes."""
-        return Job(method, self._source.topology, self._config.compute_dtype(method, vae_dtype), device)
+        dtype = self._config.compute_dtype(method, vae_dtype)
+        return Job(method, self._source.topology, dtype, device, self._config.float8(method))
 
     def _jobs(self, device: torch.device) -> list[Job]:
         dtype = self._source.vae_dtype
@@ -155,6 +156,9 @@ class Dispatcher:
             self._require(backend, device)
             return (backend,)
         candidates = direct_backends()
+        if name == "auto" and self._config.float8("decode"):
+            # A precision asked for by name, so nothing else takes its place; encoding may still go elsewhere.
+            self._require(get_backend("fused"), device, ("decode",))
         for candidate in candidates if name == "auto" else ():
             reasons = [text for job in self._jobs(device) for text in candidate.reasons(self.environment(device), job)]
             if not reasons:
@@ -163,8 +167,9 @@ class Dispatcher:
             logger.info("backend 'auto' leaves out %r: %s", candidate.name, "; ".join(dict.fromkeys(reasons)))
         return candidates
 
-    def _require(self, backend: EngineBackend | DirectBackend, device: torch.device) -> None:
-        reasons = [text for job in self._jobs(device) for text in backend.reasons(self.environment(device), job)]
+    def _require(self, backend: Backend, device: torch.device, methods: tuple[str, ...] = ("encode", "decode")) -> None:
+        jobs = [job for job in self._jobs(device) if job.method in methods]
+        reasons = [text for job in jobs for text in backend.reasons(self.environment(device), job)]
         if reasons:
             hint = "backend='auto' takes the best that can run."
             raise BackendUnavailableError(backend.name, dict.fromkeys(reasons), hint)
@@ -179,7 +184,7 @@ class Dispatcher:
         """
         reasons: list[str] = []
         spent: list[str] = []
-        for backend in self._engines:
+        for backend in () if request.job.float8 else self._engines:  # no engine computes in float8
             served = _unless_out_of_memory(partial(self._run_engine, backend, request, x, reasons), x.device)
             if isinstance(served, Tensor):
                 return served

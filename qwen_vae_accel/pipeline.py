@@ -93,7 +93,7 @@ class Handle:
         self._pipelines: list[Callable[[], Any]] = []
         self._post: list[PostProcessing] = []
         self._journal = Journal()
-        self._source = ModelSource(vae)
+        self._source = ModelSource(vae, config.engine_dir)
         self._dispatcher = Dispatcher(config, self._source, self._journal, execution_device(vae))
         self._active = True
         self._calls = 0

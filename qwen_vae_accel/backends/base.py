@@ -94,14 +94,22 @@ def _nvidia_driver() -> str | None:
     return next((word for word in words if word[:1].isdigit() and "." in word), None)
 
 
+NO_FLOAT8 = "it does not compute in float8; the fused backend does"
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a program is wanted for."""
+    """What a program is wanted for.
+
+    ``dtype`` is that of its input and output; with ``float8`` a backend that can computes the costly convolutions in
+    e4m3, the other layers in ``dtype``.
+    """
 
     method: str
     topology: Topology = field(hash=False)  # one VAE has one; jobs are looked up at every call
     dtype: torch.dtype
     device: torch.device
+    float8: bool = False
 
     @property
     def in_channels(self) -> int:

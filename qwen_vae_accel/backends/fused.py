@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from qwen_vae_accel.backends.base import DirectBackend, Environment, Job
-from qwen_vae_accel.engines.selfcheck import sample_input
+from qwen_vae_accel.engines.calibration import calibrated_peaks, measured_peaks
 from qwen_vae_accel.errors import BackendUnavailableError
 from qwen_vae_accel.kernels import FusedDecoder, FusedEncoder, device_reasons
+from qwen_vae_accel.kernels.float8 import input_scales
 from qwen_vae_accel.kernels.topology import IMAGE_CHANNELS, LATENT_CHANNELS, WIDTHS
 from qwen_vae_accel.model import ModelSource
-from qwen_vae_accel.model.ranges import activation_peaks
-from qwen_vae_accel.plan import Size
 from qwen_vae_accel.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
 # float16 ends at 65504. The calibration input is one sample of many: what it leaves is the margin for the others.
 _FLOAT16_LIMIT = 65504 / 4
-_CALIBRATION_SIZE = Size(512, 512)
 
 
 class FusedProgram:
@@ -42,7 +41,8 @@ class FusedBackend(DirectBackend):
     name: ClassVar[str] = "fused"
 
     def reasons(self, environment: Environment, job: Job) -> list[str]:
-        reasons = device_reasons(torch.device(environment.device_type), job.dtype, environment.capability)
+        device = torch.device(environment.device_type)
+        reasons = device_reasons(device, job.dtype, environment.capability, float8=job.float8)
         topology = job.topology
         first, *rest = WIDTHS
         encoder = (first, *(width for width in WIDTHS for _ in range(2)), WIDTHS[-1], WIDTHS[-1])
@@ -66,15 +66,22 @@ class FusedBackend(DirectBackend):
         if job.dtype == torch.float16:
             self._check_float16(source, job)
         kind = FusedEncoder if job.method == "encode" else FusedDecoder
-        network = kind(source.state(job.method), dtype=job.dtype, device=job.device)
+        state = source.state(job.method)
+        float8 = self._float8_scales(source, job, state) if job.float8 else {}
+        network = kind(state, dtype=job.dtype, device=job.device, float8=float8)
         with progress_bar() as update:
             network.compile(lambda done, total: update(f"kernels of the {job.method}r", done, total))
         return FusedProgram(network)
 
+    def _float8_scales(self, source: ModelSource, job: Job, state: Mapping[str, Tensor]) -> dict[str, float]:
+        try:
+            return input_scales(state, calibrated_peaks(source, job))
+        except ValueError as error:
+            raise BackendUnavailableError(self.name, [str(error)]) from error
+
     def _check_float16(self, source: ModelSource, job: Job) -> None:
         """Measure the activations of these weights in float32; refuse float16 where its range would not hold them."""
-        x = sample_input(job, _CALIBRATION_SIZE, source.config)
-        peaks = activation_peaks(source.model(job.method, torch.float32, job.device), x)
+        peaks = measured_peaks(source, job)
         logger.info("float16 range of %s: largest |x| by level %s", job.method, {k: round(v, 1) for k, v in peaks.items()})
         worst = max(peaks, key=lambda name: peaks[name])
         if not peaks[worst] < _FLOAT16_LIMIT:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from qwen_vae_accel.backends.base import EngineBackend, Environment, Job, export_range
+from qwen_vae_accel.backends.base import NO_FLOAT8, EngineBackend, Environment, Job, export_range
 from qwen_vae_accel.model.spelling import QUERY_LIMIT, query_chunks, spell
 from qwen_vae_accel.plan import EngineKey
 
@@ -56,7 +56,7 @@ class InductorBackend(EngineBackend):
     def reasons(self, environment: Environment, job: Job) -> list[str]:
         if environment.device_type not in ("cpu", "cuda"):
             return [f"device type {environment.device_type!r} is not known to it; it compiles for cpu and cuda"]
-        return []
+        return [NO_FLOAT8] if job.float8 else []
 
     def build_reasons(self) -> list[str]:
         """Why nothing can be compiled here, though packages could be loaded."""

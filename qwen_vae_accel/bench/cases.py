@@ -2,6 +2,7 @@
 
 A method is written ``NAME`` or ``NAME:DTYPE``: ``diffusers``, ``diffusers-compile``, any backend of this package, an
 engine backend with ``-mp`` for one multi-profile engine, or ``fastvae`` (a third-party decoder, if it is installed).
+``fused:fp8`` decodes a bfloat16 VAE in float8.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from qwen_vae_accel.backends.base import EngineBackend, Environment, Job
 from qwen_vae_accel.backends.registry import direct_backends, engine_backends, get_backend
-from qwen_vae_accel.config import AccelConfig, dtype_name
+from qwen_vae_accel.config import FLOAT8, AccelConfig, dtype_name
 from qwen_vae_accel.errors import AccelError, ConfigError
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.pipeline import accelerate
@@ -30,7 +31,7 @@ from qwen_vae_accel.plan import STATIC_MULTIPLE, Size, parse_size
 
 BASELINE = "diffusers"
 TASKS = ("decode", "encode")
-SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "fp8"}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SUFFIX = "-mp"
 CPU_SIZES = ("256x256", "512x512")
@@ -58,7 +59,7 @@ Prepare = Callable[[nn.Module, Case, Path], AbstractContextManager[Run]]
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A way to run the VAE in one dtype."""
+    """A way to run the VAE in one dtype; float8 is that of a decoder's products, and the VAE then is bfloat16."""
 
     name: str
     dtype: torch.dtype
@@ -68,6 +69,15 @@ class Method:
     def label(self) -> str:
         """Name and dtype, as tables show it."""
         return f"{self.name} {SHORT[self.dtype]}"
+
+    @property
+    def float8(self) -> bool:
+        return self.dtype == torch.float8_e4m3fn
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        """Of the VAE, its input and its output."""
+        return torch.bfloat16 if self.float8 else self.dtype
 
 
 def _call(vae: Any, task: str) -> Run:
@@ -108,6 +118,7 @@ def _accelerated(vae: nn.Module, case: Case, folder: Path, *, backend: str, mult
         multi_profile=multi_profile,
         sizes=None if multi_profile else (str(case.size),),
         on_miss="build" if needs_engines else None,
+        decode_dtype=FLOAT8 if case.method.float8 else None,
     )
     with accelerate(vae, config) as handle:
         yield _call(vae, case.task)
@@ -155,7 +166,9 @@ def parse_method(text: str, default: torch.dtype) -> Method:
         hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
         raise ConfigError(f"method {name!r} is not known{hint}")
     dtype = default
-    if kind:
+    if name == "fused" and kind in ("fp8", FLOAT8):
+        dtype = torch.float8_e4m3fn
+    elif kind:
         dtype = _DTYPES.get(kind) or getattr(torch, dtype_name(kind))
     return Method(name, dtype, known[name])
 
@@ -172,6 +185,8 @@ def default_methods(vae: nn.Module, device: torch.device, dtype: torch.dtype) ->
     for name, kind in candidates:
         if not any(get_backend(name).reasons(environment, Job(task, topology, kind, device)) for task in TASKS):
             names.append(f"{name}:{SHORT[kind]}")
+    if not get_backend("fused").reasons(environment, Job("decode", topology, torch.bfloat16, device, float8=True)):
+        names.append("fused:fp8")
     return names
 
 

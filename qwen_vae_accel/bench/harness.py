@@ -114,10 +114,10 @@ class Harness:
         x, exact = self._input(case), self._reference(case)
         self._clean()
         before, outside = self._allocated(), self._outside()
-        vae = self._fresh(case.method.dtype)
+        vae = self._fresh(case.method.vae_dtype)
         start = time.perf_counter()
         with torch.no_grad(), case.method.prepare(vae, case, self._folder) as run:
-            x = x.to(self._device, case.method.dtype)
+            x = x.to(self._device, case.method.vae_dtype)
             output = run(x)
             self._synchronize()
             prepared = time.perf_counter() - start
@@ -242,9 +242,15 @@ def run_all(harness: Harness, cases: Sequence[Case], done: Callable[[Row], None]
 
 
 def make_cases(methods: Sequence[Method], sizes: Sequence[Size], tasks: Sequence[str]) -> list[Case]:
-    """Every combination, one size after another, the baseline first."""
+    """Every combination, one size after another, the baseline first; float8 only decodes."""
     ordered = sorted(methods, key=lambda method: method.name != BASELINE)
-    return [Case(method, task, size) for size in sizes for task in tasks for method in ordered]
+    return [
+        Case(method, task, size)
+        for size in sizes
+        for task in tasks
+        for method in ordered
+        if task == "decode" or not method.float8
+    ]
 
 
 def geometric_mean(values: Sequence[float]) -> float:

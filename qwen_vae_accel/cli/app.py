@@ -10,9 +10,10 @@ from qwen_vae_accel import __version__
 from qwen_vae_accel.cli.bench import bench
 from qwen_vae_accel.cli.config import config
 from qwen_vae_accel.cli.demo import demo
-from qwen_vae_accel.cli.engines import adopt, build, list_engines, prune, verify
+from qwen_vae_accel.cli.engines import adopt, build, list_engines, prune
 from qwen_vae_accel.cli.report import report
 from qwen_vae_accel.cli.serve_bench import serve_bench
+from qwen_vae_accel.cli.verify import verify
 
 app = typer.Typer(
     name="qwen-vae-accel",

@@ -1,4 +1,4 @@
-"""``qwen-vae-accel build``, ``list``, ``verify``, ``prune``, ``adopt``."""
+"""``qwen-vae-accel build``, ``list``, ``prune``, ``adopt``."""
 
 from __future__ import annotations
 
@@ -176,48 +176,6 @@ def _survey_view(found: list[EngineStatus], weights: bool) -> RenderableType:
             )
     note = "" if weights else "Weights were not compared; --vae does that."
     return Group(table, Text(note)) if note else table
-
-
-def verify(
-    vae: common.Vae,
-    engine_dir: _Directory,
-    device: common.Device = None,
-    as_json: common.Json = False,
-    verbose: common.Verbose = False,
-) -> None:
-    """Hash every engine again and run it against the exact model in float32. Exit code 1 if any is bad."""
-
-    def work() -> common.Outcome:
-        where = common.parse_device(device)
-        inspector = Inspector(engine_dir, where, _source(vae, where))
-        found = inspector.survey()
-        table = _table("engine", "size", "PSNR dB", "relative error", "allowed", "result")
-        engines = []
-        with common.progress(len(found), "verify") as update:
-            for status in found:
-                update(status.path, False)
-                entry: dict[str, object] = {"path": status.path, "good": False, "reasons": [], "checks": {}}
-                # A self-check that failed before is no reason not to run it again.
-                reasons = [text for text in status.reasons if not text.startswith("self-check")]
-                try:
-                    results = [] if reasons else list(inspector.verify(status))
-                except AccelError as error:
-                    reasons, results = [str(error)], []
-                entry["checks"] = {profile.name: result.to_json() for profile, result in results}
-                entry["reasons"] = reasons
-                entry["good"] = not reasons and all(result.passed for _, result in results)
-                engines.append(entry)
-                for profile, result in results:
-                    errors = f"{result.relative_error:.1e}", f"{result.tolerance:.0e}"
-                    verdict = "good" if result.passed else Text("bad", style="red")
-                    table.add_row(status.path, str(profile.optimum), f"{result.psnr_db:.1f}", *errors, verdict)
-                if reasons:
-                    table.add_row(status.path, "", "", "", "", Text("refused: " + "; ".join(reasons), style="red"))
-                update(status.path, True)
-        good = all(entry["good"] for entry in engines)
-        return common.Outcome({"engine_dir": str(engine_dir), "engines": engines}, table if found else Text("no engines"), good)
-
-    common.run(as_json, verbose, work)
 
 
 def prune(

@@ -108,7 +108,8 @@ class Builder:
             raise ConfigError("there is no engine_dir to build into: give --engine-dir")
         vae_dtype = source.vae_dtype
         jobs = {
-            method: Job(method, source.topology, config.compute_dtype(method, vae_dtype), device) for method in config.methods
+            method: Job(method, source.topology, config.compute_dtype(method, vae_dtype), device, config.float8(method))
+            for method in config.methods
         }
         environment = target or Environment.detect(device)
         self.backend = engine_backend(config, environment, jobs.values(), backend)

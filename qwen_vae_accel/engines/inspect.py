@@ -258,7 +258,7 @@ class Inspector:
         method, name = self._place(path)
         backend = self._backend(path, config)
         dtype = config.compute_dtype(method, source.vae_dtype)
-        job = Job(method, source.topology, dtype, self._device)
+        job = Job(method, source.topology, dtype, self._device, config.float8(method))
         reasons = backend.reasons(self._environment, job)
         if reasons:
             raise EngineRefusedError(path, reasons)

@@ -49,11 +49,19 @@ def store_tile(dst, row, column, rows, value, WIDTH: tl.constexpr, BM: tl.conste
                TMA: tl.constexpr):  # fmt: skip
     """The opposite of ``load_tile``; rows outside the matrix are dropped."""
     if TMA:
-        dst.store([row, column], value.to(dst.dtype))
+        dst.store([row, column], round_to(value, dst.dtype))
     else:
         r = row + tl.arange(0, BM)
         offsets = r.to(tl.int64)[:, None] * WIDTH + (column + tl.arange(0, BK))[None, :]
-        tl.store(dst + offsets, value.to(dst.dtype.element_ty), mask=(r < rows)[:, None])
+        tl.store(dst + offsets, round_to(value, dst.dtype.element_ty), mask=(r < rows)[:, None])
+
+
+@triton.jit
+def round_to(value, dtype: tl.constexpr):
+    """fp32 -> ``dtype``; float8 (e4m3) has no infinity: larger values become its largest."""
+    if dtype == tl.float8e4nv:
+        value = tl.minimum(tl.maximum(value, -448.0), 448.0)
+    return value.to(dtype)
 
 
 @triton.jit
@@ -63,8 +71,8 @@ def is_pixel(rows, pitch, image_rows):
 
 
 @triton.jit
-def normalize(acc, inverse, gamma, column, BM: tl.constexpr, N: tl.constexpr, NORM: tl.constexpr):
-    """``acc * inverse * gamma``, then SiLU if NORM is 2."""
+def normalize(acc, inverse, gamma, column, BM: tl.constexpr, N: tl.constexpr, NORM: tl.constexpr, scale=None):
+    """``acc * inverse * gamma``, then SiLU if NORM is 2, then times ``scale`` if given (float8)."""
     out = acc * inverse[:, None] * tl.load(gamma + column + tl.arange(0, N))[None, :]
     if NORM == 2:
         # Two neighbours share one reciprocal: 1/a = b * (1/ab). The special-function unit is this epilogue's bottleneck.
@@ -72,6 +80,8 @@ def normalize(acc, inverse, gamma, column, BM: tl.constexpr, N: tl.constexpr, NO
         e = 1.0 + tl.exp2(tl.minimum(out * -1.4426950408889634, 60.0))
         a, b = tl.split(tl.reshape(e, [BM, N // 2, 2]))
         both = 1.0 / (a * b)
+        if scale is not None:
+            both *= scale
         out = out * tl.reshape(tl.join(b * both, a * both), [BM, N])
     return out
 

@@ -5,6 +5,9 @@
     normed = silu(rms_norm(value))                   if asked for
     products = normed @ head (one column per tap and output channel of conv_out, see conv_out.py)
 
+``a`` and the taps' weights may be float8 (float8.py): then the taps' sums are rescaled per output channel first. ``normed`` is
+written in float8 where the norm has a scale, and ``x`` where ``x_scale`` is given.
+
 A tile holds every output channel of its pixels, so the norm is local to it. The nine taps are nine shifted loads of
 the same matrix (layout.py). ``residual`` and ``x`` may be the same buffer: a tile reads only the rows it then writes.
 """
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
@@ -32,6 +36,7 @@ from qwen_vae_accel.kernels.blocks import (
     tile,
 )
 from qwen_vae_accel.kernels.compiling import Kernel
+from qwen_vae_accel.kernels.float8 import FLOAT8
 from qwen_vae_accel.kernels.layout import Grid, from_flat, to_flat
 from qwen_vae_accel.kernels.tuning import ConvConfig, Device
 from qwen_vae_accel.kernels.weights import ConvWeights
@@ -39,10 +44,19 @@ from qwen_vae_accel.kernels.weights import ConvWeights
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """RMS norm in an epilogue: fp32 gain [C] (sqrt(C) included), then SiLU or not."""
+    """RMS norm in an epilogue: fp32 gain [C] (sqrt(C) included), then SiLU or not, then times ``scale`` into float8."""
 
     gamma: Tensor
     silu: bool = True
+    scale: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.scale is not None and not self.silu:
+            raise ValueError("float8 follows SiLU only")
+
+    def dtype(self, plain: torch.dtype) -> torch.dtype:
+        """Of the normed matrix, ``plain`` being that of the others."""
+        return plain if self.scale is None else FLOAT8
 
     @property
     def mode(self) -> int:
@@ -51,14 +65,18 @@ class Norm:
 
 @triton.jit
 def _conv_tile(
-    index, a, s, w0, w1, u0, u1, bias, gamma, r0, r1, x0, x1, n0, n1, head, products,
+    index, a, s, w0, w1, u0, u1, bias, gamma, rescale, r0, r1, x0, x1, n0, n1, head, products, x_scale, n_scale,
     rows, image_rows, pitch, product_rows,
     C: tl.constexpr, CS: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, TAPS: tl.constexpr,
     RESIDUAL: tl.constexpr, WRITE_X: tl.constexpr, NORM: tl.constexpr, WRITE_N: tl.constexpr, J: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     N: tl.constexpr = N0 + N1
-    K: tl.constexpr = TAPS * C + CS
+    # In float8 the shortcut's weights are a matrix of their own.
+    OWN: tl.constexpr = rescale is not None
+    K: tl.constexpr = TAPS * C if OWN else TAPS * C + CS
+    KS: tl.constexpr = CS if OWN else K
+    S_COLUMN: tl.constexpr = 0 if OWN else TAPS * C
     STEPS: tl.constexpr = C // BK
     row = index * BM
     acc0 = tl.zeros([BM, N0], tl.float32)
@@ -74,13 +92,17 @@ def _conv_tile(
         acc0 = tl.dot(part, load_tile(w0, 0, k * BK, N, K, N0, BK, TMA).T, acc0)
         if N1 > 0:
             acc1 = tl.dot(part, load_tile(w1, N0, k * BK, N, K, N1, BK, TMA).T, acc1)
+    if rescale is not None:
+        acc0 *= tl.load(rescale + tl.arange(0, N0))[None, :]
+        if N1 > 0:
+            acc1 *= tl.load(rescale + N0 + tl.arange(0, N1))[None, :]
     if CS > 0:
         for k in tl.range(0, CS // BS):
             part = load_tile(s, row, k * BS, rows, CS, BM, BS, TMA)
-            column = TAPS * C + k * BS
-            acc0 = tl.dot(part, load_tile(u0, 0, column, N, K, N0, BS, TMA).T, acc0)
+            column = S_COLUMN + k * BS
+            acc0 = tl.dot(part, load_tile(u0, 0, column, N, KS, N0, BS, TMA).T, acc0)
             if N1 > 0:
-                acc1 = tl.dot(part, load_tile(u1, N0, column, N, K, N1, BS, TMA).T, acc1)
+                acc1 = tl.dot(part, load_tile(u1, N0, column, N, KS, N1, BS, TMA).T, acc1)
 
     pixel = is_pixel(row + tl.arange(0, BM), pitch, image_rows)[:, None]
     acc0 += tl.load(bias + tl.arange(0, N0))[None, :]
@@ -88,22 +110,22 @@ def _conv_tile(
         acc0 += load_tile(r0, row, 0, rows, N, BM, N0, TMA).to(tl.float32)
     acc0 = tl.where(pixel, acc0, 0.0)
     if WRITE_X:
-        store_tile(x0, row, 0, rows, acc0, N, BM, N0, TMA)
+        store_tile(x0, row, 0, rows, acc0 if x_scale is None else acc0 * x_scale, N, BM, N0, TMA)
     if N1 > 0:
         acc1 += tl.load(bias + N0 + tl.arange(0, N1))[None, :]
         if RESIDUAL:
             acc1 += load_tile(r1, row, N0, rows, N, BM, N1, TMA).to(tl.float32)
         acc1 = tl.where(pixel, acc1, 0.0)
         if WRITE_X:
-            store_tile(x1, row, N0, rows, acc1, N, BM, N1, TMA)
+            store_tile(x1, row, N0, rows, acc1 if x_scale is None else acc1 * x_scale, N, BM, N1, TMA)
     if NORM > 0:
         squares = tl.sum(acc0 * acc0, 1)
         if N1 > 0:
             squares += tl.sum(acc1 * acc1, 1)
         inverse = tl.rsqrt(tl.maximum(squares, 1e-24))
-        acc0 = normalize(acc0, inverse, gamma, 0, BM, N0, NORM)
+        acc0 = normalize(acc0, inverse, gamma, 0, BM, N0, NORM, n_scale)
         if N1 > 0:
-            acc1 = normalize(acc1, inverse, gamma, N0, BM, N1, NORM)
+            acc1 = normalize(acc1, inverse, gamma, N0, BM, N1, NORM, n_scale)
         if WRITE_N:
             store_tile(n0, row, 0, rows, acc0, N, BM, N0, TMA)
             if N1 > 0:
@@ -128,11 +150,13 @@ def _conv_kernel(
     s,  # [rows, CS] input of the shortcut (unused if CS is 0)
     w0, w1, u0, u1,  # [N, TAPS * C + CS] weights: N0 and N1 rows by BK columns, and by BS for the shortcut
     bias, gamma,  # [N] fp32
+    rescale,  # [N] fp32 if a and w are float8, else None; then u is [N, CS]
     r0, r1,  # [rows, N] residual
     x0, x1,  # [rows, N] sum before the norm
     n0, n1,  # [rows, N] normed
     head,  # [N, J] weights of conv_out
     products,  # [J, rows] fp32
+    x_scale, n_scale,  # of outputs in float8, else None
     rows, image_rows, pitch, product_rows, tiles,
     C: tl.constexpr, CS: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, TAPS: tl.constexpr,
     RESIDUAL: tl.constexpr, WRITE_X: tl.constexpr, NORM: tl.constexpr, WRITE_N: tl.constexpr, J: tl.constexpr,
@@ -142,14 +166,14 @@ def _conv_kernel(
     if PERSISTENT:
         for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
             _conv_tile(
-                index, a, s, w0, w1, u0, u1, bias, gamma, r0, r1, x0, x1, n0, n1, head, products,
-                rows, image_rows, pitch, product_rows,
+                index, a, s, w0, w1, u0, u1, bias, gamma, rescale, r0, r1, x0, x1, n0, n1, head, products,
+                x_scale, n_scale, rows, image_rows, pitch, product_rows,
                 C, CS, N0, N1, TAPS, RESIDUAL, WRITE_X, NORM, WRITE_N, J, BM, BK, BS, TMA,
             )  # fmt: skip
     else:
         _conv_tile(
-            tl.program_id(0), a, s, w0, w1, u0, u1, bias, gamma, r0, r1, x0, x1, n0, n1, head, products,
-            rows, image_rows, pitch, product_rows,
+            tl.program_id(0), a, s, w0, w1, u0, u1, bias, gamma, rescale, r0, r1, x0, x1, n0, n1, head, products,
+            x_scale, n_scale, rows, image_rows, pitch, product_rows,
             C, CS, N0, N1, TAPS, RESIDUAL, WRITE_X, NORM, WRITE_N, J, BM, BK, BS, TMA,
         )  # fmt: skip
 
@@ -168,6 +192,7 @@ def conv(
     shortcut: Tensor | None = None,
     head: Tensor | None = None,
     products: Tensor | None = None,
+    x_scale: float | None = None,
 ) -> None:
     """Write ``x`` and / or ``normed`` (``[rows, N]``) and / or ``products`` (``[<= J, rows]`` fp32); see the module.
 
@@ -178,13 +203,19 @@ def conv(
     n0, n1 = split_channels(out)
     rows = grid.rows
     check_flat(a, rows, channels, weights.weight.dtype, "input")
+    plain = a.dtype
+    if plain == FLOAT8:  # then the 16-bit dtype is that of any other buffer
+        plain = next((t.dtype for t in (residual, shortcut, x, normed) if t is not None and t.dtype != FLOAT8), plain)
+    dtypes = {
+        "x": plain if x_scale is None else FLOAT8, "normed": plain if norm is None else norm.dtype(plain), "residual": plain,
+    }  # fmt: skip
     for name, buffer in (("x", x), ("normed", normed), ("residual", residual)):
         if buffer is not None:
-            check_flat(buffer, rows, out, a.dtype, name)
+            check_flat(buffer, rows, out, dtypes[name], name)
     if (shortcut is not None) != (weights.shortcut > 0) or (norm is None and (normed is not None or head is not None)):
         raise ValueError("a shortcut needs weights packed with one, and normed or head need a norm")
     if shortcut is not None:
-        check_flat(shortcut, rows, weights.shortcut, a.dtype, "shortcut")
+        check_flat(shortcut, rows, weights.shortcut, plain, "shortcut")
     block, block_k = config.block_rows, config.block_k
     block_s = block_k if weights.shortcut % block_k == 0 else 32
     if channels % block_k or weights.shortcut % block_s:
@@ -192,17 +223,20 @@ def conv(
     pair = lambda t: (tile(t, block, n0, device), tile(t, block, n1 or n0, device))  # noqa: E731
     some = next(t for t in (x, normed, a) if t is not None)  # stands in for absent tensors, never touched
     stand_in = pair(some)
+    beside = weights.weight if weights.shortcut_weight is None else weights.shortcut_weight
     tiles = triton.cdiv(rows, block)
     _conv_kernel[(config.programs(tiles, device),)](
         tile(a, block, block_k, device),
         tile(a if shortcut is None else shortcut, block, block_s, device),
-        *(tile(weights.weight, n, k, device) for k in (block_k, block_s) for n in (n0, n1 or n0)),
-        weights.bias, weights.bias if norm is None else norm.gamma,
+        *(tile(weights.weight, n, block_k, device) for n in (n0, n1 or n0)),
+        *(tile(beside, n, block_s, device) for n in (n0, n1 or n0)),
+        weights.bias, weights.bias if norm is None else norm.gamma, weights.rescale,
         *(stand_in if residual is None else pair(residual)),
         *(stand_in if x is None else pair(x)),
         *(stand_in if normed is None else pair(normed)),
         weights.bias if head is None else head,
         weights.bias if products is None else products,
+        x_scale, None if norm is None else norm.scale,
         rows, grid.height + 1, grid.pitch, 0 if products is None else products.shape[0], tiles,
         C=channels, CS=weights.shortcut, N0=n0, N1=n1, TAPS=weights.taps,
         RESIDUAL=residual is not None, WRITE_X=x is not None,
@@ -221,21 +255,24 @@ def conv_reference(
     residual: Tensor | None = None,
     shortcut: Tensor | None = None,
     head: Tensor | None = None,
+    x_scale: float | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """fp32 ``(x, normed, products)`` of ``conv`` by plain PyTorch, halo rows zero."""
+    """fp32 ``(x, normed, products)`` of ``conv`` by plain PyTorch before their rounding, halo rows zero."""
     side = 3 if weights.taps == 9 else 1
     channels = weights.in_channels
-    matrix = weights.weight.float()
+    matrix = weights.weight.float() * (1.0 if weights.rescale is None else weights.rescale[:, None])
     kernel = matrix[:, : weights.taps * channels].reshape(-1, side, side, channels).permute(0, 3, 1, 2)
     image = F.conv2d(from_flat(a, grid).float(), kernel, weights.bias, padding=side // 2)
     if shortcut is not None:
-        extra = matrix[:, weights.taps * channels :, None, None]
-        image = image + F.conv2d(from_flat(shortcut, grid).float(), extra)
+        own = weights.shortcut_weight
+        extra = matrix[:, weights.taps * channels :] if own is None else own.float()
+        image = image + F.conv2d(from_flat(shortcut, grid).float(), extra[:, :, None, None])
     if residual is not None:
         image = image + from_flat(residual, grid).float()
     x = to_flat(image)
+    written = x if x_scale is None else x * x_scale
     if norm is None:
-        return x, None, None
-    normed = rms_norm_reference(x, norm.gamma, norm.silu)
-    products = None if head is None else (normed.to(a.dtype).float() @ head.float()).T.contiguous()
-    return x, normed, products
+        return written, None, None
+    normed = rms_norm_reference(x, norm.gamma, norm.silu) * (norm.scale or 1.0)
+    products = None if head is None else (normed.to(head.dtype).float() @ head.float()).T.contiguous()
+    return written, normed, products

@@ -76,9 +76,11 @@ class _Fused:
 
     def __init__(
         self, state: Mapping[str, Tensor], *, dtype: torch.dtype, device: torch.device,
-        config: FusedConfig | None = None,
+        config: FusedConfig | None = None, float8: Mapping[str, float] | None = None,
     ):  # fmt: skip
         """Pack ``state``: diffusers names without ``encoder.`` / ``decoder.``, every weight 2-D.
+
+        ``float8``: layers of a decoder that compute in float8 -> scale of their input (``float8.input_scales``).
 
         Raises:
             ValueError: the state does not have the published topology; the message lists the differences.
@@ -91,7 +93,7 @@ class _Fused:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.config = config or FusedConfig()
         self._traits = self.config.device or describe_device(self.device)
-        self._weights = self._pack(Packer(state, dtype, self.device))
+        self._weights = self._pack(Packer(state, dtype, self.device, float8 or {}))
         self.nbytes = _nbytes(self._weights)
         self._hopper = None
         if self.config.tuning.hopper_convs and self._traits.wgmma:

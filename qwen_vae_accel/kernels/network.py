@@ -5,6 +5,8 @@ silu(rms_norm(x)) for the next convolution, written by whichever kernel produced
 
     conv1: normed -> hidden = silu(norm2(.))        conv2: hidden + residual x -> x in place, normed in place
 
+With float8 (float8.py) ``normed``, ``hidden`` and the x that an upsampling reads are e4m3 where their convolution is.
+
 Liveness: x, normed and hidden of one level, three matrices, are the peak (0.60 GB at 1024x1024); an upsample holds the
 small x and the large x and normed. The last block writes neither, only conv_out's products over the dead ``normed``.
 """
@@ -23,6 +25,7 @@ from qwen_vae_accel.kernels.conv3x3 import Norm, conv
 from qwen_vae_accel.kernels.conv_in import conv_in
 from qwen_vae_accel.kernels.conv_out import conv_out, head_products, sum_taps
 from qwen_vae_accel.kernels.downsample_conv import downsample_conv
+from qwen_vae_accel.kernels.float8 import FLOAT8
 from qwen_vae_accel.kernels.layout import Grid
 from qwen_vae_accel.kernels.program import Arena, Memory, Program, Slot, Step
 from qwen_vae_accel.kernels.tuning import Device, Tuning
@@ -71,9 +74,9 @@ class EncoderWeights:
 def _block(pack: Packer, name: str) -> ResidualBlock:
     shortcut = f"{name}.conv_shortcut"
     return ResidualBlock(
-        Norm(pack.gamma(f"{name}.norm1")),
+        Norm(pack.gamma(f"{name}.norm1"), scale=pack.float8.get(f"{name}.conv1")),
         pack.conv(f"{name}.conv1"),
-        Norm(pack.gamma(f"{name}.norm2")),
+        Norm(pack.gamma(f"{name}.norm2"), scale=pack.float8.get(f"{name}.conv2")),
         pack.conv(f"{name}.conv2", shortcut if f"{shortcut}.weight" in pack.state else None),
     )
 
@@ -116,6 +119,11 @@ class Level:
     normed: Slot | None
 
 
+def _widths(weights: ConvWeights) -> str:
+    kind = " float8" if weights.weight.dtype == FLOAT8 else ""
+    return f"{weights.in_channels}->{weights.out_channels}{kind}"
+
+
 class Planner:
     """Lists the launches of one input size and plans their buffers."""
 
@@ -134,20 +142,22 @@ class Planner:
     def layer(self, weights: ConvWeights, kind: str) -> Conv3x3 | None:
         return None if self.hopper is None else self.hopper.layer(weights, kind)
 
-    def take(self, grid: Grid, channels: int) -> Slot:
-        return self.arena.take(grid.rows, channels, self.dtype)
+    def take(self, grid: Grid, channels: int, scale: float | None = None) -> Slot:
+        """A flat matrix; with the scale of a float8 input, in float8."""
+        return self.arena.take(grid.rows, channels, self.dtype if scale is None else FLOAT8)
 
     def conv(
         self, level: Level, a: Slot | None, weights: ConvWeights, *, x: Slot | None = None, normed: Slot | None = None,
         norm: Norm | None = None, residual: Slot | None = None, shortcut: Slot | None = None,
-        head: Tensor | None = None, products: Slot | None = None,
+        head: Tensor | None = None, products: Slot | None = None, x_scale: float | None = None,
     ) -> None:  # fmt: skip
         grid, device = level.grid, self.device
         present = {"residual": residual, "shortcut": shortcut, "x": x, "norm": norm, "head": products}
         epilogue = " ".join(name for name, value in present.items() if value is not None)
         kind = "conv" if weights.taps == 9 else "proj"
         config = self.tuning.conv(kind, weights, grid, device, epilogue)
-        layer = self.layer(weights, kind) if head is None else None
+        narrow = x_scale is not None or (norm is not None and norm.scale is not None)
+        layer = self.layer(weights, kind) if head is None and not narrow else None
         flops = weights.flops(grid.pixels)
         if head is not None and products is not None:
             flops += 2 * grid.pixels * head.shape[0] * products.rows
@@ -161,16 +171,16 @@ class Planner:
                 return
             conv(
                 m[a], grid, weights, config=config, device=device, x=m.get(x), normed=m.get(normed), norm=norm,
-                residual=m.get(residual), shortcut=m.get(shortcut), head=head, products=m.get(products),
+                residual=m.get(residual), shortcut=m.get(shortcut), head=head, products=m.get(products), x_scale=x_scale,
             )  # fmt: skip
 
         side = 3 if weights.taps == 9 else 1
-        name = f"conv{side}x{side} {weights.in_channels}->{weights.out_channels} {epilogue}"
+        name = f"conv{side}x{side} {_widths(weights)} {epilogue}"
         self.add(name, grid, flops, launch)
 
     def conv_in(self, weights: SmallConvWeights, grid: Grid, norm: Norm) -> Level:
         out = weights.out_channels
-        x, normed = self.take(grid, out), self.take(grid, out)
+        x, normed = self.take(grid, out), self.take(grid, out, norm.scale)
         device = self.device
         config = self.tuning.conv("in", weights, grid, device, "")
 
@@ -181,20 +191,25 @@ class Planner:
         self.add(f"conv_in {weights.in_channels}->{out}", grid, flops, launch)
         return Level(grid, x, normed)
 
-    def residual_block(self, level: Level, block: ResidualBlock, norm: Norm | None, *, keep_x: bool = True) -> Level:
-        """``norm`` is the one after the block; without it no normed matrix is written."""
+    def residual_block(
+        self, level: Level, block: ResidualBlock, norm: Norm | None, *, keep_x: bool = True, x_scale: float | None = None
+    ) -> Level:
+        """``norm`` is the one after the block; without it no normed matrix is written. With ``x_scale``, x is float8."""
         out = block.conv1.out_channels
-        hidden = self.take(level.grid, out)
+        hidden = self.take(level.grid, out, block.norm2.scale)
         self.conv(level, level.normed, block.conv1, normed=hidden, norm=block.norm2)
-        in_place = block.conv2.shortcut == 0
-        x = (level.x if in_place else self.take(level.grid, out)) if keep_x else None
-        normed = level.normed if in_place and norm is not None else None
-        if normed is None:
+        same_width = block.conv2.shortcut == 0
+        in_place = same_width and x_scale is None
+        x = (level.x if in_place else self.take(level.grid, out, x_scale)) if keep_x else None
+        normed = None
+        if same_width and norm is not None and level.normed is not None and level.normed.dtype == norm.dtype(self.dtype):
+            normed = level.normed
+        else:
             self.arena.give(level.normed)
-            normed = self.take(level.grid, out) if norm is not None else None
+            normed = None if norm is None else self.take(level.grid, out, norm.scale)
         self.conv(
-            level, hidden, block.conv2, x=x, norm=norm, normed=normed,
-            residual=level.x if in_place else None, shortcut=None if in_place else level.x,
+            level, hidden, block.conv2, x=x, norm=norm, normed=normed, x_scale=x_scale,
+            residual=level.x if same_width else None, shortcut=None if same_width else level.x,
         )  # fmt: skip
         self.arena.give(hidden)
         if x is not level.x:
@@ -212,7 +227,7 @@ class Planner:
             )  # fmt: skip
             self.arena.give(level.normed)
             return products
-        hidden = self.take(level.grid, block.conv1.out_channels)
+        hidden = self.take(level.grid, block.conv1.out_channels, block.norm2.scale)
         self.conv(level, level.normed, block.conv1, normed=hidden, norm=block.norm2)
         self.arena.give(level.normed)
         products = self.arena.take(count, level.grid.rows, torch.float32)
@@ -255,10 +270,10 @@ class Planner:
     def resample(self, level: Level, weights: ConvWeights, norm: Norm, kind: str) -> Level:
         grid, device = level.grid, self.device
         large = grid.doubled() if kind == "up" else grid.halved()
-        x, normed = self.take(large, weights.out_channels), self.take(large, weights.out_channels)
+        x, normed = self.take(large, weights.out_channels), self.take(large, weights.out_channels, norm.scale)
         config = self.tuning.conv(kind, weights, grid if kind == "up" else large, device, "")
         function = upsample_conv if kind == "up" else downsample_conv
-        layer = self.layer(weights, kind)
+        layer = self.layer(weights, kind) if norm.scale is None else None
 
         def launch(m: Memory) -> None:
             if layer is not None:
@@ -269,7 +284,7 @@ class Planner:
             )  # fmt: skip
 
         pixels = grid.pixels if kind == "up" else large.pixels
-        name = f"{kind}sample {weights.in_channels}->{weights.out_channels}"
+        name = f"{kind}sample {_widths(weights)}"
         self.add(name, large, weights.flops(pixels), launch)
         self.arena.give(level.x)
         return Level(large, x, normed)
@@ -290,7 +305,7 @@ def plan_decoder(weights: DecoderWeights, latent: tuple[int, ...], planner: Plan
         for block, following in zip(blocks[:-1], blocks[1:], strict=True):
             level = planner.residual_block(level, block, following.norm1)
         if up is not None:
-            level = planner.residual_block(level, blocks[-1], None)
+            level = planner.residual_block(level, blocks[-1], None, x_scale=up.input_scale)
             level = planner.resample(level, up, weights.levels[index + 1][0][0].norm1, "up")
         else:
             products = planner.last_block(level, blocks[-1], weights.norm_out, weights.head, 9 * channels)

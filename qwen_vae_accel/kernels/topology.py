@@ -12,6 +12,7 @@ WIDTHS = (96, 192, 384, 384)
 LATENT_CHANNELS = 16
 IMAGE_CHANNELS = (3, 4)
 MIN_CAPABILITY = (8, 0)
+FLOAT8_CAPABILITY = (8, 9)
 DTYPES = (torch.bfloat16, torch.float16)
 
 Shape = tuple[int, ...]
@@ -102,7 +103,9 @@ def state_reasons(state: Mapping[str, Tensor]) -> list[str]:
     return reasons
 
 
-def device_reasons(device: torch.device, dtype: torch.dtype, capability: tuple[int, int] | None) -> list[str]:
+def device_reasons(
+    device: torch.device, dtype: torch.dtype, capability: tuple[int, int] | None, *, float8: bool = False
+) -> list[str]:
     """Why the kernels cannot run on this device; ``capability`` is the GPU's, None where there is none."""
     reasons = []
     if importlib.util.find_spec("triton") is None:
@@ -111,6 +114,9 @@ def device_reasons(device: torch.device, dtype: torch.dtype, capability: tuple[i
         reasons.append(f"needs an NVIDIA GPU, not {device}")
     elif capability < MIN_CAPABILITY:
         reasons.append(f"needs compute capability >= {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}, not {capability}")
+    elif float8 and capability < FLOAT8_CAPABILITY:
+        found, needed = (".".join(map(str, version)) for version in (capability, FLOAT8_CAPABILITY))
+        reasons.append(f"float8 needs compute capability >= {needed}, not {found}: set decode_dtype to bfloat16 or float16")
     if dtype not in DTYPES:
         reasons.append(f"computes in bfloat16 or float16, not {dtype}")
     return reasons

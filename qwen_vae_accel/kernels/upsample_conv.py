@@ -15,9 +15,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen_vae_accel.kernels.blocks import check_flat, load_tile, normalize, rms_norm_reference, split_channels, tile
+from qwen_vae_accel.kernels.blocks import (
+    check_flat,
+    load_tile,
+    normalize,
+    rms_norm_reference,
+    round_to,
+    split_channels,
+    tile,
+)
 from qwen_vae_accel.kernels.compiling import Kernel
 from qwen_vae_accel.kernels.conv3x3 import Norm
+from qwen_vae_accel.kernels.float8 import FLOAT8
 from qwen_vae_accel.kernels.layout import Grid, from_flat, to_flat
 from qwen_vae_accel.kernels.tuning import ConvConfig, Device
 from qwen_vae_accel.kernels.weights import ConvWeights
@@ -30,7 +39,9 @@ def _upsample_kernel(
     a,  # [rows, C] small image
     w0, w1,  # [N, 16 * C]
     bias, gamma,  # [N] fp32
+    rescale,  # [N] fp32 if a and w are float8, else None
     x, normed,  # [large rows, N]
+    n_scale,  # of normed in float8, else None
     rows, image_rows, pitch,
     C: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
@@ -51,6 +62,9 @@ def _upsample_kernel(
         acc0 = tl.dot(part, load_tile(w0, 0, column, N, 16 * C, N0, BK, TMA).T, acc0)
         acc1 = tl.dot(part, load_tile(w1, N0, column, N, 16 * C, N1, BK, TMA).T, acc1)
 
+    if rescale is not None:
+        acc0 *= tl.load(rescale + tl.arange(0, N0))[None, :]
+        acc1 *= tl.load(rescale + N0 + tl.arange(0, N1))[None, :]
     r = row + tl.arange(0, BM)
     line = r // pitch
     y = line % image_rows - 1
@@ -69,17 +83,17 @@ def _upsample_kernel(
     tl.store(x + to + n0, acc0.to(x.dtype.element_ty), mask=written)
     tl.store(x + to + n1, acc1.to(x.dtype.element_ty), mask=written)
     inverse = tl.rsqrt(tl.maximum(tl.sum(acc0 * acc0, 1) + tl.sum(acc1 * acc1, 1), 1e-24))
-    acc0 = normalize(acc0, inverse, gamma, 0, BM, N0, 2)
-    acc1 = normalize(acc1, inverse, gamma, N0, BM, N1, 2)
-    tl.store(normed + to + n0, acc0.to(x.dtype.element_ty), mask=written)
-    tl.store(normed + to + n1, acc1.to(x.dtype.element_ty), mask=written)
+    acc0 = normalize(acc0, inverse, gamma, 0, BM, N0, 2, n_scale)
+    acc1 = normalize(acc1, inverse, gamma, N0, BM, N1, 2, n_scale)
+    tl.store(normed + to + n0, round_to(acc0, normed.dtype.element_ty), mask=written)
+    tl.store(normed + to + n1, round_to(acc1, normed.dtype.element_ty), mask=written)
 
 
 def upsample_conv(
     a: Tensor, grid: Grid, weights: ConvWeights, *, x: Tensor, normed: Tensor, norm: Norm, config: ConvConfig,
     device: Device,
 ) -> None:  # fmt: skip
-    """``a`` [grid.rows, C] -> ``x`` and ``normed`` [grid.doubled().rows, N].
+    """``a`` [grid.rows, C] -> ``x`` and ``normed`` [grid.doubled().rows, N]; ``a`` and ``normed`` may be float8.
 
     Raises:
         ValueError: a buffer does not fit ``grid`` and ``weights``, or the norm is not followed by SiLU.
@@ -87,8 +101,8 @@ def upsample_conv(
     n0, n1 = split_channels(weights.out_channels)
     large = grid.doubled()
     check_flat(a, grid.rows, weights.in_channels, weights.weight.dtype, "input")
-    check_flat(x, large.rows, weights.out_channels, a.dtype, "x")
-    check_flat(normed, large.rows, weights.out_channels, a.dtype, "normed")
+    check_flat(x, large.rows, weights.out_channels, x.dtype if a.dtype == FLOAT8 else a.dtype, "x")
+    check_flat(normed, large.rows, weights.out_channels, norm.dtype(x.dtype), "normed")
     if not norm.silu:
         raise ValueError("the block after an upsample starts with RMS norm and SiLU")
     block, block_k = config.block_rows, config.block_k
@@ -96,7 +110,7 @@ def upsample_conv(
     _upsample_kernel[(tiles,)](
         tile(a, block, block_k, device),
         tile(weights.weight, n0, block_k, device), tile(weights.weight, n1, block_k, device),
-        weights.bias, norm.gamma, x, normed,
+        weights.bias, norm.gamma, weights.rescale, x, normed, norm.scale,
         grid.rows, grid.height + 1, grid.pitch,
         C=weights.in_channels, N0=n0, N1=n1, BM=block, BK=block_k, TMA=device.tma,
         **config.launch_options(),
@@ -107,4 +121,4 @@ def upsample_conv_reference(a: Tensor, grid: Grid, kernel: Tensor, bias: Tensor,
     """fp32 ``(x, normed)`` from the unfolded 3x3 ``kernel`` [N, C, 3, 3]: upsample, then convolve."""
     image = F.interpolate(from_flat(a, grid).float(), scale_factor=2, mode="nearest-exact")
     x = to_flat(F.conv2d(image, kernel.float(), bias.float(), padding=1))
-    return x, rms_norm_reference(x, norm.gamma, norm.silu)
+    return x, rms_norm_reference(x, norm.gamma, norm.silu) * (norm.scale or 1.0)

@@ -1,27 +1,36 @@
 """Weights packed for the kernels, from a 2-D state dict with diffusers names.
 
 Every convolution is stored as ``[N, K]`` with K contiguous: K counts taps in reading order and, inside a tap, input
-channels. Sums of kernel entries (folded upsample, folded 1x1 convolutions) are taken in fp32 and rounded once.
+channels. Sums of kernel entries (folded upsample, folded 1x1 convolutions) are taken in fp32 and rounded once: to 16 bits,
+or, for the layers that the packer is given an input scale for, to float8 (float8.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from qwen_vae_accel.kernels.float8 import quantize_weight
+
 
 @dataclass(frozen=True, slots=True)
 class ConvWeights:
-    """A 3x3 (taps 9) or 1x1 (taps 1) convolution; a 1x1 shortcut's K columns may follow the taps'."""
+    """A 3x3 (taps 9) or 1x1 (taps 1) convolution; a 1x1 shortcut's K columns may follow the taps'.
 
-    weight: Tensor  # [N, taps * C + shortcut]
+    In float8 the shortcut keeps its 16 bits, and a matrix of its own.
+    """
+
+    weight: Tensor  # [N, taps * C + shortcut]; float8: [N, taps * C]
     bias: Tensor  # [N] fp32, the shortcut's bias added
     in_channels: int
     taps: int
     shortcut: int = 0  # input channels of the shortcut, 0 for none
+    input_scale: float | None = None  # float8: the input matrix holds the input times this
+    rescale: Tensor | None = None  # float8: [N] fp32, what the taps' sums are multiplied by
+    shortcut_weight: Tensor | None = None  # float8: [N, shortcut]
 
     @property
     def out_channels(self) -> int:
@@ -29,10 +38,11 @@ class ConvWeights:
 
     @property
     def nbytes(self) -> int:
-        return self.weight.nbytes + self.bias.nbytes
+        tensors = (self.weight, self.bias, self.rescale, self.shortcut_weight)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def flops(self, pixels: int) -> int:
-        return 2 * pixels * self.weight.numel()
+        return 2 * pixels * self.out_channels * (self.taps * self.in_channels + self.shortcut)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +84,7 @@ class Packer:
     state: Mapping[str, Tensor]
     dtype: torch.dtype
     device: torch.device
+    float8: Mapping[str, float] = field(default_factory=dict)  # layers in float8 -> scale of their input
 
     def _layer(self, name: str) -> tuple[Tensor, Tensor]:
         return self.state[f"{name}.weight"].detach(), self.state[f"{name}.bias"].detach()
@@ -81,14 +92,26 @@ class Packer:
     def conv(self, name: str, shortcut: str | None = None) -> ConvWeights:
         """3x3 or 1x1 convolution, optionally with the 1x1 shortcut whose output is added to it."""
         weight, bias = self._layer(name)
-        packed, total, extra = _taps_last(weight), bias.float(), 0
+        matrix, total, extra = _taps_last(weight), bias.float(), None
         if shortcut is not None:
             shortcut_weight, shortcut_bias = self._layer(shortcut)
-            extra = shortcut_weight.shape[1]
-            packed = torch.cat([packed, _taps_last(shortcut_weight)], 1)
+            extra = _taps_last(shortcut_weight)
             total = total + shortcut_bias.float()
-        taps = weight.shape[2] * weight.shape[3]
-        return ConvWeights(_round(packed, self.dtype, self.device), _bias(total, self.device), weight.shape[1], taps, extra)
+        return self._pack(name, matrix, total, weight.shape[1], weight.shape[2] * weight.shape[3], extra)
+
+    def _pack(
+        self, name: str, matrix: Tensor, bias: Tensor, channels: int, taps: int, extra: Tensor | None = None
+    ) -> ConvWeights:
+        bias, shortcut = _bias(bias, self.device), 0 if extra is None else extra.shape[1]
+        if name not in self.float8:
+            joined = matrix if extra is None else torch.cat([matrix, extra], 1)
+            return ConvWeights(_round(joined, self.dtype, self.device), bias, channels, taps, shortcut)
+        scale = self.float8[name]
+        rounded, factor = quantize_weight(matrix)
+        return ConvWeights(
+            rounded.to(self.device), bias, channels, taps, shortcut, scale, _bias(factor / scale, self.device),
+            None if extra is None else _round(extra, self.dtype, self.device),
+        )  # fmt: skip
 
     def upsample(self, name: str) -> ConvWeights:
         """Nearest 2x then 3x3, folded: for each output parity (py, px) a 2x2 kernel over the small image.
@@ -105,7 +128,7 @@ class Packer:
             for rows in groups[py]
             for columns in groups[px]
         ]
-        return ConvWeights(_round(torch.cat(parts, 1), self.dtype, self.device), _bias(bias, self.device), weight.shape[1], 16)
+        return self._pack(name, torch.cat(parts, 1), bias, weight.shape[1], 16)
 
     def conv_after_pointwise(self, name: str, pointwise: str | None) -> SmallConvWeights:
         """3x3 conv of few channels, with a 1x1 convolution before it (post_quant_conv) folded in.

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter, is_
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -138,13 +139,15 @@ class ModelSource:
 
     Args:
         vae: an ``AutoencoderKLQwenImage``, ``AutoencoderKLQwenImage21`` or Wan 2.1 ``AutoencoderKLWan``.
+        folder: where facts measured of its weights are kept (``engines.calibration``); None: nowhere.
 
     Raises:
         UnsupportedVAEError: if ``vae`` has another topology.
     """
 
-    def __init__(self, vae: nn.Module) -> None:
+    def __init__(self, vae: nn.Module, folder: str | Path | None = None) -> None:
         self.vae = vae
+        self.folder = None if folder is None else Path(folder)
         self.topology: Topology = inspect_vae(vae)
         self._lock = threading.RLock()
         self._seen: dict[str, _Seen] = {}

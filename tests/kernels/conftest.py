@@ -33,16 +33,31 @@ if not torch.cuda.is_available():
 
     interpreter._patch_lang_tensor = _patch_with_item
 
-    # The interpreter keeps bfloat16 as its bits and would multiply those: widen them first.
+    # The interpreter keeps bfloat16 and float8 as their bits. It would multiply those of bfloat16, and it converts to and
+    # from float8 with other roundings than the hardware: PyTorch does it in its place.
     _dot = interpreter.InterpreterBuilder.create_dot
+    _convert = interpreter.InterpreterBuilder.create_fp_to_fp
+
+    def _from_float8(handle):
+        values = torch.from_numpy(np.ascontiguousarray(handle.data)).view(torch.float8_e4m3fn).float()
+        return interpreter.TensorHandle(values.numpy(), tl.float32)
 
     def _widened(handle):
+        if handle.dtype == tl.float8e4nv:
+            return _from_float8(handle)
         if handle.dtype != tl.bfloat16:
             return handle
         bits = handle.data.astype(np.uint32) << 16
         return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
 
-    def _dot_with_bfloat16(self, a, b, d, *options):
+    def _dot_of_widened(self, a, b, d, *options):
         return _dot(self, _widened(a), _widened(b), d, *options)
 
-    interpreter.InterpreterBuilder.create_dot = _dot_with_bfloat16
+    def _convert_float8(self, src, dst_type, rounding_mode):
+        if dst_type.scalar == tl.float8e4nv and src.dtype.scalar == tl.float32:
+            values = torch.from_numpy(np.ascontiguousarray(src.data)).to(torch.float8_e4m3fn)
+            return interpreter.TensorHandle(values.view(torch.uint8).numpy(), tl.float8e4nv)
+        return _convert(self, src, dst_type, rounding_mode)
+
+    interpreter.InterpreterBuilder.create_dot = _dot_of_widened
+    interpreter.InterpreterBuilder.create_fp_to_fp = _convert_float8

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from qwen_vae_accel.backends.base import EngineBackend, EngineDescription, Environment, Job, Program
+from qwen_vae_accel.backends.base import NO_FLOAT8, EngineBackend, EngineDescription, Environment, Job, Program
 from qwen_vae_accel.backends.tensorrt import flavour as flavours
 from qwen_vae_accel.backends.tensorrt.build import BuildReport, Progress, build_engine
 from qwen_vae_accel.backends.tensorrt.crossbuild import common_processor, target_environment, torch_tensorrt_for
@@ -54,7 +54,7 @@ class TensorRTBackend(EngineBackend):
     # What it can do, and where.
 
     def reasons(self, environment: Environment, job: Job) -> list[str]:
-        found = flavours.run_reasons(environment.packages)
+        found = flavours.run_reasons(environment.packages) + ([NO_FLOAT8] if job.float8 else [])
         if environment.device_type != "cuda" or environment.capability is None:
             return [*found, f"TensorRT engines run on NVIDIA GPUs, and this is {environment.device_type}"]
         flavour = flavours.installed(environment.packages)

@@ -1,0 +1,269 @@
+"""Float8 kernels against their references; the accuracy of the choice of layers, simulated on the trained tiny VAE."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from qwen_vae_accel.backends.base import Job
+from qwen_vae_accel.engines.calibration import measured_peaks
+from qwen_vae_accel.engines.selfcheck import compare
+from qwen_vae_accel.kernels import FusedConfig, FusedDecoder
+from qwen_vae_accel.kernels.conv3x3 import Norm, conv, conv_reference
+from qwen_vae_accel.kernels.float8 import FLOAT8, LARGEST, calibrated_layers, input_scales, quantize, quantize_weight, simulate
+from qwen_vae_accel.kernels.layout import from_flat, to_flat
+from qwen_vae_accel.kernels.topology import decoder_shapes
+from qwen_vae_accel.kernels.tuning import Device
+from qwen_vae_accel.kernels.upsample_conv import upsample_conv
+from qwen_vae_accel.kernels.weights import Packer
+from qwen_vae_accel.model import ModelSource
+from qwen_vae_accel.model.ranges import activation_peaks
+from tests.helpers import CPU, TINY_VAE, photo
+from tests.kernels.cases import (
+    CONFIG,
+    DEVICES,
+    DTYPES,
+    GRIDS,
+    SMALL_TUNING,
+    TMA,
+    assert_close,
+    assert_halo_zero,
+    poisoned,
+    random_flat,
+    random_gamma,
+    random_layer,
+    random_vae,
+)
+from tests.kernels.test_network import run_poisoned
+
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreter tests; the GPU has test_gpu.py")
+
+
+def float8_norm(channels):
+    gamma = random_gamma(channels)
+    return Norm(gamma, scale=LARGEST / (channels**0.5 * gamma.max().item()))
+
+
+def assert_rounded(actual, expected):
+    """One rounding to float8 away, within 1 % of the values one number further: sums are added in another order."""
+    assert actual.dtype == FLOAT8
+    error = (actual.float() - expected).abs()
+    allowed = expected.abs().clamp_min(2**-6) * 2**-3
+    assert (error <= allowed).all(), f"{(error - allowed).max()}"  # NaN fails too
+    assert ((error > allowed / 2 * 1.001).sum() <= 0.01 * error.numel()).all()
+
+
+# ---- numbers --------------------------------------------------------------------------------------------------------
+
+
+def test_quantize_saturates():
+    value = torch.tensor([1e9, -1e9, 500.0, 0.3, float("inf"), 0.0])
+    assert quantize(value, 1.0).float().tolist() == [448, -448, 448, 0.3125, 448, 0]
+    assert quantize(torch.tensor([float("nan")]), 2.0).isnan().all()
+
+
+def test_weight_scales_use_the_range_and_beat_the_largest_value_alone():
+    matrix = torch.randn(64, 96 * 9, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 3, 64)[:, None]
+    rounded, factor = quantize_weight(matrix)
+    assert rounded.float().abs().amax(1).min() >= 448 / 2
+    error = (rounded.float() * factor[:, None] - matrix).square().sum(1)
+    full = LARGEST / matrix.abs().amax(1, keepdim=True)
+    plain = (quantize(matrix, full).float() / full - matrix).square().sum(1)
+    assert (error <= 1.0001 * plain).all() and error.sum() < plain.sum()
+    assert not quantize_weight(torch.zeros(2, 4))[0].float().any()
+
+
+@pytest.mark.parametrize("peak", [0.0, float("nan"), float("inf"), None])
+def test_calibration_that_gives_no_scale_is_refused(peak):
+    state = {name: torch.ones(shape) for name, shape in decoder_shapes(3).items()}
+    peaks = dict.fromkeys(calibrated_layers().values(), 3.0)
+    scales = input_scales(state, peaks)
+    assert len(scales) == 26 and scales["up_blocks.3.resnets.0.conv1"] == pytest.approx(448 / 96**0.5)
+    first = next(iter(peaks))
+    broken = {name: value for name, value in peaks.items() if name != first} | ({} if peak is None else {first: peak})
+    with pytest.raises(ValueError, match="calibration of up_blocks.1"):
+        input_scales(state, broken)
+
+
+# ---- accuracy -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    diffusers = pytest.importorskip("diffusers")
+    return ModelSource(diffusers.AutoencoderKLQwenImage.from_pretrained(TINY_VAE, torch_dtype=torch.float32).eval())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_at_least_46_db_on_photos(tiny, dtype):
+    """Calibrated without the photos; the layers that are not float8 in ``dtype``."""
+    with torch.no_grad():
+        exact = tiny.model("decode", torch.float32, CPU)
+        peaks = measured_peaks(tiny, Job("decode", tiny.topology, torch.float32, CPU))
+        network = simulate(tiny.model("decode", dtype, CPU), input_scales(tiny.state("decode"), peaks))
+        for name in ("coffee", "astronaut", "chelsea"):
+            z = tiny.model("encode", torch.float32, CPU)(photo(name)[:, :, 0])[:, :16]
+            psnr = compare(network(z.to(dtype)), exact(z), "decode")[1]
+            assert 46 <= psnr < 55, name  # above 55, some layer was not quantised
+
+
+def test_photos_stay_within_the_calibrated_range(tiny):
+    with torch.no_grad():
+        exact = tiny.model("decode", torch.float32, CPU)
+        peaks = measured_peaks(tiny, Job("decode", tiny.topology, torch.float32, CPU))
+        scales = input_scales(tiny.state("decode"), peaks)
+        z = tiny.model("encode", torch.float32, CPU)(photo("astronaut")[:, :, 0])[:, :16]
+        found = activation_peaks(exact, z)
+        for name, module in calibrated_layers().items():
+            assert found[module] * scales[name] < LARGEST
+
+
+# ---- kernels --------------------------------------------------------------------------------------------------------
+
+
+@interpreted
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_conv_of_float8(grid, dtype, device):
+    """Every combination the decoder uses of 8 and 16 bits in and out."""
+    state = random_layer("conv", 96, 96, 3)
+    eight, sixteen = (Packer(state, dtype, CPU, scales).conv("conv") for scales in ({"conv": 50.0}, {}))
+    assert eight.weight.dtype == FLOAT8 and eight.nbytes < sixteen.nbytes
+    plain, norm = random_flat(grid, 96, dtype), float8_norm(96)
+    a = quantize(plain, 50.0)
+    residual = random_flat(grid, 96, dtype, seed=3)
+    out8, out16 = (lambda: poisoned(grid.rows, 96, dtype=FLOAT8)), (lambda: poisoned(grid.rows, 96, dtype=dtype))
+
+    # conv1: float8 -> float8
+    normed = out8()
+    conv(a, grid, eight, config=CONFIG, device=device, normed=normed, norm=norm)
+    assert_rounded(normed, conv_reference(a, grid, eight, norm=norm)[1])
+    assert_halo_zero(normed.float(), grid)
+    # what float8 is there for: the convolution of the unrounded numbers
+    exact = conv_reference(plain, grid, sixteen, norm=norm)[1]
+    assert (normed.float() - exact).norm() < 0.08 * exact.norm()
+    # conv2: float8 -> x in 16 bits, normed in float8
+    x, normed = out16(), out8()
+    conv(a, grid, eight, config=CONFIG, device=device, x=x, normed=normed, norm=norm, residual=residual)
+    want = conv_reference(a, grid, eight, norm=norm, residual=residual)
+    assert_close(x, want[0], dtype)
+    assert_rounded(normed, want[1])
+    assert_halo_zero(x, grid)
+    # before an upsampling: x alone, in float8, its largest values clamped
+    x = out8()
+    conv(a, grid, eight, config=CONFIG, device=device, x=x, residual=residual, x_scale=300.0)
+    want = conv_reference(a, grid, eight, residual=residual, x_scale=300.0)[0]
+    assert_rounded(x, want.clamp(-LARGEST, LARGEST))
+    assert grid.pixels < 10 or (want.abs() > LARGEST).any()
+    # the middle's last block: 16 bits -> float8
+    normed = out8()
+    conv(plain, grid, sixteen, config=CONFIG, device=device, x=out16(), normed=normed, norm=norm)
+    assert_rounded(normed, conv_reference(plain, grid, sixteen, norm=norm)[1])
+
+
+@interpreted
+@pytest.mark.parametrize("device", DEVICES)
+def test_shortcut_of_float8_keeps_16_bits(device):
+    dtype, grid = torch.bfloat16, GRIDS[1]
+    state = random_layer("conv", 192, 192, 3) | random_layer("short", 192, 96, 1, seed=5)
+    weights = Packer(state, dtype, CPU, {"conv": 60.0}).conv("conv", "short")
+    assert weights.shortcut_weight.dtype == dtype and weights.weight.shape == (192, 9 * 192)
+    plain, extra, norm = random_flat(grid, 192, dtype), random_flat(grid, 96, dtype, seed=4), float8_norm(192)
+    a = quantize(plain, 60.0)
+    x, normed = poisoned(grid.rows, 192, dtype=dtype), poisoned(grid.rows, 192, dtype=FLOAT8)
+    conv(a, grid, weights, config=CONFIG, device=device, x=x, normed=normed, norm=norm, shortcut=extra)
+    want = conv_reference(a, grid, weights, norm=norm, shortcut=extra)
+    assert_close(x, want[0], dtype)
+    assert_rounded(normed, want[1])
+    main = F.conv2d(from_flat(plain, grid).float(), state["conv.weight"], state["conv.bias"], padding=1)
+    short = F.conv2d(from_flat(extra, grid).float(), state["short.weight"], state["short.bias"])
+    assert (from_flat(x, grid) - main - short).norm() < 0.05 * (main + short).norm()
+
+
+@interpreted
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_upsample_of_float8(dtype, device):
+    state = random_layer("up", 96, 192, 3)
+    weights = Packer(state, dtype, CPU, {"up": 40.0}).upsample("up")
+    matrix = weights.weight.float() * weights.rescale[:, None]
+    kernels = matrix.view(96, 2, 2, 2, 2, 192).permute(1, 2, 0, 5, 3, 4)  # parities first
+    norm = float8_norm(96)
+    for grid in GRIDS[:2]:
+        a, large = quantize(random_flat(grid, 192, dtype), 40.0), grid.doubled()
+        x, normed = poisoned(large.rows, 96, dtype=dtype), poisoned(large.rows, 96, dtype=FLOAT8)
+        upsample_conv(a, grid, weights, x=x, normed=normed, norm=norm, config=CONFIG, device=device)
+        padded = F.pad(from_flat(a.float(), grid), (1, 1, 1, 1))
+        image = torch.empty(grid.batch, 96, large.height, large.width)
+        for py in (0, 1):
+            for px in (0, 1):
+                part = F.conv2d(padded, kernels[py, px], weights.bias)
+                image[:, :, py::2, px::2] = part[:, :, py : py + grid.height, px : px + grid.width]
+        flat = to_flat(image)
+        assert_close(x, flat, dtype)
+        y = F.silu(flat * torch.rsqrt(flat.square().sum(1, keepdim=True).clamp_min(1e-24)) * norm.gamma) * norm.scale
+        assert_rounded(normed, y)
+        assert_halo_zero(x, large)
+        assert_halo_zero(normed.float(), large)
+
+
+def test_float8_is_refused_where_it_has_no_meaning():
+    with pytest.raises(ValueError, match="SiLU only"):
+        Norm(torch.ones(96), silu=False, scale=2.0)
+    weights = Packer(random_layer("conv", 96, 96, 3), torch.bfloat16, CPU, {"conv": 9.0}).conv("conv")
+    grid = GRIDS[1]
+    with pytest.raises(ValueError, match="input: expected contiguous torch.float8_e4m3fn"):
+        conv(random_flat(grid, 96, torch.bfloat16), grid, weights, config=CONFIG, device=TMA)
+    assert math.isfinite(weights.rescale.sum().item())
+
+
+# ---- network --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def published():
+    """The published widths with random weights, calibrated, and its simulation."""
+    source = ModelSource(random_vae())
+    with torch.no_grad():
+        exact = source.model("decode", torch.float32, CPU)
+        peaks = activation_peaks(exact, torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(0)))
+    return source, input_scales(source.state("decode"), peaks)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decoder_of_float8(published, dtype):
+    source, scales = published
+    network = FusedDecoder(
+        source.state("decode"), dtype=dtype, device=CPU, float8=scales, config=FusedConfig(tuning=SMALL_TUNING, device=TMA)
+    )
+    z = torch.randn(1, 16, 1, 2, generator=torch.Generator().manual_seed(1)).to(dtype)
+    out = run_poisoned(network, z).float()
+    with torch.no_grad():
+        exact = source.model("decode", torch.float32, CPU)(z.float())
+        simulated = simulate(source.model("decode", torch.float32, CPU), scales)(z.float())
+    # The simulation rounds the same numbers, up to what 16 bits move across a rounding boundary.
+    noise = (simulated - exact).norm() / exact.norm()
+    error = (out - exact).norm() / exact.norm()
+    print(f"{dtype}: float8 {noise:.4f} simulated, {error:.4f} by the kernels, PSNR {compare(out, exact, 'decode')[1]:.1f}")
+    assert 0.5 * noise < error < 1.3 * noise
+    assert (out - simulated).norm() / exact.norm() < noise
+    assert sum("float8" in step.kernel for step in network.program(tuple(z.shape)).steps) == 26
+
+
+def test_float8_needs_less_memory_and_the_same_arithmetic():
+    meta = {name: torch.empty(shape, device="meta") for name, shape in decoder_shapes(3).items()}
+    device = Device(132, 232448, True, True)
+    blocks = (name.removesuffix(".weight") for name in meta if name.startswith("up_blocks") and ".resnets." in name)
+    scales = {name: 1.0 for name in blocks if name.endswith(("conv1", "conv2"))}
+    programs = [
+        FusedDecoder(meta, dtype=torch.bfloat16, device=torch.device("meta"), float8=float8, config=FusedConfig(device=device))
+        .program((1, 16, 128, 128))
+        for float8 in ({}, scales)
+    ]  # fmt: skip
+    assert programs[0].flops == programs[1].flops
+    assert programs[1].scratch_bytes < 0.85 * programs[0].scratch_bytes
