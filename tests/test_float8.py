@@ -168,6 +168,8 @@ def test_the_fused_backend_gives_the_scales_to_its_kernels(monkeypatch: pytest.M
         def __init__(self, state: object, **options: object) -> None:
             made.update(options)
 
+        def compile(self, progress: object) -> None: ...
+
     monkeypatch.setattr(fused, "FusedDecoder", Network)
     monkeypatch.setattr(calibration, "_SIZE", Size(64, 64))
     job = Job("decode", source.topology, torch.bfloat16, CPU, float8=True)

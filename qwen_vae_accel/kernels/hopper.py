@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from qwen_vae_accel.kernels.float8 import FLOAT8
 from qwen_vae_accel.kernels.sm90.conv3x3 import Conv3x3, unsupported
 from qwen_vae_accel.kernels.sm90.schedules import Mode
 from qwen_vae_accel.kernels.weights import ConvWeights
@@ -21,8 +22,11 @@ class HopperConvs:
         self._layers: dict[int, tuple[ConvWeights, Conv3x3]] = {}
 
     def layer(self, weights: ConvWeights, kind: str) -> Conv3x3 | None:
-        """The layer, or None where the Triton kernel must do: 1x1, other widths, another GPU, no NVRTC."""
+        """The layer, or None where the Triton kernel must do: 1x1, other widths, a shortcut beside float8, another GPU, no
+        NVRTC."""
         if kind not in MODES or (kind == "conv" and weights.taps != 9):
+            return None
+        if weights.shortcut and weights.weight.dtype == FLOAT8:
             return None
         if id(weights) not in self._layers:
             matrix = weights.weight

@@ -156,8 +156,7 @@ class Planner:
         epilogue = " ".join(name for name, value in present.items() if value is not None)
         kind = "conv" if weights.taps == 9 else "proj"
         config = self.tuning.conv(kind, weights, grid, device, epilogue)
-        narrow = x_scale is not None or (norm is not None and norm.scale is not None)
-        layer = self.layer(weights, kind) if head is None and not narrow else None
+        layer = self.layer(weights, kind) if head is None else None
         flops = weights.flops(grid.pixels)
         if head is not None and products is not None:
             flops += 2 * grid.pixels * head.shape[0] * products.rows
@@ -167,6 +166,7 @@ class Planner:
                 layer(
                     m[a], grid, x=m.get(x), normed=m.get(normed), gamma=None if norm is None else norm.gamma,
                     silu=norm is None or norm.silu, residual=m.get(residual), shortcut=m.get(shortcut),
+                    x_scale=x_scale, n_scale=None if norm is None else norm.scale,
                 )  # fmt: skip
                 return
             conv(
@@ -273,11 +273,13 @@ class Planner:
         x, normed = self.take(large, weights.out_channels), self.take(large, weights.out_channels, norm.scale)
         config = self.tuning.conv(kind, weights, grid if kind == "up" else large, device, "")
         function = upsample_conv if kind == "up" else downsample_conv
-        layer = self.layer(weights, kind) if norm.scale is None else None
+        layer = self.layer(weights, kind)
 
         def launch(m: Memory) -> None:
             if layer is not None:
-                layer(m[level.x], grid, x=m[x], normed=m[normed], gamma=norm.gamma, silu=norm.silu)
+                layer(
+                    m[level.x], grid, x=m[x], normed=m[normed], gamma=norm.gamma, silu=norm.silu, n_scale=norm.scale
+                )  # fmt: skip
                 return
             function(
                 m[level.x], grid, weights, x=m[x], normed=m[normed], norm=norm, config=config, device=device

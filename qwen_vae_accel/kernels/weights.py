@@ -107,9 +107,9 @@ class Packer:
             joined = matrix if extra is None else torch.cat([matrix, extra], 1)
             return ConvWeights(_round(joined, self.dtype, self.device), bias, channels, taps, shortcut)
         scale = self.float8[name]
-        rounded, factor = quantize_weight(matrix)
+        rounded, factor = quantize_weight(matrix.to(self.device))
         return ConvWeights(
-            rounded.to(self.device), bias, channels, taps, shortcut, scale, _bias(factor / scale, self.device),
+            rounded, bias, channels, taps, shortcut, scale, _bias(factor / scale, self.device),
             None if extra is None else _round(extra, self.dtype, self.device),
         )  # fmt: skip
 

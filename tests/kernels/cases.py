@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from qwen_vae_accel.kernels.layout import Grid, pixel_rows, to_flat
+from qwen_vae_accel.kernels.blocks import rms_norm_reference
+from qwen_vae_accel.kernels.conv3x3 import Norm
+from qwen_vae_accel.kernels.float8 import FLOAT8, LARGEST
+from qwen_vae_accel.kernels.layout import Grid, from_flat, pixel_rows, to_flat
 from qwen_vae_accel.kernels.tuning import AttentionConfig, ConvConfig, Device, Tuning
+from qwen_vae_accel.kernels.weights import ConvWeights
 
 DTYPES = [torch.bfloat16, torch.float16]
 # Largest error of one kernel, relative to the largest value of its fp32 reference. The interpreter truncates to
@@ -42,6 +47,35 @@ def random_layer(name: str, out: int, inp: int, side: int, seed: int = 1) -> dic
         f"{name}.weight": torch.randn(out, inp, side, side, generator=generator) * scale,
         f"{name}.bias": torch.randn(out, generator=generator) * 0.5,
     }
+
+
+def folded_upsample(a: torch.Tensor, grid: Grid, weights: ConvWeights, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 ``(x, normed)`` of an upsampling by the weights as they are packed and rounded."""
+    matrix = weights.weight.float() * (1.0 if weights.rescale is None else weights.rescale[:, None])
+    kernels = matrix.view(weights.out_channels, 2, 2, 2, 2, -1).permute(1, 2, 0, 5, 3, 4)  # parities first
+    large, padded = grid.doubled(), F.pad(from_flat(a.float(), grid), (1, 1, 1, 1))
+    image = padded.new_empty(grid.batch, weights.out_channels, large.height, large.width)
+    for py in (0, 1):
+        for px in (0, 1):
+            part = F.conv2d(padded, kernels[py, px], weights.bias)
+            image[:, :, py::2, px::2] = part[:, :, py : py + grid.height, px : px + grid.width]
+    x = to_flat(image)
+    return x, rms_norm_reference(x, norm.gamma, norm.silu) * (norm.scale or 1.0)
+
+
+def float8_norm(channels: int) -> Norm:
+    """A norm whose output, whatever the input, stays within float8."""
+    gamma = random_gamma(channels)
+    return Norm(gamma, scale=LARGEST / (channels**0.5 * gamma.max().item()))
+
+
+def assert_rounded(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """One rounding to float8 away, but for 1 % of the values, two: sums are added in another order."""
+    assert actual.dtype == FLOAT8
+    error = (actual.float() - expected).abs()
+    allowed = expected.abs().clamp_min(2**-6) * 2**-3
+    assert (error <= allowed).all(), f"{(error - allowed).max()}"  # NaN fails too
+    assert (error > allowed / 2 * 1.001).sum() <= 0.01 * error.numel()
 
 
 def random_gamma(channels: int) -> torch.Tensor:

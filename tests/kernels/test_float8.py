@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from qwen_vae_accel.engines.selfcheck import compare
 from qwen_vae_accel.kernels import FusedConfig, FusedDecoder
 from qwen_vae_accel.kernels.conv3x3 import Norm, conv, conv_reference
 from qwen_vae_accel.kernels.float8 import FLOAT8, LARGEST, calibrated_layers, input_scales, quantize, quantize_weight, simulate
-from qwen_vae_accel.kernels.layout import from_flat, to_flat
+from qwen_vae_accel.kernels.hopper import HopperConvs
+from qwen_vae_accel.kernels.layout import from_flat
 from qwen_vae_accel.kernels.topology import decoder_shapes
 from qwen_vae_accel.kernels.tuning import Device
 from qwen_vae_accel.kernels.upsample_conv import upsample_conv
@@ -27,33 +29,22 @@ from tests.kernels.cases import (
     DEVICES,
     DTYPES,
     GRIDS,
+    NO_TMA,
     SMALL_TUNING,
     TMA,
     assert_close,
     assert_halo_zero,
+    assert_rounded,
+    float8_norm,
+    folded_upsample,
     poisoned,
     random_flat,
-    random_gamma,
     random_layer,
     random_vae,
 )
-from tests.kernels.test_network import run_poisoned
+from tests.kernels.test_network import StandIn, run_poisoned
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreter tests; the GPU has test_gpu.py")
-
-
-def float8_norm(channels):
-    gamma = random_gamma(channels)
-    return Norm(gamma, scale=LARGEST / (channels**0.5 * gamma.max().item()))
-
-
-def assert_rounded(actual, expected):
-    """One rounding to float8 away, within 1 % of the values one number further: sums are added in another order."""
-    assert actual.dtype == FLOAT8
-    error = (actual.float() - expected).abs()
-    allowed = expected.abs().clamp_min(2**-6) * 2**-3
-    assert (error <= allowed).all(), f"{(error - allowed).max()}"  # NaN fails too
-    assert ((error > allowed / 2 * 1.001).sum() <= 0.01 * error.numel()).all()
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
@@ -190,23 +181,14 @@ def test_shortcut_of_float8_keeps_16_bits(device):
 def test_upsample_of_float8(dtype, device):
     state = random_layer("up", 96, 192, 3)
     weights = Packer(state, dtype, CPU, {"up": 40.0}).upsample("up")
-    matrix = weights.weight.float() * weights.rescale[:, None]
-    kernels = matrix.view(96, 2, 2, 2, 2, 192).permute(1, 2, 0, 5, 3, 4)  # parities first
     norm = float8_norm(96)
     for grid in GRIDS[:2]:
         a, large = quantize(random_flat(grid, 192, dtype), 40.0), grid.doubled()
         x, normed = poisoned(large.rows, 96, dtype=dtype), poisoned(large.rows, 96, dtype=FLOAT8)
         upsample_conv(a, grid, weights, x=x, normed=normed, norm=norm, config=CONFIG, device=device)
-        padded = F.pad(from_flat(a.float(), grid), (1, 1, 1, 1))
-        image = torch.empty(grid.batch, 96, large.height, large.width)
-        for py in (0, 1):
-            for px in (0, 1):
-                part = F.conv2d(padded, kernels[py, px], weights.bias)
-                image[:, :, py::2, px::2] = part[:, :, py : py + grid.height, px : px + grid.width]
-        flat = to_flat(image)
-        assert_close(x, flat, dtype)
-        y = F.silu(flat * torch.rsqrt(flat.square().sum(1, keepdim=True).clamp_min(1e-24)) * norm.gamma) * norm.scale
-        assert_rounded(normed, y)
+        want = folded_upsample(a, grid, weights, norm)
+        assert_close(x, want[0], dtype)
+        assert_rounded(normed, want[1])
         assert_halo_zero(x, large)
         assert_halo_zero(normed.float(), large)
 
@@ -235,12 +217,15 @@ def published():
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_decoder_of_float8(published, dtype):
+@pytest.mark.parametrize(("dtype", "hopper"), [*((dtype, False) for dtype in DTYPES), (torch.bfloat16, True)])
+def test_decoder_of_float8(published, dtype, hopper):
+    """With ``hopper`` the other plan: convolutions by layer objects, but for the one with a shortcut."""
     source, scales = published
     network = FusedDecoder(
         source.state("decode"), dtype=dtype, device=CPU, float8=scales, config=FusedConfig(tuning=SMALL_TUNING, device=TMA)
     )
+    if hopper:
+        network._hopper = HopperConvs(StandIn)
     z = torch.randn(1, 16, 1, 2, generator=torch.Generator().manual_seed(1)).to(dtype)
     out = run_poisoned(network, z).float()
     with torch.no_grad():
@@ -249,21 +234,36 @@ def test_decoder_of_float8(published, dtype):
     # The simulation rounds the same numbers, up to what 16 bits move across a rounding boundary.
     noise = (simulated - exact).norm() / exact.norm()
     error = (out - exact).norm() / exact.norm()
-    print(f"{dtype}: float8 {noise:.4f} simulated, {error:.4f} by the kernels, PSNR {compare(out, exact, 'decode')[1]:.1f}")
     assert 0.5 * noise < error < 1.3 * noise
     assert (out - simulated).norm() / exact.norm() < noise
     assert sum("float8" in step.kernel for step in network.program(tuple(z.shape)).steps) == 26
+    if hopper:
+        layers = [layer for _, layer in network._hopper._layers.values()]
+        assert [layer.calls for layer in layers] == [1] * 30
+
+
+def published_plan(device, *, float8):
+    """A decoder without values, to look at its plan."""
+    meta = {name: torch.empty(shape, device="meta") for name, shape in decoder_shapes(3).items()}
+    blocks = (name.removesuffix(".weight") for name in meta if name.startswith("up_blocks") and ".resnets." in name)
+    scales = {name: 1.0 for name in (*blocks, *calibrated_layers()) if not name.endswith(("gamma", "bias", "shortcut"))}
+    assert len(scales) == 26
+    config = FusedConfig(device=device)
+    return FusedDecoder(meta, dtype=torch.bfloat16, device=torch.device("meta"), float8=scales if float8 else {}, config=config)
 
 
 def test_float8_needs_less_memory_and_the_same_arithmetic():
-    meta = {name: torch.empty(shape, device="meta") for name, shape in decoder_shapes(3).items()}
-    device = Device(132, 232448, True, True)
-    blocks = (name.removesuffix(".weight") for name in meta if name.startswith("up_blocks") and ".resnets." in name)
-    scales = {name: 1.0 for name in blocks if name.endswith(("conv1", "conv2"))}
-    programs = [
-        FusedDecoder(meta, dtype=torch.bfloat16, device=torch.device("meta"), float8=float8, config=FusedConfig(device=device))
-        .program((1, 16, 128, 128))
-        for float8 in ({}, scales)
-    ]  # fmt: skip
+    programs = [published_plan(Device(132, 232448, True), float8=float8).program((1, 16, 128, 128)) for float8 in (False, True)]
     assert programs[0].flops == programs[1].flops
     assert programs[1].scratch_bytes < 0.85 * programs[0].scratch_bytes
+
+
+@pytest.mark.parametrize("device", [NO_TMA, Device(132, 232448, True)], ids=["pointers", "large"])
+def test_no_size_needs_a_float8_kernel_that_was_not_compiled_ahead(device):
+    network = published_plan(device, float8=True)
+    compiled = network.kernels(network.usual_shapes())
+    assert len(compiled) <= 40
+    draw = random.Random(0)
+    for _ in range(30):
+        shape = (draw.choice((1, 2, 4)), 16, draw.randint(8, 240), draw.randint(8, 240))
+        assert network.kernels([shape]).keys() <= compiled.keys(), shape

@@ -8,9 +8,14 @@ import threading
 import pytest
 import torch
 
+from qwen_vae_accel.backends.base import Job
+from qwen_vae_accel.engines.calibration import measured_peaks
 from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder
+from qwen_vae_accel.kernels.float8 import input_scales, simulate
 from qwen_vae_accel.kernels.layout import Grid, from_flat
+from qwen_vae_accel.kernels.topology import FLOAT8_CAPABILITY
 from qwen_vae_accel.kernels.tuning import Tuning
+from qwen_vae_accel.model import ModelSource
 from tests.kernels.cases import NO_TMA, image_state, random_flat, random_vae
 
 pytestmark = [
@@ -232,6 +237,59 @@ def test_nothing_is_compiled_after_compile(vae, part, hopper):
         scale = 8 if part == "decoder" else 1
         network(draw(1, network.channels, height // scale, width // scale, dtype=torch.float16))
     assert compiled_kernels() == before
+
+
+@pytest.fixture(scope="module")
+def float8(vae):
+    """Source, scales and the simulation of float8 in fp32."""
+    source = ModelSource(vae)
+    job = Job("decode", source.topology, torch.bfloat16, torch.device("cuda", 0), float8=True)
+    if torch.cuda.get_device_capability() < FLOAT8_CAPABILITY:
+        pytest.skip("needs compute capability 8.9")
+    scales = input_scales(source.state("decode"), measured_peaks(source, job))
+    return source, scales, simulate(source.model("decode", torch.float32, job.device), scales)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hopper_convs", [False, True])
+def test_float8_decoder(float8, vae, dtype, hopper_convs):
+    """As far from fp32 as the simulation, plain and from a graph, which agree bit for bit."""
+    if hopper_convs and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    source, scales, simulated = float8
+    config = FusedConfig(tuning=Tuning(hopper_convs=hopper_convs), graph_after=1)
+    network = FusedDecoder(source.state("decode"), dtype=dtype, device=torch.device("cuda"), config=config, float8=scales)
+    network.compile()
+    before = compiled_kernels()
+    network.run_plain(draw(1, 16, 64, 64, dtype=dtype))
+    assert compiled_kernels() == before
+    for size in [(1, 16, 2, 2), (2, 16, 9, 13), (1, 16, 23, 40), (1, 16, 64, 64)]:
+        z = draw(*size)
+        exact = reference(vae, "decoder", z)
+        with torch.no_grad():
+            noise = relative(simulated(z), exact)
+        plain = network.run_plain(z.to(dtype))
+        error = relative(plain, exact)
+        print(f"{size} {dtype} hopper {hopper_convs}: {error:.4f}, simulated {noise:.4f}")
+        assert 0.5 * noise < error < 1.3 * noise
+        assert torch.equal(plain, network(z.to(dtype)))
+    assert not hopper_convs or network._hopper._layers
+
+
+def test_float8_scratch_may_hold_anything(float8):
+    source, scales, _ = float8
+    network = FusedDecoder(
+        source.state("decode"), dtype=torch.bfloat16, device=torch.device("cuda"), config=PLAIN, float8=scales
+    )
+    z = draw(2, 16, 9, 11, dtype=torch.bfloat16)
+    program = network.program(tuple(z.shape))
+    outputs = []
+    for fill in (127, 0):  # 127: NaN in float8
+        memory = program.memory(z, torch.full((program.scratch_bytes,), fill, dtype=torch.uint8, device="cuda"))
+        memory.output.fill_(float("nan"))
+        program.run(memory)
+        outputs.append(memory.output)
+    assert torch.equal(*outputs) and not outputs[0].isnan().any()
 
 
 def test_wrong_input_is_refused(networks):

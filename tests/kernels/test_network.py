@@ -14,6 +14,7 @@ import torch
 from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder, compiling, device_reasons, state_reasons
 from qwen_vae_accel.kernels.conv3x3 import Norm, conv_reference
 from qwen_vae_accel.kernels.downsample_conv import downsample_conv_reference
+from qwen_vae_accel.kernels.float8 import FLOAT8, quantize
 from qwen_vae_accel.kernels.hopper import HopperConvs
 from qwen_vae_accel.kernels.layout import Grid
 from qwen_vae_accel.kernels.program import Arena, Traffic
@@ -45,19 +46,21 @@ class StandIn:
     def __init__(self, weights, mode):
         self.weights, self.mode, self.calls = weights, mode, 0
 
-    def __call__(self, a, grid, *, x=None, normed=None, gamma=None, silu=True, residual=None, shortcut=None):
+    def __call__(
+        self, a, grid, *, x=None, normed=None, gamma=None, silu=True, residual=None, shortcut=None, x_scale=None, n_scale=None
+    ):
         self.calls += 1
-        norm = None if gamma is None else Norm(gamma, silu)
+        norm = None if gamma is None else Norm(gamma, silu, n_scale)
         if self.mode is Mode.UPSAMPLE:
             upsample_conv(a, grid, self.weights, x=x, normed=normed, norm=norm, config=CONFIG, device=TMA)
             return
         if self.mode is Mode.DOWNSAMPLE:
             results = downsample_conv_reference(a, grid, self.weights, norm)
         else:
-            results = conv_reference(a, grid, self.weights, norm=norm, residual=residual, shortcut=shortcut)
+            results = conv_reference(a, grid, self.weights, norm=norm, residual=residual, shortcut=shortcut, x_scale=x_scale)
         for target, value in zip((x, normed), results, strict=False):
             if target is not None:
-                target.copy_(value)
+                target.copy_(quantize(value, 1.0) if target.dtype == FLOAT8 else value)
 
 
 @interpreted

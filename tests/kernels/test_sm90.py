@@ -157,9 +157,9 @@ def test_unwritable_cache_only_warns(monkeypatch, tmp_path, caplog):
 
 
 def test_source_is_one_file_and_names_every_accumulator():
-    source = kernel_source(96, True)
+    source = kernel_source(96, "bf16")
     assert "#include" not in source and "m64n96k16.f32.bf16.bf16" in source
-    assert wgmma_wrapper(192, False).count('"+f"') == 96
+    assert wgmma_wrapper(192, "f16").count('"+f"') == 96
 
 
 def test_aligned_storage_is_aligned():

@@ -18,12 +18,15 @@
 //
 // Compile-time parameters (-D): MODE, CIN, COUT, SHORTCUT, RESIDUAL, WRITE_X, NORM (0, 1: norm, 2: norm and SiLU), SPLIT,
 // KC, MB (8x8 pixel blocks per warpgroup), WARPGROUPS (computing), A_STAGES, B_STAGES, R_STAGES, RESIDENT, STAGGER, BF16,
-// SHARED_BYTES.
+// SHARED_BYTES; and what is float8 (e4m3) instead of 16 bits: A8 the input and its weights, X8 x, N8 the norm.
+//
+// With A8 a chunk has twice the channels in the same bytes, so nothing in shared memory changes; the last chunk may reach
+// past CIN, where the input reads as zero and no product is issued.
 
 constexpr int CONV = 0, UPSAMPLE = 1, DOWNSAMPLE = 2;
 constexpr int PASSES = MODE == DOWNSAMPLE ? 4 : SHORTCUT ? 2 : 1;  // inputs, or parity planes of the input
 constexpr int PARITIES = MODE == UPSAMPLE ? 4 : 1;
-HOST_DEVICE constexpr int chunks_of(int pass) { return (MODE == CONV && pass ? SHORTCUT + KC - 1 : CIN) / KC; }
+HOST_DEVICE constexpr int chunks_of(int pass) { return ((MODE == CONV && pass ? SHORTCUT : CIN) + KC - 1) / KC; }
 HOST_DEVICE constexpr int taps_of(int pass) {
   return MODE == DOWNSAMPLE ? (2 - pass / 2) * (2 - pass % 2) : MODE == UPSAMPLE ? 4 : pass ? 1 : 9;
 }
@@ -52,10 +55,11 @@ constexpr int TILE_H = RESIDENT ? 8 : 8 * WARPGROUPS;
 constexpr int TILE_W = 8 * MB;
 constexpr int SCALE = MODE == UPSAMPLE ? 2 : 1;  // output pixels per tile pixel and side
 constexpr int PITCH = TILE_W + HALO;             // pixels per shared-memory row
-constexpr int PIXEL_BYTES = KC * 2;
+constexpr int DEPTH = A8 ? 32 : 16;              // input channels of a matrix instruction, 32 bytes
+constexpr int PIXEL_BYTES = KC * (A8 ? 1 : 2);
 constexpr int A_LOAD = (TILE_H + HALO) * PITCH * PIXEL_BYTES;
 constexpr int A_BYTES = (A_LOAD + 1023) / 1024 * 1024;
-constexpr int B_BYTES = NB * KC * 2;
+constexpr int B_BYTES = NB * PIXEL_BYTES;
 constexpr int R_BYTES = 8 * TILE_W * 64;       // residual: 32 channels of a warpgroup's pixels
 constexpr int GROUPS = NB / 32;                // a thread owns eight consecutive channels in each group of 32
 constexpr bool R_RING = RESIDUAL && !RESIDENT;
@@ -65,21 +69,23 @@ constexpr int B_BUFFERS = RESIDENT ? 1 : B_STAGES;
 
 constexpr int B_OFFSET = A_STAGES * A_BYTES;
 constexpr int R_OFFSET = B_OFFSET + (RESIDENT ? STEPS : B_STAGES) * B_BYTES;
-constexpr int VECTOR_OFFSET = R_OFFSET + R_BUFFERS * R_BYTES;  // bias, gamma: NB floats each
-constexpr int SUM_OFFSET = VECTOR_OFFSET + 2 * NB * 4;         // sums of squares of the peers
+constexpr int VECTOR_OFFSET = R_OFFSET + R_BUFFERS * R_BYTES;    // bias, gamma, with A8 rescale: NB floats each
+constexpr int SUM_OFFSET = VECTOR_OFFSET + (A8 ? 3 : 2) * NB * 4;  // sums of squares of the peers
 constexpr int SUM_BYTES = WARPGROUPS * 2 * (SPLIT - 1) * MB * 64 * 4;
 constexpr int BARRIER_OFFSET = SUM_OFFSET + SUM_BYTES;
 constexpr int BARRIERS = 2 * A_STAGES + 2 * B_BUFFERS + 2 * R_BUFFERS + 2 * WARPGROUPS;
 constexpr int SMEM_BYTES = BARRIER_OFFSET + BARRIERS * 8;
 static_assert(SMEM_BYTES <= 232448, "shared memory of one block");
 static_assert(SMEM_BYTES == SHARED_BYTES, "Variant.shared_bytes() in schedules.py must agree");
-static_assert(NB % 32 == 0 && CIN % KC == 0 && KC % 16 == 0, "shapes");
+static_assert(NB % 32 == 0 && CIN % 32 == 0 && KC % DEPTH == 0 && (A8 || CIN % KC == 0), "shapes");
+static_assert(!(A8 && SHORTCUT) && !(A8 && MODE == DOWNSAMPLE), "no float8 for these");
 static_assert(STAGGER < B_STAGES && !(RESIDUAL && MODE != CONV), "schedule");
 
 struct Args {
   const void* weights;   // [SPLIT][PARITIES][STEPS][NB][KC], swizzled, rows permuted: see packing.py
   const float* bias;     // [COUT]
   const float* gamma;    // [COUT], already times sqrt(COUT)
+  const float* rescale;  // [COUT], A8: what the sums of products are multiplied by
   const void* residual;  // [B, H, W, COUT]
   void* x;               // [B, H, W, COUT]: the sum; may be the residual itself
   void* n;               // [B, H, W, COUT]: its norm
@@ -87,6 +93,7 @@ struct Args {
   int height, width;     // of the tiled grid: the input's for MODE 1, else the output's
   int tiles_x, tiles_y, tiles;  // tiles: in all, times PARITIES
   int halo_lines, halo_pitch, halo_period;  // outputs in the flat layout: its halo is to be zeroed (0 lines: none)
+  float x_scale, n_scale;                   // X8, N8: the outputs are multiplied by these and clamped
 };
 
 struct Ring {  // position in a ring of buffers, and the parity its barriers are at
@@ -185,11 +192,11 @@ DEVICE void feed_residual(const Shared& s, const TensorMap* map, const Args& arg
 
 // Zeros in the halo of an output in the flat layout (layout.py): the first pixel of every line, and whole lines above,
 // between and below the images. `pixels` is the address of pixel (0, 0, 0). One warp of every block.
-DEVICE void zero_halo(u16* pixels, const Args& a) {
-  u16* const start = pixels - (a.halo_pitch + 1) * COUT;
+template <int Bytes> DEVICE void zero_halo(void* pixels, const Args& a) {  // Bytes: of a pixel
+  unsigned char* const start = static_cast<unsigned char*>(pixels) - (a.halo_pitch + 1) * Bytes;
   for (int line = blockIdx.x; line < a.halo_lines; line += gridDim.x) {
-    const int units = (line % a.halo_period ? 1 : a.halo_pitch) * (COUT / 8);
+    const int units = (line % a.halo_period ? 1 : a.halo_pitch) * (Bytes / 16);
     for (int i = threadIdx.x % 32; i < units; i += 32)
-      store_16(start + i64(line) * a.halo_pitch * COUT + i * 8, make_uint4(0, 0, 0, 0));
+      store_16(start + i64(line) * a.halo_pitch * Bytes + i * 16, make_uint4(0, 0, 0, 0));
   }
 }

@@ -7,6 +7,8 @@
 ``conv`` is the plain convolution, the one after nearest 2x upsampling (folded) or the stride-2 one. The matrices are
 those of the Triton kernels: the flat haloed layout (layout.py), or plain NHWC rows with ``flat=False``. The kernel reads
 pixels outside the image as zeros by itself, and zeroes the halo of what it writes. Reference: kernels/conv3x3.py.
+
+The input (with its weights), ``x`` and ``normed`` may each be float8 (kernels/float8.py), the residual stays in 16 bits.
 """
 
 from __future__ import annotations
@@ -21,10 +23,12 @@ import torch
 from torch import Tensor
 
 from qwen_vae_accel.kernels.compiling import listed
+from qwen_vae_accel.kernels.float8 import FLOAT8
 from qwen_vae_accel.kernels.layout import Grid
 from qwen_vae_accel.kernels.sm90 import driver, nvrtc
 from qwen_vae_accel.kernels.sm90.packing import pack
 from qwen_vae_accel.kernels.sm90.schedules import (
+    FLOAT8_SCHEDULES,
     SCHEDULES,
     Mode,
     Schedule,
@@ -46,11 +50,12 @@ def unsupported(capability: tuple[int, int] | None, mode: Mode, channels: int, o
         reasons.append("no CUDA device")
     elif capability != (9, 0):
         reasons.append(f"needs compute capability 9.0 (Hopper), this GPU has {capability[0]}.{capability[1]}")
-    if (mode, channels, out) not in SCHEDULES:
-        widths = ", ".join(f"{m.name.lower()} {c} -> {n}" for m, c, n in SCHEDULES)
+    known = FLOAT8_SCHEDULES if dtype == FLOAT8 else SCHEDULES
+    if (mode, channels, out) not in known:
+        widths = ", ".join(f"{m.name.lower()} {c} -> {n}" for m, c, n in known)
         reasons.append(f"no kernel for {mode.name.lower()} {channels} -> {out} channels; have {widths}")
-    if dtype not in (torch.bfloat16, torch.float16):
-        reasons.append(f"needs bfloat16 or float16, not {dtype}")
+    if dtype not in (torch.bfloat16, torch.float16, FLOAT8):
+        reasons.append(f"needs bfloat16, float16 or float8 (e4m3), not {dtype}")
     if nvrtc.library() is None:
         reasons.append("NVRTC (libnvrtc.so, part of torch's CUDA wheels) not found")
     if driver.library() is None:
@@ -59,9 +64,12 @@ def unsupported(capability: tuple[int, int] | None, mode: Mode, channels: int, o
 
 
 def compile_variant(variant: Variant, dtype: torch.dtype, cache: Path | None = None) -> bytes:
-    """Machine code of one kernel; needs NVRTC but no GPU, and may run in several threads at once."""
+    """Machine code of one kernel; needs NVRTC but no GPU, and may run in several threads at once.
+
+    ``dtype``: bfloat16 or float16, of what is not float8.
+    """
     bf16 = dtype == torch.bfloat16
-    source = kernel_source(variant.columns, bf16)
+    source = kernel_source(variant.columns, "e4m3" if variant.a8 else "bf16" if bf16 else "f16")
     return nvrtc.compile_cubin(source, variant.defines() | {"BF16": int(bf16)}, cache)
 
 
@@ -74,10 +82,11 @@ class _Args(ctypes.Structure):
     """``Args`` of conv.cu."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("weights", "bias", "gamma", "residual", "x", "n")),
+        *((name, ctypes.c_void_p) for name in ("weights", "bias", "gamma", "rescale", "residual", "x", "n")),
         *((f"{name}_{what}", ctypes.c_int64) for name in ("residual", "x", "n") for what in ("row", "image")),
         *((name, ctypes.c_int) for name in ("height", "width", "tiles_x", "tiles_y", "tiles")),
         *((name, ctypes.c_int) for name in ("halo_lines", "halo_pitch", "halo_period")),
+        *((name, ctypes.c_float) for name in ("x_scale", "n_scale")),
     ]
 
 
@@ -124,12 +133,14 @@ class Conv3x3:
         capability = torch.cuda.get_device_capability(matrix.device) if matrix.is_cuda else None
         if reasons := unsupported(capability, mode, weights.in_channels, weights.out_channels, matrix.dtype):
             raise ValueError("conv3x3: " + "; ".join(reasons))
+        if weights.shortcut and matrix.dtype == FLOAT8:
+            raise ValueError("conv3x3: no float8 kernel with a shortcut")
         self.mode, self.channels, self.out, self.shortcut = (
             mode, weights.in_channels, weights.out_channels, weights.shortcut,
         )  # fmt: skip
         self.dtype, self.device = matrix.dtype, matrix.device
         self._index = matrix.get_device()
-        self._matrix, self._bias = matrix, weights.bias
+        self._matrix, self._bias, self._rescale = matrix, weights.bias, weights.rescale
         self._schedule, self._cache = schedule, cache
         self._packed: dict[tuple[int, int], Tensor] = {}
         self._plans: dict[tuple, _Plan] = {}
@@ -137,15 +148,18 @@ class Conv3x3:
         self._multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
 
     def variant(
-        self, grid: Grid, *, residual: bool = False, write_x: bool = False, norm: bool = False, silu: bool = True
-    ) -> Variant:
-        """The kernel that such a call on ``grid`` (of the input) will use: to compile it early."""
+        self, grid: Grid, *, residual: bool = False, write_x: bool = False, norm: bool = False, silu: bool = True,
+        x8: bool = False, n8: bool = False,
+    ) -> Variant:  # fmt: skip
+        """The kernel that such a call on ``grid`` (of the input) will use, ``x8`` and ``n8`` being the outputs in float8:
+        to compile it early."""
+        a8 = self.dtype == FLOAT8
         tiled = grid.halved() if self.mode == Mode.DOWNSAMPLE else grid
         schedule = self._schedule or choose_schedule(
-            self.mode, self.channels, self.out, grid.batch, tiled.height, tiled.width, self._multiprocessors
+            self.mode, self.channels, self.out, grid.batch, tiled.height, tiled.width, self._multiprocessors, a8
         )
         level = (2 if silu else 1) if norm else 0
-        return Variant(self.mode, self.channels, self.out, self.shortcut, residual, write_x, level, schedule)
+        return Variant(self.mode, self.channels, self.out, self.shortcut, residual, write_x, level, schedule, a8, x8, n8)
 
     def __call__(
         self,
@@ -159,6 +173,8 @@ class Conv3x3:
         residual: Tensor | None = None,
         shortcut: Tensor | None = None,
         flat: bool = True,
+        x_scale: float | None = None,
+        n_scale: float | None = None,
     ) -> None:
         """Launch on the current stream of the layer's device; into a CUDA graph only what was launched before.
 
@@ -168,6 +184,7 @@ class Conv3x3:
             gamma: fp32 ``[N]``, sqrt(N) included; with ``normed``.
             residual: ``[rows, N]``; may be ``x``.
             shortcut: ``[rows, S]``, if the weights have a shortcut.
+            x_scale, n_scale: ``x``, ``normed`` are float8, times this and clamped.
 
         Raises:
             ValueError: a tensor of the wrong shape, dtype or device, or a combination that has no meaning.
@@ -175,17 +192,18 @@ class Conv3x3:
         tasks = listed()
         if tasks is not None:
             wanted = self.variant(
-                grid, residual=residual is not None, write_x=x is not None, norm=normed is not None, silu=silu
+                grid, residual=residual is not None, write_x=x is not None, norm=normed is not None, silu=silu,
+                x8=x_scale is not None, n8=n_scale is not None,
             )  # fmt: skip
-            kernel = (wanted, self.dtype, self._index, self._cache)
+            kernel = (wanted, self._plain(residual, x, normed), self._index, self._cache)
             tasks.setdefault(kernel, functools.partial(_kernel, *kernel))
             return
         tensors = (a, x, normed, gamma, residual, shortcut)
-        where = (grid.batch, grid.height, grid.width, flat, silu)
+        where = (grid.batch, grid.height, grid.width, flat, silu, x_scale, n_scale)
         key = (where, *(None if t is None else t.data_ptr() for t in tensors))
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plan(grid, flat, silu, *tensors)
+            plan = self._plan(grid, flat, silu, x_scale, n_scale, *tensors)
             with self._lock:
                 if len(self._plans) >= _PLANS:
                     self._plans.clear()
@@ -197,16 +215,23 @@ class Conv3x3:
             with torch.cuda.device(self._index):
                 plan.kernel.launch(plan.blocks, plan.threads, plan.arguments, stream)
 
-    def _plan(self, grid, flat, silu, a, x, normed, gamma, residual, shortcut) -> _Plan:
+    def _plan(self, grid, flat, silu, x_scale, n_scale, a, x, normed, gamma, residual, shortcut) -> _Plan:
         after = {Mode.CONV: grid, Mode.UPSAMPLE: grid.doubled(), Mode.DOWNSAMPLE: grid.halved()}[self.mode]
         tiled = grid if self.mode == Mode.UPSAMPLE else after
-        self._check_call(grid, after, flat, a, x, normed, gamma, residual, shortcut)
-        variant = self.variant(grid, residual=residual is not None, write_x=x is not None, norm=normed is not None, silu=silu)
+        plain = self._plain(residual, x, normed)
+        dtypes = {"x": plain if x_scale is None else FLOAT8, "normed": plain if n_scale is None else FLOAT8}
+        dtypes |= {"input": self.dtype, "shortcut": plain, "residual": plain}
+        self._check_call(grid, after, flat, dtypes, a, x, normed, gamma, residual, shortcut)
+        variant = self.variant(
+            grid, residual=residual is not None, write_x=x is not None, norm=normed is not None, silu=silu,
+            x8=x_scale is not None, n8=n_scale is not None,
+        )  # fmt: skip
         schedule = variant.schedule
         tiles_x, tiles_y, tiles = tile_count(schedule, self.mode, grid.batch, tiled.height, tiled.width)
         packed = self._weights(schedule)
         args = _Args(
             weights=packed.data_ptr(), bias=self._bias.data_ptr(), gamma=None if gamma is None else gamma.data_ptr(),
+            rescale=None if self._rescale is None else self._rescale.data_ptr(), x_scale=x_scale or 1.0, n_scale=n_scale or 1.0,
             height=tiled.height, width=tiled.width, tiles_x=tiles_x, tiles_y=tiles_y, tiles=tiles,
             halo_lines=grid.batch * (after.height + 1) + 1 if flat else 0,
             halo_pitch=after.pitch, halo_period=after.height + 1,
@@ -214,7 +239,7 @@ class Conv3x3:
         start, row, image = _strides(after, self.out, flat)
         for name, tensor in (("residual", residual), ("x", x), ("n", normed)):
             if tensor is not None:
-                setattr(args, name, tensor.data_ptr() + 2 * start)
+                setattr(args, name, tensor.data_ptr() + tensor.element_size() * start)
                 setattr(args, f"{name}_row", row)
                 setattr(args, f"{name}_image", image)
         driver.bind_context(self._index)  # describing tensors needs one too, and this thread may be new to CUDA
@@ -225,17 +250,24 @@ class Conv3x3:
         maps.append(maps[0] if residual is None else self._map(residual, after, self.out, flat, (32, columns, 8)))
         arguments = (ctypes.c_void_p * 4)(*(ctypes.addressof(part) for part in (*maps, args)))
         with torch.cuda.device(self._index):
-            kernel = _kernel(variant, self.dtype, self._index, self._cache)
+            kernel = _kernel(variant, plain, self._index, self._cache)
         blocks = grid_blocks(schedule, self.mode, tiles, self._multiprocessors)
         return _Plan(kernel, blocks, schedule.threads, arguments, (maps, args, packed, gamma))
+
+    def _plain(self, *tensors: Tensor | None) -> torch.dtype:
+        """The 16-bit dtype of a call: that of any such matrix; where all are float8 it makes no difference."""
+        if self.dtype != FLOAT8:
+            return self.dtype
+        return next((t.dtype for t in tensors if t is not None and t.dtype != FLOAT8), torch.bfloat16)
 
     def _map(self, matrix: Tensor, grid: Grid, channels: int, flat: bool, box: tuple[int, int, int], step: int = 1):
         start, row, image = _strides(grid, channels, flat)
         # a box that takes every step-th pixel is given in pixels of the tensor
         spans = (box[0], *((extent - 1) * step + 1 for extent in box[1:]), 1)
+        size = matrix.element_size()
         return driver.encode_tensor_map(
-            matrix.data_ptr() + 2 * start, self.dtype, (channels, grid.width, grid.height, grid.batch),
-            (2 * channels, 2 * row, 2 * image), spans, (1, step, step, 1), 2 * box[0],
+            matrix.data_ptr() + size * start, matrix.dtype, (channels, grid.width, grid.height, grid.batch),
+            (size * channels, size * row, size * image), spans, (1, step, step, 1), size * box[0],
         )  # fmt: skip
 
     def _weights(self, schedule: Schedule) -> Tensor:
@@ -245,7 +277,7 @@ class Conv3x3:
                 self._packed[key] = pack(self._matrix, self.mode, self.channels, *key)
             return self._packed[key]
 
-    def _check_call(self, grid, after, flat, a, x, normed, gamma, residual, shortcut) -> None:
+    def _check_call(self, grid, after, flat, dtypes, a, x, normed, gamma, residual, shortcut) -> None:
         if x is None and normed is None:
             raise ValueError("nothing to write: give x, normed or both")
         if (shortcut is not None) != (self.shortcut > 0):
@@ -263,8 +295,8 @@ class Conv3x3:
                 continue
             shape = (where.rows if flat else where.pixels, channels)
             good = tuple(tensor.shape) == shape and tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
-            if not good or tensor.dtype != self.dtype or tensor.device != self.device:
+            if not good or tensor.dtype != dtypes[name] or tensor.device != self.device:
                 raise ValueError(
-                    f"{name}: expected contiguous {self.dtype} {list(shape)} on {self.device}, "
+                    f"{name}: expected contiguous {dtypes[name]} {list(shape)} on {self.device}, "
                     f"got {tensor.dtype} {list(tensor.shape)}, strides {list(tensor.stride())}, on {tensor.device}"
                 )

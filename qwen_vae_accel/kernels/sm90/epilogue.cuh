@@ -45,6 +45,17 @@ DEVICE uint4 pack_8(const float (&v)[8]) {
   return make_uint4(pack2(v[0], v[1]), pack2(v[2], v[3]), pack2(v[4], v[5]), pack2(v[6], v[7]));
 }
 
+// Eight channels of a pixel, at `element` of an output in 16 bits or, times `scale`, in float8.
+template <bool Float8> DEVICE void store_8(void* out, i64 element, const float (&v)[8], float scale, bool inside) {
+  if constexpr (Float8) {
+    const uint2 packed = make_uint2(pack4_e4m3(v[0] * scale, v[1] * scale, v[2] * scale, v[3] * scale),
+                                    pack4_e4m3(v[4] * scale, v[5] * scale, v[6] * scale, v[7] * scale));
+    store_8_bytes(static_cast<unsigned char*>(out) + element, packed, inside);
+  } else {
+    store_16(static_cast<u16*>(out) + element, pack_8(v), inside);
+  }
+}
+
 // v * scale * gamma, then SiLU. bf16: y * sigmoid(y) = h + h * tanh(h) with h = y / 2, one special-function instruction
 // whose error (2^-11 of tanh) stays under bf16's rounding. fp16: two sigmoids from two exponentials and one reciprocal;
 // the clamp keeps their product finite.
@@ -125,12 +136,11 @@ DEVICE void read_residual_ring(Residual& r, const Shared& s, Ring& ring, int wg)
 DEVICE void epilogue(float (&acc)[MB][NB / 2], Residual& residual, Ring& rr, const Place& p, const Args& args,
                      const Shared& s, const float* vectors, int wg, u32 rank, u32 tile_count) {
   float sum[MB][2] = {};
-  u16* const x = static_cast<u16*>(args.x) + p.x;
-  u16* const n = static_cast<u16*>(args.n) + p.n;
 #pragma unroll
   for (int g = 0; g < GROUPS; ++g) {
-    float bias[8];
+    float bias[8], rescale[8];
     load_8(bias, vectors + 32 * g + p.channel);
+    if (A8) load_8(rescale, vectors + 2 * NB + 32 * g + p.channel);
     if constexpr (R_RING) read_residual_ring(residual, s, rr, wg);
     else if constexpr (RESIDUAL && !R_EARLY) load_residual(residual, p, args, g, 0);
 #pragma unroll
@@ -138,9 +148,9 @@ DEVICE void epilogue(float (&acc)[MB][NB / 2], Residual& residual, Ring& rr, con
       float v[8];
       take_8(v, acc[q / 2], g, q % 2);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) v[j] += bias[j];
+      for (int j = 0; j < 8; ++j) v[j] = A8 ? fmaf(v[j], rescale[j], bias[j]) : v[j] + bias[j];
       if (RESIDUAL) add_8(v, residual[q / 2][q % 2][R_EARLY ? g : 0]);
-      if (!NORM) store_16(x + offset_of(q / 2, q % 2, g, args.x_row), pack_8(v), p.inside[q / 2][q % 2]);
+      if (!NORM) store_8<X8>(args.x, p.x + offset_of(q / 2, q % 2, g, args.x_row), v, args.x_scale, p.inside[q / 2][q % 2]);
 #pragma unroll
       for (int j = 0; j < 8; ++j) sum[q / 2][q % 2] += v[j] * v[j];
       put_8(acc[q / 2], v, g, q % 2);
@@ -158,9 +168,10 @@ DEVICE void epilogue(float (&acc)[MB][NB / 2], Residual& residual, Ring& rr, con
       for (int q = 0; q < 2 * MB; ++q) {
         float v[8];
         take_8(v, acc[q / 2], g, q % 2);
-        if (WRITE_X) store_16(x + offset_of(q / 2, q % 2, g, args.x_row), pack_8(v), p.inside[q / 2][q % 2]);
+        const bool inside = p.inside[q / 2][q % 2];
+        if (WRITE_X) store_8<X8>(args.x, p.x + offset_of(q / 2, q % 2, g, args.x_row), v, args.x_scale, inside);
         normalize_8(v, sum[q / 2][q % 2], gamma);
-        store_16(n + offset_of(q / 2, q % 2, g, args.n_row), pack_8(v), p.inside[q / 2][q % 2]);
+        store_8<N8>(args.n, p.n + offset_of(q / 2, q % 2, g, args.n_row), v, args.n_scale, inside);
       }
     }
   }

@@ -10,8 +10,9 @@ struct Position {  // of a warpgroup in the rings, and the buffers whose readers
 template <int Pass>
 DEVICE void multiply_pass(float (&acc)[MB][NB / 2], const Shared& s, Position& at, int wg, u32 origin) {
   constexpr int TAPS = taps_of(Pass);
+  constexpr int PARTIAL = Pass == 0 && CIN % KC != 0;  // then unrolled, so that the last chunk's products are known
   const bool leader = s.lane == 0;
-#pragma unroll 1
+#pragma unroll (PARTIAL ? CHUNKS : 1)
   for (int c = 0; c < chunks_of(Pass); ++c) {
     mbar_wait(s.a_full(at.a.stage), at.a.parity);
     const u64 a = matrix_descriptor<PIXEL_BYTES>(s.a(at.a.stage), PITCH * PIXEL_BYTES) + origin;
@@ -23,10 +24,12 @@ DEVICE void multiply_pass(float (&acc)[MB][NB / 2], const Shared& s, Position& a
       const int shift = tap_row(Pass, tap) * PITCH + tap_column(Pass, tap);
       wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < KC / 16; ++k)
+      for (int k = 0; k < KC / DEPTH; ++k) {
+        if (PARTIAL && c * KC + k * DEPTH >= CIN) break;
 #pragma unroll
         for (int m = 0; m < MB; ++m)
           wgmma(acc[m], a + ((shift + 8 * m) * PIXEL_BYTES + k * 32) / 16, b + k * 2, Pass + tap + k > 0 || c > 0);
+      }
       if (!RESIDENT || tap == 0 || tap == TAPS - 1) wgmma_commit();
       if (!RESIDENT || tap == 0) {
         const bool earlier = Pass + tap > 0 || c > 0;
@@ -114,6 +117,7 @@ conv(const __grid_constant__ TensorMap input, const __grid_constant__ TensorMap 
   for (int i = threadIdx.x; i < NB; i += blockDim.x) {
     vectors[i] = args.bias[rank * NB + i];
     if (NORM) vectors[NB + i] = args.gamma[rank * NB + i];
+    if (A8) vectors[2 * NB + i] = args.rescale[rank * NB + i];
   }
   if constexpr (SPLIT > 1) cluster_sync();
   __syncthreads();
@@ -121,8 +125,8 @@ conv(const __grid_constant__ TensorMap input, const __grid_constant__ TensorMap 
   if (wg == 0) {
     registers_decrease<FEED_REGISTERS>();
     if (warp == 3 && args.halo_lines) {
-      if (WRITE_X) zero_halo(static_cast<u16*>(args.x), args);
-      if (NORM) zero_halo(static_cast<u16*>(args.n), args);
+      if (WRITE_X) zero_halo<COUT * (X8 ? 1 : 2)>(args.x, args);
+      if (NORM) zero_halo<COUT * (N8 ? 1 : 2)>(args.n, args);
     }
     if (s.lane == 0) {
       if (warp == 0) feed_activations(s, &input, &second, &addend, args, first, step);

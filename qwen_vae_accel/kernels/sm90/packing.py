@@ -1,7 +1,7 @@
 """Weights in the order and swizzle in which the kernel's shared memory holds them.
 
 Input: the matrices of ``kernels.weights``, ``[N, K]`` with K counting taps in reading order (upsample: output parities,
-then 2x2 taps), then input channels; the columns of a 1x1 shortcut last.
+then 2x2 taps), then input channels; the columns of a 1x1 shortcut last. Channels that a chunk lacks are zeros.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwen_vae_accel.kernels.float8 import FLOAT8
 from qwen_vae_accel.kernels.sm90.schedules import Mode
 
 
@@ -25,10 +26,12 @@ def channel_order(columns: int) -> Tensor:
 
 def _steps(matrix: Tensor, mode: Mode, channels: int, kc: int) -> Tensor:
     """``[N, parities, steps, kc]`` in the order in which the kernel consumes weight blocks."""
-    out, chunks = matrix.shape[0], channels // kc
+    out, chunks = matrix.shape[0], -(-channels // kc)
+    count = 16 if mode == Mode.UPSAMPLE else 9
+    taps = F.pad(matrix[:, : count * channels].reshape(out, count, channels), (0, chunks * kc - channels))
     if mode == Mode.UPSAMPLE:
-        return matrix.reshape(out, 4, 4, chunks, kc).transpose(2, 3).reshape(out, 4, -1, kc)
-    taps = matrix[:, : 9 * channels].reshape(out, 3, 3, chunks, kc)
+        return taps.reshape(out, 4, 4, chunks, kc).transpose(2, 3).reshape(out, 4, -1, kc)
+    taps = taps.reshape(out, 3, 3, chunks, kc)
     if mode == Mode.DOWNSAMPLE:  # tap (ty, tx) reads the plane of rows = ty, columns = tx modulo 2
         planes = [taps[:, py::2, px::2].reshape(out, -1, chunks, kc) for py in (0, 1) for px in (0, 1)]
     else:
@@ -42,14 +45,20 @@ def _steps(matrix: Tensor, mode: Mode, channels: int, kc: int) -> Tensor:
 
 
 def pack(matrix: Tensor, mode: Mode, channels: int, split: int, kc: int) -> Tensor:
-    """Flat ``[split][parities][steps][N / split][kc]``: rows in ``channel_order``, 16-byte units swizzled in a row."""
+    """Flat ``[split][parities][steps][N / split][kc]``: rows in ``channel_order``, 16-byte units swizzled in a row.
+
+    Float8 comes back as bytes.
+    """
+    width = 8  # numbers of a unit
+    if matrix.dtype == FLOAT8:
+        matrix, width = matrix.view(torch.uint8), 16
     columns = matrix.shape[0] // split
     blocks = _steps(matrix, mode, channels, kc)
     w = blocks.reshape(split, columns, *blocks.shape[1:]).permute(0, 2, 3, 1, 4)
     w = w[..., channel_order(columns).to(w.device), :]
-    units = kc // 8  # 8 (128-byte swizzle: XOR with the row) or 4 (64-byte swizzle: XOR with half the row)
+    units = kc // width  # 8 (128-byte swizzle: XOR with the row) or 4 (64-byte swizzle: XOR with half the row)
     row = torch.arange(columns, device=w.device)
     flip = row % 8 if units == 8 else row // 2 % 4
     source = torch.arange(units, device=w.device)[None, :] ^ flip[:, None]
-    w = w.reshape(*w.shape[:-1], units, 8)
-    return w.gather(-2, source[:, :, None].expand(*w.shape[:3], columns, units, 8)).contiguous().flatten()
+    w = w.reshape(*w.shape[:-1], units, width)
+    return w.gather(-2, source[:, :, None].expand(*w.shape[:3], columns, units, width)).contiguous().flatten()

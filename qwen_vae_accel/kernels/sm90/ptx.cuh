@@ -148,6 +148,14 @@ DEVICE float unpack_lo(u32 v) { return half_to_float(u16(v)); }
 DEVICE float unpack_hi(u32 v) { return half_to_float(u16(v >> 16)); }
 #endif
 
+// Four e4m3 numbers, too large values clamped.
+DEVICE u32 pack4_e4m3(float a, float b, float c, float d) {
+  u16 low, high;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(b), "f"(a));
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(d), "f"(c));
+  return u32(low) | u32(high) << 16;
+}
+
 DEVICE float exp2_approx(float v) {
   float r;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
@@ -185,4 +193,8 @@ DEVICE uint4 load_stream(const void* p, bool valid) {  // read once: keep it out
 DEVICE void store_16(void* p, uint4 v, bool valid = true) {
   asm volatile("{ .reg .pred p; setp.ne.b32 p, %5, 0;\n@p st.global.v4.u32 [%0], {%1, %2, %3, %4}; }"
                ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(int(valid)) : "memory");
+}
+DEVICE void store_8_bytes(void* p, uint2 v, bool valid) {
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0;\n@p st.global.v2.u32 [%0], {%1, %2}; }"
+               ::"l"(p), "r"(v.x), "r"(v.y), "r"(int(valid)) : "memory");
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 SHARED_LIMIT = 232448  # bytes one block may use on compute capability 9.0
@@ -51,11 +51,19 @@ class Variant:
     write_x: bool
     norm: int  # 0 none, 1 norm, 2 norm and SiLU
     schedule: Schedule
+    a8: bool = False  # float8 instead of 16 bits: the input and its weights,
+    x8: bool = False  # x,
+    n8: bool = False  # the norm
 
     @property
     def columns(self) -> int:
         """Output channels of one block."""
         return self.out // self.schedule.split
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Of a pixel's channels in a chunk."""
+        return self.schedule.kc * (1 if self.a8 else 2)
 
     @property
     def parities(self) -> int:
@@ -68,20 +76,20 @@ class Variant:
     def steps(self) -> int:
         """Weight blocks (a tap of a chunk) of one tile."""
         taps = 4 if self.mode == Mode.UPSAMPLE else 9
-        return self.channels // self.schedule.kc * taps + -(-self.shortcut // self.schedule.kc)
+        return -(-self.channels // self.schedule.kc) * taps + -(-self.shortcut // self.schedule.kc)
 
     def shared_bytes(self) -> int:
         """Shared memory of one block, as conv.cu lays it out."""
         s = self.schedule
         height, width = s.tile()
-        a = -(-(height + self.halo) * (width + self.halo) * s.kc * 2 // 1024) * 1024
-        b = self.columns * s.kc * 2
+        a = -(-(height + self.halo) * (width + self.halo) * self.pixel_bytes // 1024) * 1024
+        b = self.columns * self.pixel_bytes
         r_stages = s.r_stages * s.warpgroups if self.residual and not s.resident else 0
         b_stages = 1 if s.resident else s.b_stages
         sums = s.warpgroups * 2 * (s.split - 1) * s.mb * 64 * 4
         barriers = 2 * (s.a_stages + b_stages + r_stages + s.warpgroups)
         buffers = s.a_stages * a + (self.steps() if s.resident else b_stages) * b + r_stages * 8 * width * 64
-        return buffers + 8 * self.columns + sums + 8 * barriers
+        return buffers + (12 if self.a8 else 8) * self.columns + sums + 8 * barriers
 
     def defines(self) -> dict[str, int]:
         """The ``-D`` options of the compilation, without the dtype's."""
@@ -91,7 +99,7 @@ class Variant:
             "RESIDUAL": int(self.residual), "WRITE_X": int(self.write_x), "NORM": self.norm,
             "SPLIT": s.split, "KC": s.kc, "MB": s.mb, "A_STAGES": s.a_stages, "B_STAGES": s.b_stages,
             "R_STAGES": s.r_stages, "RESIDENT": int(s.resident), "WARPGROUPS": s.warpgroups, "STAGGER": s.stagger,
-            "SHARED_BYTES": self.shared_bytes(),
+            "A8": int(self.a8), "X8": int(self.x8), "N8": int(self.n8), "SHARED_BYTES": self.shared_bytes(),
         }  # fmt: skip
 
 
@@ -114,6 +122,12 @@ SCHEDULES: dict[tuple[Mode, int, int], tuple[Schedule, ...]] = {
     (Mode.DOWNSAMPLE, 192, 192): (_WIDE, _SMALL_192),
     (Mode.DOWNSAMPLE, 384, 384): (_PAIR, _SMALL_384),
 }
+# With float8 input: twice the channels in the same bytes. Not measured yet.
+_FLOAT8_LAYERS = (
+    (Mode.CONV, 96, 96), (Mode.CONV, 192, 192), (Mode.CONV, 192, 384), (Mode.CONV, 384, 384),
+    (Mode.UPSAMPLE, 384, 192), (Mode.UPSAMPLE, 192, 96),
+)  # fmt: skip
+FLOAT8_SCHEDULES = {layer: tuple(replace(s, kc=2 * s.kc) for s in SCHEDULES[layer]) for layer in _FLOAT8_LAYERS}
 _NARROW_TILE_COST = 1.25  # a tile of one 8x8 block per warpgroup loads its weights for half as many pixels
 
 
@@ -132,7 +146,9 @@ def grid_blocks(schedule: Schedule, mode: Mode, tiles: int, multiprocessors: int
     return clusters * schedule.split
 
 
-def choose_schedule(mode: Mode, channels: int, out: int, batch: int, height: int, width: int, multiprocessors: int) -> Schedule:
+def choose_schedule(
+    mode: Mode, channels: int, out: int, batch: int, height: int, width: int, multiprocessors: int, float8: bool = False
+) -> Schedule:
     """The candidate whose busiest block has the least to do (whole rounds of tiles count, not fractions)."""
 
     def cost(schedule: Schedule) -> float:
@@ -142,4 +158,4 @@ def choose_schedule(mode: Mode, channels: int, out: int, batch: int, height: int
         narrow = _NARROW_TILE_COST if schedule.mb == 1 else 1.0
         return -(-tiles // clusters) * rows * columns / schedule.split * narrow
 
-    return min(SCHEDULES[mode, channels, out], key=cost)
+    return min((FLOAT8_SCHEDULES if float8 else SCHEDULES)[mode, channels, out], key=cost)
