@@ -172,6 +172,8 @@ class Dispatcher:
         reasons = [text for job in jobs for text in backend.reasons(self.environment(device), job)]
         if reasons:
             hint = "backend='auto' takes the best that can run."
+            if self._config.float8("decode"):
+                hint = "Without decode_dtype='float8_e4m3fn', backend='auto' takes the best that can run."
             raise BackendUnavailableError(backend.name, dict.fromkeys(reasons), hint)
 
     # Serving.
