@@ -195,5 +195,32 @@ def test_real_engines_of_inductor(vae, tmp_path):
     assert report["calls"] == {"encode": {"inductor": 1}, "decode": {"inductor": 2}} and report["builds"] == []
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("backend", ["auto", "eager", "inductor"])
+def test_on_a_gpu(vae, tmp_path, backend):
+    """No further from float32 than diffusers in bfloat16; ``auto`` passes over the kernels, which do not fit."""
+    z, x = randn(2, 6, 1, 6, 4).cuda(), picture(1, 4, 1, 96, 64).cuda()
+    vae = vae.to(torch.bfloat16).float().cuda()
+    torch.backends.cudnn.allow_tf32, before = False, torch.backends.cudnn.allow_tf32
+    try:
+        exact = decoded(vae, z), moments(vae, x)
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+    vae = vae.to(torch.bfloat16)
+    half = z.bfloat16(), x.bfloat16()
+    theirs = decoded(vae, half[0]), moments(vae, half[1])
+    options = {}
+    if backend == "inductor":
+        options = {"engine_dir": tmp_path, "sizes": ["32x32:64x96:128x128"], "multi_profile": True, "on_miss": "build"}
+    with accelerate(vae, backend=backend, task="i2i", **options) as handle:
+        ours = decoded(vae, half[0]), moments(vae, half[1])
+        report = handle.report().as_dict()
+    served = "eager" if backend == "auto" else backend
+    assert report["calls"] == {"encode": {served: 1}, "decode": {served: 1}} and report["fallbacks"] == []
+    for output, other, reference in zip(ours, theirs, exact, strict=True):
+        assert (output.float() - reference).norm() <= 1.05 * (other.float() - reference).norm()
+
+
 def test_the_tests_model_is_of_the_published_structure():
     assert not {"dim_mult", "temperal_downsample", "is_residual"} & set(MICRO_21)
