@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qwen_vae_accel import accelerate
-from tests.helpers import decoded, moments, picture, randn
+from tests.helpers import decoded, distance, moments, picture, randn
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -44,7 +44,9 @@ class TestOnTheGPU:
             assert saved > 0.9 * sum(p.nbytes for p in vae.parameters())
             assert before - held > 0.9 * saved
             assert vae.device.type == "cuda"
-            assert torch.equal(decoded(vae, z), expected[0]) and torch.equal(moments(vae, x), expected[1])
+            # Copies of weights have other strides than views of them, and cuDNN then other kernels.
+            assert distance(decoded(vae, z), expected[0], "decode") < 1e-5
+            assert distance(moments(vae, x), expected[1], "encode") < 1e-5
         assert {p.device.type for p in vae.parameters()} == {"cuda"}
 
     def test_the_original_path_brings_them_back(self, vae):

@@ -132,7 +132,7 @@ def _consume(
 
 @Kernel
 @gluon.jit(do_not_specialize=["count", "width", "all_tokens", "splits", "scale"])
-def _attention_kernel(
+def _hopper_attention_kernel(
     tokens,  # [B * T, 3 * C], blocks of [KEYS, CHUNK]
     query_tokens,  # the same, blocks of [64, CHUNK]
     out,  # [rows, C]
@@ -185,7 +185,7 @@ def attention_hopper(tokens: Tensor, grid: Grid, out: Tensor, partial: Tensor | 
                                      gl.NVMMASharedLayout.get_default_for([rows, CHUNK.value], name))
         for rows in (KEYS.value, 64)
     ]  # fmt: skip
-    _attention_kernel[(-(-count // QUERIES), splits, grid.batch)](
+    _hopper_attention_kernel[(-(-count // QUERIES), splits, grid.batch)](
         *blocks, out, out if partial is None else partial, out if tops is None else tops,
         count, grid.width, grid.pixels, splits,
         channels**-0.5 * math.log2(math.e), C=channels, SPLIT=splits > 1, num_warps=4,

@@ -33,8 +33,8 @@ class FusedConfig:
     """Launch options.
 
     Attributes:
-        graphs: CUDA graphs kept per object, 0 for plain launches. Their scratch memory stays allocated.
-        graph_after: Uses of an input shape before it is captured.
+        graphs: CUDA graphs kept per object, 0 for plain launches. Each holds a buffer for its input and its output.
+        graph_after: Uses of an input shape, with the same scratch block, before it is captured.
         tuning: Tile configurations.
         device: What to know of the GPU, None to ask it.
     """
@@ -133,18 +133,17 @@ class _Fused:
         program = self.program(tuple(image.shape))
         if min(program.output_shape) < 1:
             raise ValueError(f"{type(self).__name__}: input {list(image.shape)} is too small")
-        if self._graphs is not None and not torch.cuda.is_current_stream_capturing():
-            with torch.cuda.device(self.device):
-                output = self._graphs.run(program, image)
-            if output is not None:
-                return output
-        return self.run_plain(image)
+        if self._graphs is None or torch.cuda.is_current_stream_capturing():
+            return self.run_plain(image)
+        with torch.cuda.device(self.device):
+            return self._graphs.run(program, image)
 
     def run_plain(self, image: Tensor) -> Tensor:
         """Without graphs: scratch and output come from torch's allocator on the current stream."""
-        memory = self.program(tuple(image.shape)).memory(image)
+        program = self.program(tuple(image.shape))
+        memory = program.memory(image)
         with torch.cuda.device(self.device if self.device.type == "cuda" else -1):
-            self.program(tuple(image.shape)).run(memory)
+            program.run(memory)
         return memory.output
 
     def compile(self, progress: Progress | None = None) -> None:
@@ -169,7 +168,7 @@ class _Fused:
         return tasks
 
     def release(self) -> None:
-        """Free graphs and their scratch memory."""
+        """Free the graphs."""
         if self._graphs is not None:
             self._graphs.clear()
 

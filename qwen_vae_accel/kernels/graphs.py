@@ -1,8 +1,11 @@
 """CUDA graphs of whole programs: a call costs one graph launch on the host instead of sixty kernel launches.
 
-All graphs of one object run in one scratch allocation, as large as the largest of them needs, and each has its own
-input; results are copied out, so the caller owns what it gets. Calls are ordered by an event: a second stream or
-thread waits on the GPU, never on the host. Graphs are kept by input shape, the least recently used dropped first.
+A graph holds the addresses it was captured with. Its small input and output are its own; the scratch memory, hundreds of
+megabytes, is taken from torch's allocator at each call and given back after it, as for plain launches. The allocator gives
+the same block for the same request as a rule: then the graph of that block is replayed, else kernels are launched plainly.
+So nothing large stays allocated between calls. Results are copied out, so the caller owns what it gets. Calls are ordered
+by an event: a second stream or thread waits on the GPU, never on the host. Graphs are kept by input shape and scratch
+address, the least recently used dropped first.
 """
 
 from __future__ import annotations
@@ -25,49 +28,51 @@ class _Entry:
 
 
 class GraphCache:
-    """At most ``limit`` graphs; a shape is captured on its ``after``-th use, run plainly before."""
+    """At most ``limit`` graphs; a shape is captured on its ``after``-th use with the same scratch block, run plainly before."""
 
     def __init__(self, limit: int = 8, after: int = 2):
         self._limit, self._after = limit, after
         self._lock = threading.Lock()
         self._entries: OrderedDict[tuple, _Entry] = OrderedDict()
         self._uses: OrderedDict[tuple, int] = OrderedDict()
-        self._scratch: Tensor | None = None
         self._done: torch.cuda.Event | None = None
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def clear(self) -> None:
-        """Drop every graph and the scratch memory, once the GPU has finished with them."""
+        """Drop every graph, once the GPU has finished with them."""
         with self._lock:
-            self._drop()
+            if self._done is not None:
+                self._done.synchronize()
+            self._entries.clear()
+            self._done = None
 
-    def _drop(self) -> None:
-        if self._done is not None:
-            self._done.synchronize()
-        self._entries.clear()
-        self._scratch, self._done = None, None
-
-    def run(self, program: Program, image: Tensor) -> Tensor | None:
-        """Replay, or capture and replay, for ``image`` on the current stream; None: not its turn yet, run plainly."""
-        key = tuple(image.shape)
+    def run(self, program: Program, image: Tensor) -> Tensor:
+        """Replay, capture and replay, or launch plainly, for ``image`` on the current stream."""
+        scratch = torch.empty(program.scratch_bytes, dtype=torch.uint8, device=image.device)
+        key = (*image.shape, scratch.data_ptr())
         with self._lock:
             entry = self._entries.get(key)
-            if entry is None:
-                if not self._due(key):
-                    return None
-                entry = self._capture(program, image, key)
-            self._entries.move_to_end(key)
-            stream = torch.cuda.current_stream(image.device)
-            if self._done is not None:
-                stream.wait_event(self._done)
-            entry.image.copy_(image)
-            entry.graph.replay()
-            output = entry.output.clone()
-            self._done = torch.cuda.Event()
-            self._done.record(stream)
-            return output
+            if entry is None and self._due(key):
+                entry = self._capture(program, image, scratch, key)
+            if entry is not None:
+                return self._replay(entry, key, image)
+        memory = program.memory(image, scratch)
+        program.run(memory)
+        return memory.output
+
+    def _replay(self, entry: _Entry, key: tuple, image: Tensor) -> Tensor:
+        self._entries.move_to_end(key)
+        stream = torch.cuda.current_stream(image.device)
+        if self._done is not None:
+            stream.wait_event(self._done)
+        entry.image.copy_(image)
+        entry.graph.replay()
+        output = entry.output.clone()
+        self._done = torch.cuda.Event()
+        self._done.record(stream)
+        return output
 
     def _due(self, key: tuple) -> bool:
         self._uses[key] = self._uses.pop(key, 0) + 1
@@ -75,20 +80,15 @@ class GraphCache:
             self._uses.popitem(last=False)
         return self._uses[key] >= self._after
 
-    def _capture(self, program: Program, image: Tensor, key: tuple) -> _Entry:
-        if self._scratch is None or self._scratch.numel() < program.scratch_bytes:
-            self._drop()
-            self._scratch = torch.empty(program.scratch_bytes, dtype=torch.uint8, device=image.device)
+    def _capture(self, program: Program, image: Tensor, scratch: Tensor, key: tuple) -> _Entry:
         while len(self._entries) >= self._limit:
             if self._done is not None:
                 self._done.synchronize()
             self._entries.popitem(last=False)
-        memory = program.memory(torch.empty_like(image, memory_format=torch.contiguous_format), self._scratch)
+        memory = program.memory(torch.empty_like(image, memory_format=torch.contiguous_format), scratch)
         entry = _Entry(torch.cuda.CUDAGraph(), memory.image, memory.output)
         stream = torch.cuda.Stream(image.device)
         stream.wait_stream(torch.cuda.current_stream(image.device))
-        if self._done is not None:
-            stream.wait_event(self._done)
         # Kernels are compiled, and described for these addresses, before the capture, where neither may happen.
         with torch.cuda.stream(stream):
             program.run(memory)

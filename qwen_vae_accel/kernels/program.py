@@ -69,7 +69,7 @@ class Arena:
                     break
                 offset = max(offset, -(-high // ALIGNMENT) * ALIGNMENT)
             offsets[slot.index] = offset
-        total = max(offset + self.slots[i].nbytes for i, offset in offsets.items())
+        total = max(offset + -(-self.slots[i].nbytes // ALIGNMENT) * ALIGNMENT for i, offset in offsets.items())
         return tuple(offsets[i] for i in range(len(self.slots))), total
 
 
@@ -81,6 +81,7 @@ class Memory:
     offsets: tuple[int, ...]
     image: Tensor
     output: Tensor
+    _views: dict[int | torch.dtype, Tensor] = field(default_factory=dict)  # made once per call: launches share them
 
     def get(self, slot: Slot | None) -> Tensor | None:
         return None if slot is None else self[slot]
@@ -88,8 +89,14 @@ class Memory:
     def __getitem__(self, slot: Slot | None) -> Tensor:
         if slot is None:
             raise ValueError("the plan reads a matrix that nothing wrote")
-        offset = self.offsets[slot.index]
-        return self.scratch[offset : offset + slot.nbytes].view(slot.dtype).view(slot.rows, slot.columns)
+        view = self._views.get(slot.index)
+        if view is None:
+            base = self._views.get(slot.dtype)
+            if base is None:
+                base = self._views[slot.dtype] = self.scratch.view(slot.dtype)
+            start = self.offsets[slot.index] // slot.dtype.itemsize
+            view = self._views[slot.index] = base.as_strided((slot.rows, slot.columns), (slot.columns, 1), start)
+        return view
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """A small decode and encode of the fused networks, to be run under compute-sanitizer (``make sanitize``).
 
-Both sets of convolutions run where the GPU has both, and a batch, an odd size and a graph with them.
+Both sets of kernels run where the GPU has both, in bfloat16 and the decoder in float8, with a batch, odd sizes and graphs.
 """
 
 from __future__ import annotations
@@ -8,27 +8,32 @@ from __future__ import annotations
 import torch
 
 from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder
-from qwen_vae_accel.kernels.tuning import Tuning
+from qwen_vae_accel.kernels.float8 import calibrated_layers, input_scales
+from qwen_vae_accel.kernels.tuning import AttentionConfig, Tuning
 from tests.kernels.cases import image_state, random_vae
 
 
 def main() -> None:
     vae = random_vae()
+    decoder, encoder = image_state(vae, "decoder"), image_state(vae, "encoder")
+    scales = input_scales(decoder, dict.fromkeys(calibrated_layers().values(), 20.0))
+    cuda = torch.device("cuda")
     runs = 0
-    for hopper in (True, False):
-        config = FusedConfig(graph_after=2, tuning=Tuning(hopper_convs=hopper))
-        for part, cls, shapes in (
-            ("decoder", FusedDecoder, [(1, 16, 8, 9), (2, 16, 7, 5)]),
-            ("encoder", FusedEncoder, [(1, 3, 64, 72), (2, 3, 61, 47)]),
-        ):
-            network = cls(image_state(vae, part), dtype=torch.bfloat16, device=torch.device("cuda"), config=config)
-            for shape in shapes:
-                image = torch.randn(shape).cuda().bfloat16()
-                plain, replayed = network(image), network(image)
+    for tuning in (Tuning(), Tuning(hopper_convs=False, attention=AttentionConfig(128, 32, 8, 2))):
+        config = FusedConfig(graph_after=2, tuning=tuning)
+        networks = {
+            "decoder": FusedDecoder(decoder, dtype=torch.bfloat16, device=cuda, config=config),
+            "decoder float8": FusedDecoder(decoder, dtype=torch.bfloat16, device=cuda, config=config, float8=scales),
+            "encoder": FusedEncoder(encoder, dtype=torch.bfloat16, device=cuda, config=config),
+        }
+        for name, network in networks.items():
+            for shape in ((1, 3, 64, 72), (2, 3, 61, 47)) if name == "encoder" else ((1, 16, 8, 9), (2, 16, 7, 5)):
+                image = torch.randn(shape).to(cuda, torch.bfloat16)
+                plain, replayed = network.run_plain(image), [network(image) for _ in range(2)][-1]
                 torch.cuda.synchronize()
                 if not torch.equal(plain, replayed) or plain.isnan().any():
-                    raise SystemExit(f"{part} {shape}: a graph's replay differs, or there are NaNs")
-                runs += 2
+                    raise SystemExit(f"{name} {shape}: a graph's replay differs, or there are NaNs")
+                runs += 3
     print(f"{runs} runs of the fused networks on {torch.cuda.get_device_name()}")
 
 

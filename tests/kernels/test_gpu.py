@@ -55,14 +55,24 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def reference(vae, part: str, image: torch.Tensor) -> torch.Tensor:
+    scale = 1 if part == "decoder" else 8
+    if image.is_cuda and image.shape[2] // scale * (image.shape[3] // scale) == 1:
+        # Of one latent pixel diffusers' attention fails on the GPU: "query is not correctly aligned".
+        return reference(copy.deepcopy(vae).cpu(), part, image.cpu()).cuda()
     with torch.no_grad():
         if part == "decoder":
             return vae.decode(image[:, :, None]).sample[:, :, 0]
         return vae.encode(image[:, :, None]).latent_dist.parameters[:, :, 0]
 
 
-LATENTS = [(1, 1, 1), (1, 3, 2), (2, 7, 5), (1, 16, 16), (4, 9, 13), (1, 23, 40), (3, 20, 30), (1, 64, 64), (1, 60, 106)]
-IMAGES = [(1, 8, 8), (1, 15, 9), (2, 61, 47), (1, 128, 128), (4, 72, 100), (1, 181, 324), (3, 160, 240), (1, 512, 512)]
+LATENTS = [
+    (1, 1, 1), (1, 3, 2), (2, 7, 5), (1, 16, 16), (4, 9, 13), (1, 23, 40), (3, 20, 30), (1, 64, 64), (1, 60, 106),
+    (2, 33, 17), (1, 128, 96), (1, 116, 208),
+]  # fmt: skip
+IMAGES = [
+    (1, 8, 8), (1, 15, 9), (2, 61, 47), (1, 128, 128), (4, 72, 100), (1, 181, 324), (3, 160, 240), (1, 512, 512),
+    (1, 480, 848), (2, 265, 130), (1, 1024, 768), (1, 928, 1664),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -198,7 +208,7 @@ def test_triton_convolutions(networks, vae, dtype):
     """What other GPUs run; here the networks above use the CUDA C++ convolutions."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the networks above run them")
-    assert all(network._hopper._layers for network in networks.values())
+    assert all(network._hopper is not None for network in networks.values())
     config = FusedConfig(tuning=Tuning(hopper_convs=False), graph_after=1)
     for part, cls, shapes in (
         ("decoder", FusedDecoder, [(1, 16, 1, 1), (2, 16, 9, 13), (1, 16, 64, 64)]),
