@@ -14,7 +14,7 @@ from torch import nn
 from qwen_vae_accel import accelerate
 from qwen_vae_accel.bench import kernels
 from qwen_vae_accel.bench.cases import BenchError, parse_method, parse_sizes
-from qwen_vae_accel.bench.harness import Effort, Harness, Row, geometric_mean, make_cases
+from qwen_vae_accel.bench.harness import Effort, Harness, Row, geometric_mean, make_cases, run_all
 from qwen_vae_accel.bench.overhead import overhead
 from qwen_vae_accel.bench.report import BenchReport
 from qwen_vae_accel.errors import ConfigError
@@ -109,6 +109,19 @@ def test_speedups_are_against_the_baseline_of_the_same_size() -> None:
     assert "OutOfMemoryError: no" in text
     assert "26.86" in text  # the guide's figure for this size
     assert geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
+
+
+def test_an_interrupt_keeps_what_was_measured(micro: nn.Module, tmp_path: Path) -> None:
+    harness = Harness(micro, CPU, Effort(3, 0.1, 0), tmp_path)
+    cases = make_cases([parse_method("diffusers", torch.float32)], [Size(32, 32), Size(48, 32)], ["decode"])
+    seen: list[Row] = []
+
+    def done(row: Row) -> None:
+        seen.append(row)
+        raise KeyboardInterrupt
+
+    assert run_all(harness, cases, done) == seen
+    assert len(seen) == 1 and seen[0].median_ms
 
 
 def test_kernel_times_make_a_table_and_a_roofline(tmp_path: Path) -> None:

@@ -234,7 +234,7 @@ class Harness:
 
 
 def run_all(harness: Harness, cases: Sequence[Case], done: Callable[[Row], None]) -> list[Row]:
-    """All rows in the order of ``cases``; ``done`` is told of each as it comes."""
+    """All rows in the order of ``cases``; ``done`` is told of each as it comes. An interrupt ends it with those there are."""
     rows = []
     gc.collect()
     gc.freeze()  # what is here now stays, and need not be looked through again between cases
@@ -242,20 +242,22 @@ def run_all(harness: Harness, cases: Sequence[Case], done: Callable[[Row], None]
         for case in cases:
             rows.append(harness.run(case))
             done(rows[-1])
+    except KeyboardInterrupt:
+        logger.warning("interrupted after %d of %d cases", len(rows), len(cases))
     finally:
         gc.unfreeze()
     return rows
 
 
 def make_cases(methods: Sequence[Method], sizes: Sequence[Size], tasks: Sequence[str]) -> list[Case]:
-    """Every combination, one size after another, the baseline first; float8 only decodes."""
+    """Every combination, one size after another, the baseline first; some methods only decode."""
     ordered = sorted(methods, key=lambda method: method.name != BASELINE)
     return [
         Case(method, task, size)
         for size in sizes
         for task in tasks
         for method in ordered
-        if task == "decode" or not method.float8
+        if task == "decode" or not method.decodes_only
     ]
 
 

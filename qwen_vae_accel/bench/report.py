@@ -19,7 +19,7 @@ from rich.text import Text
 
 from qwen_vae_accel.backends.base import Environment
 from qwen_vae_accel.bench import kernels
-from qwen_vae_accel.bench.cases import BASELINE, TASKS
+from qwen_vae_accel.bench.cases import BASELINE
 from qwen_vae_accel.bench.harness import Row, geometric_mean
 from qwen_vae_accel.bench.published import LABEL, milliseconds
 from qwen_vae_accel.errors import ConfigError
@@ -180,12 +180,7 @@ class BenchReport:
 
     def sections(self) -> list[tuple[str, tuple[list[str], list[list[str]]]]]:
         """Titles of the tables, with their headings and rows."""
-        found = [(task.capitalize(), self.cells(task)) for task in self.tasks]
-        times = self.kernels or {}
-        for task in TASKS if times else ():
-            title = f"Kernels of the fused {task}r, {times['size']} {times['dtype']}"
-            found.append((title, (kernels.COLUMNS, kernels.grouped(times[task]))))
-        return found
+        return [*((task.capitalize(), self.cells(task)) for task in self.tasks), *kernels.sections(self.kernels)]
 
     def cells(self, task: str) -> tuple[list[str], list[list[str]]]:
         """Headings and rows of the table of ``task``."""

@@ -71,6 +71,7 @@ def bench(
         kernel_size = parse_sizes([kernels])[0] if kernels else None
         effort = Effort.default(where, iters, seconds)
         cases = make_cases(named, wanted, tasks)
+        times = measure(template, where, kind, kernel_size) if kernel_size else None
         with tempfile.TemporaryDirectory(prefix="qwen-vae-accel-bench-") as temporary:
             harness = Harness(template, where, effort, engine_dir or Path(temporary))
             with common.progress(len(cases), "bench") as update:
@@ -90,8 +91,8 @@ def bench(
             "iterations": effort.iterations,
             "seconds": effort.seconds,
             "warmup": effort.warmup,
+            "complete": len(rows) == len(cases),
         }
-        times = measure(template, where, kind, kernel_size) if kernel_size else None
         command = shlex.join(["qwen-vae-accel", *sys.argv[1:]])
         report = BenchReport(rows, machine(where), settings, overhead(where), command, times)
         document = report.as_dict()
@@ -101,7 +102,7 @@ def bench(
             except OSError as error:
                 raise ConfigError(f"cannot write the report to {output}: {error}") from error
             document["files"] = [str(path) for path in written]
-        return common.Outcome(document, report, not any(row.error for row in rows))
+        return common.Outcome(document, report, len(rows) == len(cases) and not any(row.error for row in rows))
 
     common.run(as_json, verbose, work)
 
