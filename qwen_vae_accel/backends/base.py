@@ -130,7 +130,8 @@ class Job:
 class Program(Protocol):
     """Something that runs one network. ``profile`` numbers an engine's optimization profile; others ignore it."""
 
-    nbytes: int
+    @property
+    def nbytes(self) -> int: ...
 
     def __call__(self, x: Tensor, profile: int = 0) -> Tensor: ...
 

@@ -29,7 +29,10 @@ class FusedProgram:
 
     def __init__(self, network: FusedDecoder | FusedEncoder) -> None:
         self.network = network
-        self.nbytes = network.nbytes
+
+    @property
+    def nbytes(self) -> int:
+        return self.network.nbytes
 
     def __call__(self, x: Tensor, profile: int = 0) -> Tensor:
         return self.network(x.contiguous())

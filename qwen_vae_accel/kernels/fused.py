@@ -33,8 +33,8 @@ class FusedConfig:
     """Launch options.
 
     Attributes:
-        graphs: CUDA graphs kept per object, 0 for plain launches. Each holds a buffer for its input and its output.
-        graph_after: Uses of an input shape, with the same scratch block, before it is captured.
+        graphs: CUDA graphs kept per object, 0 for plain launches.
+        graph_after: Uses of an input shape, with the same memory, before it is captured.
         tuning: Tile configurations.
         device: What to know of the GPU, None to ask it.
     """
@@ -59,13 +59,13 @@ def describe_device(device: torch.device) -> Device:
     return Device(properties.multi_processor_count, shared, properties.major >= 9, properties.major == 9)
 
 
-def _nbytes(weights: object) -> int:
+def _nbytes(weights: object, device: torch.device) -> int:
     if isinstance(weights, Tensor):
-        return weights.nbytes
+        return weights.nbytes if weights.device == device else 0
     if isinstance(weights, tuple):
-        return sum(map(_nbytes, weights))
+        return sum(_nbytes(part, device) for part in weights)
     if is_dataclass(weights):
-        return sum(_nbytes(getattr(weights, f.name)) for f in fields(weights))
+        return sum(_nbytes(getattr(weights, f.name), device) for f in fields(weights))
     return 0
 
 
@@ -94,16 +94,21 @@ class _Fused:
         self.config = config or FusedConfig()
         self._traits = self.config.device or describe_device(self.device)
         self._weights = self._pack(Packer(state, dtype, self.device, float8 or {}))
-        self.nbytes = _nbytes(self._weights)
         self._hopper = None
         if self.config.tuning.hopper_convs and self._traits.wgmma:
             from qwen_vae_accel.kernels.hopper import HopperConvs
 
-            self._hopper = HopperConvs()
+            self._hopper = HopperConvs(self.device)
+            self._weights = self._hopper.to_host(self._weights)
         self._programs: OrderedDict[tuple, Program] = OrderedDict()
         self._lock = threading.Lock()
         use_graphs = self.config.graphs > 0 and self.device.type == "cuda"
         self._graphs = GraphCache(self.config.graphs, self.config.graph_after) if use_graphs else None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of GPU memory of the weights."""
+        return _nbytes(self._weights, self.device) + (self._hopper.nbytes if self._hopper is not None else 0)
 
     def _pack(self, pack: Packer):
         raise NotImplementedError

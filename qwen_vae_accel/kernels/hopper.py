@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
 
 import torch
 
@@ -17,22 +19,45 @@ MODES = {"conv": Mode.CONV, "up": Mode.UPSAMPLE, "down": Mode.DOWNSAMPLE}
 class HopperConvs:
     """Makes a layer the first time it is planned, and keeps it: it holds its weights packed another way."""
 
-    def __init__(self, make: Callable[[ConvWeights, Mode], Conv3x3] = Conv3x3):
-        self._make = make
+    def __init__(self, device: torch.device, make: Callable[..., Conv3x3] = Conv3x3):
+        self._device, self._make = device, make
         self._layers: dict[int, tuple[ConvWeights, Conv3x3]] = {}
 
-    def layer(self, weights: ConvWeights, kind: str) -> Conv3x3 | None:
-        """The layer, or None where the Triton kernel must do: 1x1, other widths, a shortcut beside float8, another GPU, no
-        NVRTC."""
+    @property
+    def nbytes(self) -> int:
+        """Bytes of GPU memory of the layers' packed weights."""
+        return sum(layer.nbytes for _, layer in self._layers.values())
+
+    def takes(self, weights: ConvWeights, kind: str) -> bool:
+        """False where the Triton kernel must do: 1x1, other widths, a shortcut beside float8, another GPU, no NVRTC."""
         if kind not in MODES or (kind == "conv" and weights.taps != 9):
-            return None
+            return False
         if weights.shortcut and weights.weight.dtype == FLOAT8:
-            return None
+            return False
+        if self._make is not Conv3x3:
+            return True
+        capability = torch.cuda.get_device_capability(self._device) if self._device.type == "cuda" else None
+        widths = weights.in_channels, weights.out_channels
+        return not unsupported(capability, MODES[kind], *widths, weights.weight.dtype)
+
+    def to_host(self, weights: Any) -> Any:
+        """``weights``, dataclasses and tuples of them, with the matrices of the layers that :meth:`takes` in CPU memory.
+
+        A layer packs from there for each of its schedules, so the GPU holds only what kernels read.
+        """
+        if isinstance(weights, tuple):
+            return tuple(map(self.to_host, weights))
+        if isinstance(weights, ConvWeights):
+            taken = self.takes(weights, "up" if weights.taps == 16 else "conv")
+            return replace(weights, weight=weights.weight.cpu()) if taken else weights
+        if is_dataclass(weights) and not isinstance(weights, type):
+            return replace(weights, **{f.name: self.to_host(getattr(weights, f.name)) for f in fields(weights)})
+        return weights
+
+    def layer(self, weights: ConvWeights, kind: str) -> Conv3x3 | None:
+        """The layer, or None where it is not one that :meth:`takes`."""
         if id(weights) not in self._layers:
-            matrix = weights.weight
-            if self._make is Conv3x3:
-                capability = torch.cuda.get_device_capability(matrix.device) if matrix.is_cuda else None
-                if unsupported(capability, MODES[kind], weights.in_channels, weights.out_channels, matrix.dtype):
-                    return None
-            self._layers[id(weights)] = (weights, self._make(weights, MODES[kind]))
+            if not self.takes(weights, kind):
+                return None
+            self._layers[id(weights)] = (weights, self._make(weights, MODES[kind], device=self._device))
         return self._layers[id(weights)][1]

@@ -116,6 +116,7 @@ class Conv3x3:
         mode: which convolution.
         schedule: compile-time choices; default: by the image size, from measurements.
         cache: directory of compiled kernels; default: ``nvrtc.default_cache()``.
+        device: where to run, if the matrix of ``weights`` is in CPU memory; its other tensors are on the GPU.
 
     Raises:
         ValueError: the layer cannot run here (``unsupported`` lists why).
@@ -128,9 +129,11 @@ class Conv3x3:
         *,
         schedule: Schedule | None = None,
         cache: Path | None = None,
+        device: torch.device | None = None,
     ) -> None:
         matrix = weights.weight
-        capability = torch.cuda.get_device_capability(matrix.device) if matrix.is_cuda else None
+        self.device = matrix.device if device is None else device
+        capability = torch.cuda.get_device_capability(self.device) if self.device.type == "cuda" else None
         if reasons := unsupported(capability, mode, weights.in_channels, weights.out_channels, matrix.dtype):
             raise ValueError("conv3x3: " + "; ".join(reasons))
         if weights.shortcut and matrix.dtype == FLOAT8:
@@ -138,14 +141,19 @@ class Conv3x3:
         self.mode, self.channels, self.out, self.shortcut = (
             mode, weights.in_channels, weights.out_channels, weights.shortcut,
         )  # fmt: skip
-        self.dtype, self.device = matrix.dtype, matrix.device
-        self._index = matrix.get_device()
+        self.dtype = matrix.dtype
+        self._index = torch.cuda.current_device() if self.device.index is None else self.device.index
         self._matrix, self._bias, self._rescale = matrix, weights.bias, weights.rescale
         self._schedule, self._cache = schedule, cache
         self._packed: dict[tuple[int, int], Tensor] = {}
         self._plans: dict[tuple, _Plan] = {}
         self._lock = threading.Lock()
         self._multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of GPU memory of the packed weights."""
+        return sum(packed.nbytes for packed in self._packed.values())
 
     def variant(
         self, grid: Grid, *, residual: bool = False, write_x: bool = False, norm: bool = False, silu: bool = True,
@@ -274,7 +282,7 @@ class Conv3x3:
         key = (schedule.split, schedule.kc)
         with self._lock:
             if key not in self._packed:
-                self._packed[key] = pack(self._matrix, self.mode, self.channels, *key)
+                self._packed[key] = pack(self._matrix, self.mode, self.channels, *key).to(self.device)
             return self._packed[key]
 
     def _check_call(self, grid, after, flat, dtypes, a, x, normed, gamma, residual, shortcut) -> None:
