@@ -1,6 +1,7 @@
 """A small decode and encode of the fused networks, to be run under compute-sanitizer (``make sanitize``).
 
-Both sets of kernels run where the GPU has both, in bfloat16 and the decoder in float8, a batch of odd size, plainly and from a graph.
+Both sets of kernels run where the GPU has both, in bfloat16 and the decoder in float8: a batch of odd size, plainly and from a
+graph.
 """
 
 from __future__ import annotations
