@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -15,13 +16,15 @@ from qwen_vae_accel.kernels import compiling
 from qwen_vae_accel.kernels.compiling import Progress, Tasks
 from qwen_vae_accel.kernels.graphs import GraphCache
 from qwen_vae_accel.kernels.program import Program, Traffic
+from qwen_vae_accel.kernels.timing import launch_ms
 from qwen_vae_accel.kernels.topology import LATENT_CHANNELS, state_reasons
 from qwen_vae_accel.kernels.tuning import Device, Tuning
 from qwen_vae_accel.kernels.weights import Packer
 
 # The kernels' modules need Triton, so they are imported when a network is made.
 if TYPE_CHECKING:
-    from qwen_vae_accel.kernels.network import Planner
+    from qwen_vae_accel.kernels.hopper import HopperConvs
+    from qwen_vae_accel.kernels.network import Planner, Tuned
 
 # The choices of tiles and attention splits change between these.
 _COMPILED_LATENTS = ((8, 8), (32, 32), (64, 64), (96, 128), (166, 166), (240, 240))
@@ -94,11 +97,8 @@ class _Fused:
         self.config = config or FusedConfig()
         self._traits = self.config.device or describe_device(self.device)
         self._weights = self._pack(Packer(state, dtype, self.device, float8 or {}))
-        self._hopper = None
-        if self.config.tuning.hopper_convs and self._traits.wgmma:
-            from qwen_vae_accel.kernels.hopper import HopperConvs
-
-            self._hopper = HopperConvs(self.device)
+        self._hopper = self._hopper_convs(self.config.tuning)
+        if self._hopper is not None:
             self._weights = self._hopper.to_host(self._weights)
         self._programs: OrderedDict[tuple, Program] = OrderedDict()
         self._lock = threading.Lock()
@@ -109,6 +109,13 @@ class _Fused:
     def nbytes(self) -> int:
         """Bytes of GPU memory of the weights."""
         return _nbytes(self._weights, self.device) + (self._hopper.nbytes if self._hopper is not None else 0)
+
+    def _hopper_convs(self, tuning: Tuning) -> HopperConvs | None:
+        if not (tuning.hopper_convs and self._traits.wgmma):
+            return None
+        from qwen_vae_accel.kernels.hopper import HopperConvs
+
+        return HopperConvs(self.device, tuning)
 
     def _pack(self, pack: Packer):
         raise NotImplementedError
@@ -128,6 +135,13 @@ class _Fused:
                 self._programs.popitem(last=False)
             self._programs[shape] = program
         return program
+
+    def tuned_program(self, shape: tuple[int, ...], tuning: Tuning) -> tuple[Program, tuple[Tuned | None, ...]]:
+        """``program`` with another tuning, kept nowhere, and what each of its steps is tuned by."""
+        from qwen_vae_accel.kernels.network import Planner
+
+        planner = Planner(self.dtype, self._traits, tuning, self._hopper_convs(tuning))
+        return self._plan(shape, planner), tuple(planner.tuned)
 
     def __call__(self, image: Tensor) -> Tensor:
         if image.dim() != 4 or image.shape[1] != self.channels or image.dtype != self.dtype:
@@ -189,19 +203,8 @@ class _Fused:
         for step in program.steps:
             traffic = Traffic(memory)
             step.launch(traffic)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                for _ in range(repeats):
-                    step.launch(memory)
-            spans = []
-            for _ in range(3):
-                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                begin.record()
-                graph.replay()
-                end.record()
-                end.synchronize()
-                spans.append(begin.elapsed_time(end) / repeats)
-            times.append(KernelTime(step.kernel, step.shape, min(spans), step.flops / 1e12, traffic.nbytes / 1e9))
+            spent = launch_ms(partial(step.launch, memory), repeats)
+            times.append(KernelTime(step.kernel, step.shape, spent, step.flops / 1e12, traffic.nbytes / 1e9))
         return times
 
 

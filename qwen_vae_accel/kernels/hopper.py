@@ -11,6 +11,7 @@ import torch
 from qwen_vae_accel.kernels.float8 import FLOAT8
 from qwen_vae_accel.kernels.sm90.conv3x3 import Conv3x3, unsupported
 from qwen_vae_accel.kernels.sm90.schedules import Mode
+from qwen_vae_accel.kernels.tuning import Tuning
 from qwen_vae_accel.kernels.weights import ConvWeights
 
 MODES = {"conv": Mode.CONV, "up": Mode.UPSAMPLE, "down": Mode.DOWNSAMPLE}
@@ -19,8 +20,8 @@ MODES = {"conv": Mode.CONV, "up": Mode.UPSAMPLE, "down": Mode.DOWNSAMPLE}
 class HopperConvs:
     """Makes a layer the first time it is planned, and keeps it: it holds its weights packed another way."""
 
-    def __init__(self, device: torch.device, make: Callable[..., Conv3x3] = Conv3x3):
-        self._device, self._make = device, make
+    def __init__(self, device: torch.device, tuning: Tuning, make: Callable[..., Conv3x3] = Conv3x3):
+        self._device, self._tuning, self._make = device, tuning, make
         self._layers: dict[int, tuple[ConvWeights, Conv3x3]] = {}
 
     @property
@@ -59,5 +60,6 @@ class HopperConvs:
         if id(weights) not in self._layers:
             if not self.takes(weights, kind):
                 return None
-            self._layers[id(weights)] = (weights, self._make(weights, MODES[kind], device=self._device))
+            schedules = self._tuning.schedules(kind, weights)
+            self._layers[id(weights)] = (weights, self._make(weights, MODES[kind], device=self._device, schedules=schedules))
         return self._layers[id(weights)][1]

@@ -28,7 +28,7 @@ from qwen_vae_accel.kernels.downsample_conv import downsample_conv
 from qwen_vae_accel.kernels.float8 import FLOAT8
 from qwen_vae_accel.kernels.layout import Grid
 from qwen_vae_accel.kernels.program import Arena, Memory, Program, Slot, Step
-from qwen_vae_accel.kernels.tuning import Device, Tuning
+from qwen_vae_accel.kernels.tuning import ATTENTION_KEY, Device, Key, Tuning, conv_key, schedule_key
 from qwen_vae_accel.kernels.upsample_conv import upsample_conv
 from qwen_vae_accel.kernels.weights import ConvWeights, Packer, SmallConvWeights
 
@@ -124,23 +124,40 @@ def _widths(weights: ConvWeights) -> str:
     return f"{weights.in_channels}->{weights.out_channels}{kind}"
 
 
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """What decides the configuration of a step: the key of ``Tuning``, and the grid that tiles divide."""
+
+    key: Key
+    grid: Grid
+
+
 class Planner:
-    """Lists the launches of one input size and plans their buffers."""
+    """Lists the launches of one input size and plans their buffers. ``tuned`` says what each step is tuned by, if at all."""
 
     def __init__(self, dtype: torch.dtype, device: Device, tuning: Tuning, hopper: HopperConvs | None = None):
         self.dtype, self.device, self.tuning, self.hopper = dtype, device, tuning, hopper
         self.arena = Arena()
         self.steps: list[Step] = []
+        self.tuned: list[Tuned | None] = []
 
     def program(self, output_shape: tuple[int, ...]) -> Program:
         offsets, scratch_bytes = self.arena.place()
         return Program(tuple(self.steps), offsets, scratch_bytes, output_shape)
 
-    def add(self, kernel: str, grid: Grid, flops: int, launch: Callable[[Memory], None]) -> None:
+    def add(self, kernel: str, grid: Grid, flops: int, launch: Callable[[Memory], None], tuned: Tuned | None = None) -> None:
+        self.tuned.append(tuned)
         self.steps.append(Step(kernel, f"{grid.batch}x{grid.height}x{grid.width}", flops, launch))
 
     def layer(self, weights: ConvWeights, kind: str) -> Conv3x3 | None:
         return None if self.hopper is None else self.hopper.layer(weights, kind)
+
+    def convolution(
+        self, kind: str, weights: ConvWeights | SmallConvWeights, grid: Grid, epilogue: str = "", layer: Conv3x3 | None = None
+    ) -> Tuned:
+        if layer is None or isinstance(weights, SmallConvWeights):
+            return Tuned(conv_key(kind, weights, epilogue), grid)
+        return Tuned(schedule_key(kind, weights), grid)
 
     def take(self, grid: Grid, channels: int, scale: float | None = None) -> Slot:
         """A flat matrix; with the scale of a float8 input, in float8."""
@@ -176,7 +193,7 @@ class Planner:
 
         side = 3 if weights.taps == 9 else 1
         name = f"conv{side}x{side} {_widths(weights)} {epilogue}"
-        self.add(name, grid, flops, launch)
+        self.add(name, grid, flops, launch, self.convolution(kind, weights, grid, epilogue, layer))
 
     def conv_in(self, weights: SmallConvWeights, grid: Grid, norm: Norm) -> Level:
         out = weights.out_channels
@@ -188,7 +205,7 @@ class Planner:
             conv_in(m.image, weights, x=m[x], normed=m[normed], norm=norm, config=config, device=device)
 
         flops = 2 * grid.pixels * out * 9 * weights.in_channels
-        self.add(f"conv_in {weights.in_channels}->{out}", grid, flops, launch)
+        self.add(f"conv_in {weights.in_channels}->{out}", grid, flops, launch, self.convolution("in", weights, grid))
         return Level(grid, x, normed)
 
     def residual_block(
@@ -259,8 +276,10 @@ class Planner:
                 partial=m.get(partial), tops=m.get(tops),
             )  # fmt: skip
 
-        self.add(f"qkv {channels}->{3 * channels}", grid, block.qkv.flops(grid.pixels), launch_qkv)
-        self.add(f"attention {channels}", grid, 4 * grid.batch * count * count * channels, launch_attention)
+        tuned = self.convolution("qkv", block.qkv, grid)
+        self.add(f"qkv {channels}->{3 * channels}", grid, block.qkv.flops(grid.pixels), launch_qkv, tuned)
+        flops = 4 * grid.batch * count * count * channels
+        self.add(f"attention {channels}", grid, flops, launch_attention, Tuned(ATTENTION_KEY, grid))
         self.arena.give(tokens, partial, tops)
         normed = self.take(grid, channels)
         self.conv(level, level.normed, block.proj, x=level.x, normed=normed, norm=norm, residual=level.x)
@@ -271,7 +290,8 @@ class Planner:
         grid, device = level.grid, self.device
         large = grid.doubled() if kind == "up" else grid.halved()
         x, normed = self.take(large, weights.out_channels), self.take(large, weights.out_channels, norm.scale)
-        config = self.tuning.conv(kind, weights, grid if kind == "up" else large, device, "")
+        tiled = grid if kind == "up" else large
+        config = self.tuning.conv(kind, weights, tiled, device, "")
         function = upsample_conv if kind == "up" else downsample_conv
         layer = self.layer(weights, kind)
 
@@ -287,7 +307,7 @@ class Planner:
 
         pixels = grid.pixels if kind == "up" else large.pixels
         name = f"{kind}sample {_widths(weights)}"
-        self.add(name, large, weights.flops(pixels), launch)
+        self.add(name, large, weights.flops(pixels), launch, self.convolution(kind, weights, tiled, layer=layer))
         self.arena.give(level.x)
         return Level(large, x, normed)
 

@@ -1,6 +1,7 @@
 """Tile configurations as data, and the choice among them.
 
-The tables were measured on one NVIDIA H200; other GPUs start from the same tables, cut to their shared memory.
+The tables were measured on one NVIDIA H200; other GPUs start from the same tables, cut to their shared memory. What
+``qwen-vae-accel tune`` measured on a GPU (autotune.py, tuned.py) comes first there.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from qwen_vae_accel.kernels.sm90.schedules import Schedule
 
 if TYPE_CHECKING:
     from qwen_vae_accel.kernels.layout import Grid
@@ -85,7 +88,55 @@ H200_CONVS: dict[tuple, tuple[ConvConfig, ...]] = {
 }
 H200_ATTENTION = AttentionConfig(128, 32, 8, 2, specialized=True, rate=550e12)
 
+# What a configuration is for: kernel, input channels, output channels, epilogue; ("attention",); or schedule_key's.
+Key = tuple[str | int, ...]
+Config = ConvConfig | AttentionConfig | Schedule
+
+ATTENTION_KEY: Key = ("attention",)
+SCHEDULE_PREFIX = "sm90 "
+_FLOAT8_SUFFIX = " float8"
 _RESERVED = 20 << 10  # bytes of shared memory left for the epilogue and barriers
+_CHANNELS = 384  # of the attention
+
+
+def conv_key(kind: str, weights: ConvWeights | SmallConvWeights, epilogue: str) -> Key:
+    """Of a Triton convolution."""
+    suffix = _FLOAT8_SUFFIX if weights.weight.element_size() == 1 else ""
+    return kind + suffix, weights.in_channels, weights.out_channels, epilogue
+
+
+def schedule_key(kind: str, weights: ConvWeights) -> Key:
+    """Of a convolution of sm90/, whatever its epilogue."""
+    return SCHEDULE_PREFIX + str(conv_key(kind, weights, "")[0]), weights.in_channels, weights.out_channels
+
+
+def conv_fits(config: ConvConfig, key: Key, device: Device) -> bool:
+    """Whether the operands of a Triton convolution fit into the shared memory of a program."""
+    return config.stages * _stage_bytes(config, key) + _RESERVED <= device.shared_memory
+
+
+def _stage_bytes(config: ConvConfig, key: Key) -> int:
+    itemsize = 1 if str(key[0]).endswith(_FLOAT8_SUFFIX) else 2
+    return itemsize * (config.block_rows + min(int(key[2]), 384)) * config.block_k
+
+
+def attention_fits(config: AttentionConfig, device: Device) -> bool:
+    tiles = config.block_queries + 2 * config.stages * config.block_keys
+    return (device.wgmma or not config.specialized) and 2 * _CHANNELS * tiles + _RESERVED <= device.shared_memory
+
+
+def conv_waves(config: ConvConfig, grid: Grid, device: Device) -> int:
+    """Rounds of tiles, one on each multiprocessor, that cover ``grid``."""
+    return -(-grid.rows // (config.block_rows * device.multiprocessors))
+
+
+def attention_seconds(config: AttentionConfig, grid: Grid, device: Device, splits: int) -> float:
+    """An estimate: whole waves of tiles, and the merging of partial results (fp32 through memory)."""
+    count = grid.height * grid.width
+    tiles = -(-count // config.block_queries) * grid.batch
+    tile_time = 4 * config.block_queries * count * _CHANNELS * 132 / config.rate
+    merge = 5e-6 + 8 * splits * grid.pixels * _CHANNELS / 3.5e12 if splits > 1 else 0.0
+    return -(-tiles * splits // device.multiprocessors) * tile_time / splits + merge
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,53 +144,43 @@ class Tuning:
     """Which configuration each kernel runs with.
 
     ``hopper_convs``: the CUDA C++ convolutions of sm90/ where the GPU and NVRTC allow, else the Triton ones everywhere.
+    ``measured``: configurations found on this very GPU; what is there comes before the tables.
     """
 
     convs: Mapping[tuple, tuple[ConvConfig, ...]] = field(default_factory=lambda: H200_CONVS)
     attention: AttentionConfig = H200_ATTENTION
     hopper_convs: bool = True
+    measured: Mapping[Key, tuple[Config, ...]] = field(default_factory=dict)
+
+    def shipped(self, key: Key, device: Device) -> tuple[ConvConfig, ...]:
+        """The table's configurations of a Triton convolution that fit ``device``."""
+        # Without bulk copies, registers go to addresses, and the table's tiles spill.
+        found = self.convs.get(key, self.convs.get(key[:3], ())) if device.tma else ()
+        return tuple(config for config in found if conv_fits(config, key, device))
 
     def conv(self, kind: str, weights: ConvWeights | SmallConvWeights, grid: Grid, device: Device, epilogue: str) -> ConvConfig:
-        key = (kind, weights.in_channels, weights.out_channels)
-        width, itemsize = min(weights.out_channels, 384), weights.weight.element_size()
-        if itemsize == 1:
-            key = (f"{kind} float8", *key[1:])
-        per_stage = lambda c: itemsize * (c.block_rows + width) * c.block_k  # noqa: E731
-        choices = [
-            config
-            for config in self.convs.get((*key, epilogue), self.convs.get(key, ()))
-            # Without bulk copies, registers go to addresses, and the table's tiles spill.
-            if device.tma and config.stages * per_stage(config) + _RESERVED <= device.shared_memory
-        ]
-        if choices:
-            waves = lambda c: -(-grid.rows // (c.block_rows * device.multiprocessors))  # noqa: E731
-            return min(choices, key=lambda c: waves(c) * c.wave)
-        small = ConvConfig(64, 32, 8 if width > 192 else 4, 1)
-        stages = max(1, min(4, (device.shared_memory - _RESERVED) // per_stage(small)))
+        key = conv_key(kind, weights, epilogue)
+        measured = tuple(config for config in self.measured.get(key, ()) if isinstance(config, ConvConfig))
+        if choices := measured or self.shipped(key, device):
+            return min(choices, key=lambda c: conv_waves(c, grid, device) * c.wave)
+        small = ConvConfig(64, 32, 8 if weights.out_channels > 192 else 4, 1)
+        stages = max(1, min(4, (device.shared_memory - _RESERVED) // _stage_bytes(small, key)))
         return ConvConfig(64, 32, small.warps, stages)
 
     def attention_on(self, device: Device) -> AttentionConfig:
-        channels = 384
+        measured = tuple(config for config in self.measured.get(ATTENTION_KEY, ()) if isinstance(config, AttentionConfig))
         plain = AttentionConfig(128, 32, 8, 2)
-        for choice in (self.attention, plain, AttentionConfig(64, 32, 8, 2), AttentionConfig(64, 16, 8, 1)):
-            if choice.specialized and not device.wgmma:
-                continue
-            tiles = choice.block_queries + 2 * choice.stages * choice.block_keys
-            if 2 * channels * tiles + _RESERVED <= device.shared_memory:
-                return choice
-        return AttentionConfig(32, 16, 4, 1)
+        shipped = (self.attention, plain, AttentionConfig(64, 32, 8, 2), AttentionConfig(64, 16, 8, 1))
+        fitting = (choice for choice in (*measured, *shipped) if attention_fits(choice, device))
+        return next(fitting, AttentionConfig(32, 16, 4, 1))
 
     def attention_splits(self, grid: Grid, device: Device) -> int:
-        """Programs per query tile that fill the GPU best: whole waves against the cost of merging (fp32 to memory)."""
+        """Programs per query tile that fill the GPU best."""
         config = self.attention_on(device)
-        count, channels, processors = grid.height * grid.width, 384, device.multiprocessors
-        tiles = -(-count // config.block_queries) * grid.batch
-        tile_time = 4 * config.block_queries * count * channels * 132 / config.rate
+        most = max(1, min(8, grid.height * grid.width // 256))
+        return min(range(1, most + 1), key=lambda splits: attention_seconds(config, grid, device, splits))
 
-        def cost(splits: int) -> float:
-            waves = -(-tiles * splits // processors)
-            merge = 5e-6 + 8 * splits * grid.pixels * channels / 3.5e12 if splits > 1 else 0.0
-            return waves * tile_time / splits + merge
-
-        most = max(1, min(8, count // 256))
-        return min(range(1, most + 1), key=cost)
+    def schedules(self, kind: str, weights: ConvWeights) -> tuple[Schedule, ...]:
+        """Measured schedules of a convolution of sm90/; none: the ones shipped with it."""
+        found = self.measured.get(schedule_key(kind, weights), ())
+        return tuple(schedule for schedule in found if isinstance(schedule, Schedule))

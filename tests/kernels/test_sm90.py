@@ -300,7 +300,7 @@ def run_all_epilogues(example: Example, layer: Conv3x3) -> None:
 def test_every_kernel_matches_pytorch(mode, channels, out, index, cache):
     example = Example(mode, channels, out, Grid(2, 37, 43), torch.bfloat16)
     schedule = SCHEDULES[mode, channels, out][index]
-    run_all_epilogues(example, Conv3x3(example.weights, mode, schedule=schedule, cache=cache))
+    run_all_epilogues(example, Conv3x3(example.weights, mode, schedules=(schedule,), cache=cache))
 
 
 @hopper
@@ -309,7 +309,7 @@ def test_every_kernel_matches_pytorch(mode, channels, out, index, cache):
 def test_shortcut_matches_pytorch(channels, index, cache):
     example = Example(Mode.CONV, channels, channels, Grid(1, 29, 35), torch.bfloat16, channels // 2)
     schedule = SCHEDULES[Mode.CONV, channels, channels][index]
-    run_all_epilogues(example, Conv3x3(example.weights, schedule=schedule, cache=cache))
+    run_all_epilogues(example, Conv3x3(example.weights, schedules=(schedule,), cache=cache))
 
 
 @hopper

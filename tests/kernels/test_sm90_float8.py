@@ -14,6 +14,7 @@ from qwen_vae_accel.kernels.sm90.conv3x3 import Conv3x3, unsupported
 from qwen_vae_accel.kernels.sm90.packing import channel_order, pack
 from qwen_vae_accel.kernels.sm90.schedules import FLOAT8_SCHEDULES, SHARED_LIMIT, Mode, Variant, choose_schedule
 from qwen_vae_accel.kernels.sm90.source import kernel_source, wgmma_wrapper
+from qwen_vae_accel.kernels.tuning import Tuning
 from qwen_vae_accel.kernels.weights import Packer
 from tests.kernels.cases import (
     float8_norm,
@@ -85,7 +86,7 @@ def test_reasons(monkeypatch):
 def test_a_shortcut_beside_float8_is_left_to_the_other_kernel():
     state = random_layer("conv", 384, 384, 3) | random_layer("short", 384, 192, 1)
     weights = Packer(state, torch.bfloat16, torch.device("cpu"), {"conv": 1.0}).conv("conv", "short")
-    assert HopperConvs(lambda *_: pytest.fail("made")).layer(weights, "conv") is None
+    assert HopperConvs(Tuning(), lambda *_, **__: pytest.fail("made")).layer(weights, "conv") is None
 
 
 # ---- GPU ------------------------------------------------------------------------------------------------------------
@@ -130,7 +131,7 @@ def layer_and_weights(mode, channels, out, dtype, schedule=None, *, float8=True)
     scales = {"c": INPUT_SCALE} if float8 else {}
     pack_layer = Packer(random_layer("c", out, channels, 3), dtype, torch.device("cuda"), scales)
     weights = pack_layer.upsample("c") if mode == Mode.UPSAMPLE else pack_layer.conv("c")
-    return Conv3x3(weights, mode, schedule=schedule), weights
+    return Conv3x3(weights, mode, schedules=() if schedule is None else (schedule,)), weights
 
 
 def run_conv(channels, out, grid, dtype, schedule=None):

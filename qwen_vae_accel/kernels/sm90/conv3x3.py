@@ -114,7 +114,7 @@ class Conv3x3:
     Args:
         weights: a 3x3 convolution of ``kernels.weights``, with or without a shortcut; for UPSAMPLE the folded one.
         mode: which convolution.
-        schedule: compile-time choices; default: by the image size, from measurements.
+        schedules: compile-time choices, the best one for an image size is taken; default: those of the table.
         cache: directory of compiled kernels; default: ``nvrtc.default_cache()``.
         device: where to run, if the matrix of ``weights`` is in CPU memory; its other tensors are on the GPU.
 
@@ -127,7 +127,7 @@ class Conv3x3:
         weights: ConvWeights,
         mode: Mode = Mode.CONV,
         *,
-        schedule: Schedule | None = None,
+        schedules: tuple[Schedule, ...] = (),
         cache: Path | None = None,
         device: torch.device | None = None,
     ) -> None:
@@ -144,7 +144,7 @@ class Conv3x3:
         self.dtype = matrix.dtype
         self._index = torch.cuda.current_device() if self.device.index is None else self.device.index
         self._matrix, self._bias, self._rescale = matrix, weights.bias, weights.rescale
-        self._schedule, self._cache = schedule, cache
+        self._schedules, self._cache = schedules, cache
         self._packed: dict[tuple[int, int], Tensor] = {}
         self._plans: dict[tuple, _Plan] = {}
         self._lock = threading.Lock()
@@ -163,9 +163,10 @@ class Conv3x3:
         to compile it early."""
         a8 = self.dtype == FLOAT8
         tiled = grid.halved() if self.mode == Mode.DOWNSAMPLE else grid
-        schedule = self._schedule or choose_schedule(
-            self.mode, self.channels, self.out, grid.batch, tiled.height, tiled.width, self._multiprocessors, a8
-        )
+        schedule = choose_schedule(
+            self.mode, self.channels, self.out, grid.batch, tiled.height, tiled.width, self._multiprocessors, a8,
+            self._schedules,
+        )  # fmt: skip
         level = (2 if silu else 1) if norm else 0
         return Variant(self.mode, self.channels, self.out, self.shortcut, residual, write_x, level, schedule, a8, x8, n8)
 

@@ -29,6 +29,7 @@ class Schedule:
     resident: bool = False  # weights stay in shared memory, warpgroups take turns
     warpgroups: int = 2
     stagger: int = 0  # steps by which the second warpgroup follows the first
+    cost: float = 1.0  # time of a tile's pixel, relative to the alternatives; not part of the kernel
 
     @property
     def threads(self) -> int:
@@ -106,8 +107,9 @@ class Variant:
 _RESIDENT = Schedule(split=1, kc=32, mb=2, a_stages=5, b_stages=1, resident=True)
 _WIDE = Schedule(split=1, kc=32, mb=2, a_stages=3, b_stages=9, r_stages=3, stagger=8)
 _PAIR = Schedule(split=2, kc=32, mb=2, a_stages=3, b_stages=9, r_stages=3, stagger=8)
-_SMALL_192 = Schedule(split=2, kc=32, mb=1, a_stages=4, b_stages=16, r_stages=3)
-_SMALL_384 = Schedule(split=4, kc=64, mb=1, a_stages=3, b_stages=8, r_stages=3)
+# A tile of one 8x8 block per warpgroup loads its weights for half as many pixels.
+_SMALL_192 = Schedule(split=2, kc=32, mb=1, a_stages=4, b_stages=16, r_stages=3, cost=1.25)
+_SMALL_384 = Schedule(split=4, kc=64, mb=1, a_stages=3, b_stages=8, r_stages=3, cost=1.25)
 
 # (mode, input channels, output channels) -> candidates, the fastest on a full GPU first. Measured on one NVIDIA H200.
 SCHEDULES: dict[tuple[Mode, int, int], tuple[Schedule, ...]] = {
@@ -128,7 +130,6 @@ _FLOAT8_LAYERS = (
     (Mode.UPSAMPLE, 384, 192), (Mode.UPSAMPLE, 192, 96),
 )  # fmt: skip
 FLOAT8_SCHEDULES = {layer: tuple(replace(s, kc=2 * s.kc) for s in SCHEDULES[layer]) for layer in _FLOAT8_LAYERS}
-_NARROW_TILE_COST = 1.25  # a tile of one 8x8 block per warpgroup loads its weights for half as many pixels
 
 
 def tile_count(schedule: Schedule, mode: Mode, batch: int, height: int, width: int) -> tuple[int, int, int]:
@@ -146,16 +147,18 @@ def grid_blocks(schedule: Schedule, mode: Mode, tiles: int, multiprocessors: int
     return clusters * schedule.split
 
 
+def busiest_block(schedule: Schedule, mode: Mode, batch: int, height: int, width: int, multiprocessors: int) -> float:
+    """Pixels, times its share of the channels, that the busiest block has to do: whole rounds of tiles, not fractions."""
+    tiles = tile_count(schedule, mode, batch, height, width)[2]
+    clusters = grid_blocks(schedule, mode, tiles, multiprocessors) // schedule.split
+    rows, columns = schedule.tile()
+    return -(-tiles // clusters) * rows * columns / schedule.split
+
+
 def choose_schedule(
-    mode: Mode, channels: int, out: int, batch: int, height: int, width: int, multiprocessors: int, float8: bool = False
-) -> Schedule:
-    """The candidate whose busiest block has the least to do (whole rounds of tiles count, not fractions)."""
-
-    def cost(schedule: Schedule) -> float:
-        tiles = tile_count(schedule, mode, batch, height, width)[2]
-        clusters = grid_blocks(schedule, mode, tiles, multiprocessors) // schedule.split
-        rows, columns = schedule.tile()
-        narrow = _NARROW_TILE_COST if schedule.mb == 1 else 1.0
-        return -(-tiles // clusters) * rows * columns / schedule.split * narrow
-
-    return min((FLOAT8_SCHEDULES if float8 else SCHEDULES)[mode, channels, out], key=cost)
+    mode: Mode, channels: int, out: int, batch: int, height: int, width: int, multiprocessors: int, float8: bool = False,
+    schedules: tuple[Schedule, ...] = (),
+) -> Schedule:  # fmt: skip
+    """The one of ``schedules`` (default: of the table) whose busiest block takes least."""
+    choices = schedules or (FLOAT8_SCHEDULES if float8 else SCHEDULES)[mode, channels, out]
+    return min(choices, key=lambda s: s.cost * busiest_block(s, mode, batch, height, width, multiprocessors))
