@@ -59,5 +59,9 @@ class BuildError(EngineError):
     """A backend failed to build an engine; nothing that was there before is lost."""
 
 
+class TuningError(AccelError, RuntimeError):
+    """Tuned kernels do not compute what the shipped ones do; nothing was stored."""
+
+
 class HandleError(AccelError, RuntimeError):
     """An accelerated VAE used against its handle's state: restored, replaced, configured twice."""

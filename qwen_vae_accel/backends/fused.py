@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -12,9 +13,12 @@ from torch import Tensor
 from qwen_vae_accel.backends.base import DirectBackend, Environment, Job
 from qwen_vae_accel.engines.calibration import calibrated_peaks, measured_peaks
 from qwen_vae_accel.errors import BackendUnavailableError
-from qwen_vae_accel.kernels import FusedDecoder, FusedEncoder, device_reasons
+from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder, device_reasons
 from qwen_vae_accel.kernels.float8 import input_scales
+from qwen_vae_accel.kernels.fused import describe_device
 from qwen_vae_accel.kernels.topology import IMAGE_CHANNELS, LATENT_CHANNELS, WIDTHS
+from qwen_vae_accel.kernels.tuned import Machine, read_tuned
+from qwen_vae_accel.kernels.tuning import Tuning
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.progress import progress_bar
 
@@ -22,6 +26,12 @@ logger = logging.getLogger(__name__)
 
 # float16 ends at 65504. The calibration input is one sample of many: what it leaves is the margin for the others.
 _FLOAT16_LIMIT = 65504 / 4
+
+
+def _tuning(folder: Path | None, device: torch.device) -> Tuning:
+    """What ``qwen-vae-accel tune`` found for this GPU in the engine directory, or what ships."""
+    tuned = None if folder is None else read_tuned(folder, Machine.of(device), describe_device(device))
+    return Tuning() if tuned is None else tuned.tuning()
 
 
 class FusedProgram:
@@ -71,7 +81,8 @@ class FusedBackend(DirectBackend):
         kind = FusedEncoder if job.method == "encode" else FusedDecoder
         state = source.state(job.method)
         float8 = self._float8_scales(source, job, state) if job.float8 else {}
-        network = kind(state, dtype=job.dtype, device=job.device, float8=float8)
+        config = FusedConfig(tuning=_tuning(source.folder, job.device))
+        network = kind(state, dtype=job.dtype, device=job.device, config=config, float8=float8)
         with progress_bar() as update:
             network.compile(lambda done, total: update(f"kernels of the {job.method}r", done, total))
         return FusedProgram(network)

@@ -13,6 +13,7 @@ from qwen_vae_accel.cli.demo import demo
 from qwen_vae_accel.cli.engines import adopt, build, list_engines, prune
 from qwen_vae_accel.cli.report import report
 from qwen_vae_accel.cli.serve_bench import serve_bench
+from qwen_vae_accel.cli.tune import tune
 from qwen_vae_accel.cli.verify import verify
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.command()(build)
 app.command("list")(list_engines)
 app.command()(verify)
+app.command()(tune)
 app.command()(bench)
 app.command("serve-bench")(serve_bench)
 app.command()(report)

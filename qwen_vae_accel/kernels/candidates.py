@@ -13,6 +13,7 @@ from qwen_vae_accel.kernels.sm90.schedules import FLOAT8_SCHEDULES, SCHEDULES, S
 from qwen_vae_accel.kernels.tuning import (
     ATTENTION_KEY,
     H200_ATTENTION,
+    H200_CONVS,
     SCHEDULE_PREFIX,
     AttentionConfig,
     Config,
@@ -46,7 +47,7 @@ def candidates(key: Key, device: Device) -> tuple[Config, ...]:
             if not epilogue:
                 kind, _, float8 = name.removeprefix(SCHEDULE_PREFIX).partition(" ")
                 return tuple(dict.fromkeys(_schedules(MODES[kind], channels, out, bool(float8))))
-        elif len(epilogue) == 1:
+        elif len(epilogue) == 1 and isinstance(epilogue[0], str) and key[:3] in H200_CONVS:
             found = (*Tuning().shipped(key, device), *_convs(name, channels, out, key, device))
             return tuple(dict.fromkeys(replace(config, wave=1.0) for config in found))
     except (KeyError, TypeError, ValueError):
@@ -58,7 +59,7 @@ def _convs(kind: str, channels: int, out: int, key: Key, device: Device) -> Iter
     width = min(out, 384)
     name, _, float8 = kind.partition(" ")
     depths = [32] if name == "in" else [k for k in (32, 64, 128) if channels % k == 0][: 3 if float8 else 2][-2:]
-    for rows, warps in _TILES:
+    for rows, warps in _TILES if device.tma else ((32, 4), *_TILES):  # warpgroup instructions need 64 rows
         if rows * width // (32 * warps) not in _ACCUMULATORS:
             continue
         for depth in depths:

@@ -96,6 +96,7 @@ class _Fused:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.config = config or FusedConfig()
         self._traits = self.config.device or describe_device(self.device)
+        self.float8 = bool(float8)
         self._weights = self._pack(Packer(state, dtype, self.device, float8 or {}))
         self._hopper = self._hopper_convs(self.config.tuning)
         if self._hopper is not None:

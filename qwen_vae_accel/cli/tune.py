@@ -1,0 +1,98 @@
+"""``qwen-vae-accel tune``: the fastest configurations of the fused kernels on this GPU."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from qwen_vae_accel.backends.base import Environment
+from qwen_vae_accel.cli import common
+from qwen_vae_accel.config import DTYPES, dtype_name
+from qwen_vae_accel.engines.store import EngineStore
+from qwen_vae_accel.errors import BackendUnavailableError, ConfigError, EngineError
+from qwen_vae_accel.kernels import device_reasons
+from qwen_vae_accel.kernels.topology import DTYPES as KERNEL_DTYPES
+from qwen_vae_accel.plan import Size, parse_size
+from qwen_vae_accel.progress import progress_bar
+
+_SIZES = ("512x512", "1024x1024", "1664x928")
+
+
+def tune(
+    engine_dir: Annotated[Path, typer.Option("--engine-dir", help="Folder of the engines; the result is kept there.")],
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float16, to measure with; the result serves both.")] = "bfloat16",
+    sizes: Annotated[
+        str, typer.Option(help="Names or WxH, comma-separated: image sizes to measure at.", show_default=True)
+    ] = ",".join(_SIZES),
+    device: common.Device = None,
+    as_json: common.Json = False,
+    verbose: common.Verbose = False,
+) -> None:
+    """Measure the fused kernels' configurations on this GPU and keep the fastest. Takes minutes; needs no weights."""
+
+    def work() -> common.Outcome:
+        kind = DTYPES[dtype_name(dtype)]
+        if kind not in KERNEL_DTYPES:
+            raise ConfigError(f"dtype must be bfloat16 or float16, not {dtype}")
+        wanted = tuple(map(parse_size, common.split(sizes) or _SIZES))
+        where = common.parse_device(device)
+        reasons = device_reasons(where, kind, Environment.detect(where).capability)
+        if reasons:
+            raise BackendUnavailableError("fused", reasons)
+        _require_writable(engine_dir)
+        return _tune(engine_dir, kind, wanted, where)
+
+    common.run(as_json, verbose, work)
+
+
+def _require_writable(folder: Path) -> None:
+    """Before minutes of measuring."""
+    try:
+        root = EngineStore(folder).root
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=root, prefix=".tuning_"):
+            pass
+    except OSError as error:
+        raise EngineError(f"cannot write in the engine directory {folder}: {error}") from error
+
+
+def _tune(folder: Path, dtype: torch.dtype, sizes: tuple[Size, ...], device: torch.device) -> common.Outcome:
+    from qwen_vae_accel.kernels.autotune import tune as measure
+    from qwen_vae_accel.kernels.tuned import Machine, TunedGpu, write_tuned
+
+    with progress_bar(common.stderr, transient=False) as update:
+        kernels = measure(dtype, device, [(size.height, size.width) for size in sizes], update)
+    tuned = TunedGpu(
+        machine=Machine.of(device), torch=str(torch.__version__), dtype=str(dtype).removeprefix("torch."),
+        sizes=tuple(map(str, sizes)), made_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        kernels=tuple(kernels),
+    )  # fmt: skip
+    try:
+        path = write_tuned(folder, tuned)
+    except OSError as error:
+        raise EngineError(f"cannot write in the engine directory {folder}: {error}") from error
+    return common.Outcome({"file": os.fspath(path), **tuned.as_dict()}, _view(tuned, path))
+
+
+def _view(tuned: Any, path: Path) -> Group:
+    table = Table()
+    for column in ("kernel", "shipped ms", "tuned ms", "configurations"):
+        table.add_column(column, justify="right" if column.endswith("ms") else "left", overflow="fold")
+    for kernel in tuned.kernels:
+        table.add_row(
+            " ".join(map(str, kernel.key)), f"{kernel.shipped_milliseconds:.3f}", f"{kernel.milliseconds:.3f}",
+            Text("\n".join(map(str, kernel.choices)) or "as shipped"),
+        )  # fmt: skip
+    shipped = sum(kernel.shipped_milliseconds for kernel in tuned.kernels)
+    chosen = sum(kernel.milliseconds for kernel in tuned.kernels)
+    note = f"{chosen:.2f} ms where the shipped configurations take {shipped:.2f}: each kernel once at each of its sizes"
+    return Group(table, Text(f"{note}\nkept in {path}"))

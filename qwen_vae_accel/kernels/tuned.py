@@ -1,0 +1,198 @@
+"""What tuning found on one GPU, kept as versioned JSON beside the engines: ``tuning_<GPU>.json``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import tempfile
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen_vae_accel.kernels.candidates import candidates
+from qwen_vae_accel.kernels.sm90.schedules import Schedule
+from qwen_vae_accel.kernels.tuning import (
+    ATTENTION_KEY,
+    SCHEDULE_PREFIX,
+    AttentionConfig,
+    Config,
+    ConvConfig,
+    Device,
+    Key,
+    Tuning,
+)
+
+logger = logging.getLogger(__name__)
+
+_VERSION = 1
+_RELATIVE = {ConvConfig: ("wave", 1.0), Schedule: ("cost", 1.0), AttentionConfig: ("rate", 390e12)}
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What measured configurations are tied to."""
+
+    gpu: str
+    compute_capability: str
+    multiprocessors: int
+    triton: str
+
+    @classmethod
+    def of(cls, device: torch.device) -> Machine:
+        """The GPU ``device`` and the installed Triton."""
+        properties = torch.cuda.get_device_properties(device)
+        try:
+            triton = version("triton")
+        except PackageNotFoundError:
+            triton = "none"
+        capability = f"{properties.major}.{properties.minor}"
+        return cls(properties.name, capability, properties.multi_processor_count, triton)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One kernel. ``choices`` is empty where nothing was faster than what ships.
+
+    ``milliseconds`` and ``shipped_milliseconds``: sums over the same launches, one for each different size it was measured at.
+    """
+
+    key: Key
+    choices: tuple[Config, ...]
+    milliseconds: float
+    shipped_milliseconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class TunedGpu:
+    """The result of one run of ``tune``.
+
+    ``dtype``: measured with, such as ``"bfloat16"``; the choices serve float16 as well. ``made_at``: ISO 8601, UTC.
+    """
+
+    machine: Machine
+    torch: str
+    dtype: str
+    sizes: tuple[str, ...]
+    made_at: str
+    kernels: tuple[Measured, ...]
+
+    def tuning(self, base: Tuning | None = None) -> Tuning:
+        """``base`` with these choices before its own."""
+        base = base or Tuning()
+        found = {kernel.key: kernel.choices for kernel in self.kernels if kernel.choices}
+        return Tuning(base.convs, base.attention, base.hopper_convs, {**base.measured, **found})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"version": _VERSION, **asdict(self)}
+
+    def dumps(self) -> str:
+        """As JSON."""
+        return json.dumps(self.as_dict(), indent=1) + "\n"
+
+    @classmethod
+    def loads(cls, text: str, machine: Machine, device: Device) -> TunedGpu:
+        """From JSON, to be used on ``machine``, whose GPU is ``device``.
+
+        Raises:
+            ValueError: it is no such JSON, has another version, was measured elsewhere, or names what tuning never tries.
+        """
+        try:
+            document = json.loads(text)
+            if document["version"] != _VERSION:
+                raise ValueError(f"version {document['version']!r} of the schema; this release reads {_VERSION}")
+            if different := _differences(Machine(**document["machine"]), machine):
+                raise ValueError(f"measured with {'; '.join(different)}: qwen-vae-accel tune measures again")
+            kernels = tuple(_measured(entry, device) for entry in document["kernels"])
+            if len({kernel.key for kernel in kernels}) != len(kernels):
+                raise ValueError("a kernel is listed twice")
+            return cls(
+                machine, _text(document["torch"]), _text(document["dtype"]), tuple(map(_text, document["sizes"])),
+                _text(document["made_at"]), kernels,
+            )  # fmt: skip
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"not a tuning: {type(error).__name__} {error}") from error
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is no text")
+    return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{value!r} is no positive number")
+    return float(value)
+
+
+def _differences(measured: Machine, here: Machine) -> list[str]:
+    pairs = ((field.name, getattr(measured, field.name), getattr(here, field.name)) for field in fields(Machine))
+    return [f"{name} {theirs}, here {ours}" for name, theirs, ours in pairs if theirs != ours]
+
+
+def _measured(entry: Any, device: Device) -> Measured:
+    key = tuple(entry["key"])
+    known = candidates(key, device)
+    kind = AttentionConfig if key == ATTENTION_KEY else Schedule if str(key[0]).startswith(SCHEDULE_PREFIX) else ConvConfig
+    choices = tuple(_choice(kind, values, known) for values in entry["choices"])
+    if len(choices) > 2:
+        raise ValueError(f"{len(choices)} choices for {key}; at most two are made")
+    return Measured(key, choices, _number(entry["milliseconds"]), _number(entry["shipped_milliseconds"]))
+
+
+def _choice(kind: type, values: dict[str, Any], known: tuple[Config, ...]) -> Config:
+    name, neutral = _RELATIVE[kind]
+    relative = _number(values[name])
+    if set(values) != {field.name for field in fields(kind)}:
+        raise ValueError(f"{values} has other fields than {kind.__name__}")
+    for config in known:
+        tried = asdict(config)
+        if all(type(tried[key]) is type(value) and tried[key] == value for key, value in values.items() if key != name):
+            return kind(**{**tried, name: relative})
+    raise ValueError(f"{values} is not among the configurations that are tried")
+
+
+def tuning_path(folder: Path, gpu: str) -> Path:
+    """Where the tuning of the GPU of that name is kept."""
+    return folder / f"tuning_{re.sub(r'[^a-z0-9]+', '_', gpu.lower()).strip('_')}.json"
+
+
+def write_tuned(folder: Path, tuned: TunedGpu) -> Path:
+    """Keep ``tuned`` in ``folder``, in place of an earlier one of this GPU; whoever reads meanwhile finds either whole.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = tuning_path(folder, tuned.machine.gpu)
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".tuning_")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(tuned.dumps())
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def read_tuned(folder: Path, machine: Machine, device: Device) -> TunedGpu | None:
+    """The tuning of ``machine`` in ``folder``; None, with the reason logged, where there is none that serves."""
+    path = tuning_path(folder, machine.gpu)
+    try:
+        return TunedGpu.loads(path.read_text(encoding="utf-8"), machine, device)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        logger.warning("%s is not used, the shipped configurations are: %s", path, error)
+        return None

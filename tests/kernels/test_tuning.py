@@ -1,0 +1,414 @@
+"""Tuning without a GPU: candidates, the choice among measured times, the file, who reads it. At the end, one with a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+from qwen_vae_accel.backends import fused as backend_module
+from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder, compiling
+from qwen_vae_accel.kernels.autotune import Tuner, random_networks
+from qwen_vae_accel.kernels.candidates import candidates
+from qwen_vae_accel.kernels.choice import Case, choose
+from qwen_vae_accel.kernels.fused import describe_device
+from qwen_vae_accel.kernels.hopper import MODES, HopperConvs
+from qwen_vae_accel.kernels.layout import Grid
+from qwen_vae_accel.kernels.sm90.schedules import SHARED_LIMIT, Mode, Schedule, Variant, choose_schedule
+from qwen_vae_accel.kernels.topology import decoder_shapes, encoder_shapes
+from qwen_vae_accel.kernels.tuned import Machine, Measured, TunedGpu, read_tuned, tuning_path, write_tuned
+from qwen_vae_accel.kernels.tuning import (
+    ATTENTION_KEY,
+    AttentionConfig,
+    ConvConfig,
+    Device,
+    Tuning,
+    attention_fits,
+    conv_fits,
+    conv_waves,
+)
+from qwen_vae_accel.kernels.weights import ConvWeights
+
+H200 = Device(132, 232448, True, True)
+ADA = Device(128, 101376, False, False)
+RELATIVE = {ConvConfig: "wave", Schedule: "cost", AttentionConfig: "rate"}
+MACHINE = Machine("NVIDIA H200", "9.0", 132, "3.6.0")
+CONV_KEYS = [
+    ("in", 16, 384, ""), ("in", 3, 96, ""), ("qkv", 384, 1152, ""), ("proj", 384, 384, "residual x norm"),
+    ("conv", 96, 96, "norm"), ("conv", 192, 192, "residual x norm"), ("conv", 384, 384, "x"), ("up", 384, 192, ""),
+    ("down", 192, 192, ""), ("conv float8", 96, 96, "norm"), ("conv float8", 384, 384, "norm"), ("up float8", 192, 96, ""),
+]  # fmt: skip
+SCHEDULE_KEYS = [
+    ("sm90 conv", 96, 96), ("sm90 conv", 192, 192), ("sm90 conv", 384, 384), ("sm90 up", 192, 96), ("sm90 down", 384, 384),
+    ("sm90 conv float8", 192, 384), ("sm90 up float8", 384, 192),
+]  # fmt: skip
+
+
+def meta_networks() -> list:
+    config = FusedConfig(graphs=0, device=H200)
+    return [
+        cls({n: torch.empty(s, device="meta") for n, s in shapes.items()}, dtype=torch.bfloat16, device=torch.device("meta"),
+            config=config)
+        for cls, shapes in ((FusedDecoder, decoder_shapes(3)), (FusedEncoder, encoder_shapes(3)))
+    ]  # fmt: skip
+
+
+# ---- candidates -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", [H200, ADA], ids=["H200", "without bulk copies"])
+@pytest.mark.parametrize("key", [*CONV_KEYS, ATTENTION_KEY], ids=str)
+def test_candidates_fit_and_are_few(key, device):
+    found = candidates(key, device)
+    assert 2 <= len(found) == len(set(found)) <= 24
+    for config in found:
+        if isinstance(config, AttentionConfig):
+            assert attention_fits(config, device)
+        else:
+            assert conv_fits(config, key, device) and config.wave == 1.0
+            assert key[0] == "in" or key[1] % config.block_k == 0
+            assert config.per_sm == 0 or key[0].startswith(("conv", "proj"))
+
+
+@pytest.mark.parametrize("key", SCHEDULE_KEYS, ids=str)
+def test_schedules_to_try_keep_the_rules_of_the_kernel(key):
+    """Those of the static assertions of conv.cu, and that the second warpgroup is let go before the rings are empty."""
+    kind, _, float8 = key[0].removeprefix("sm90 ").partition(" ")
+    mode = MODES[kind]
+    found = candidates(key, H200)
+    assert 2 <= len(found) == len(set(found)) <= 24
+    for schedule in found:
+        variant = Variant(mode, *key[1:], 0, mode == Mode.CONV, True, 2, schedule, bool(float8), bool(float8), bool(float8))
+        assert variant.shared_bytes() <= SHARED_LIMIT and variant.pixel_bytes in (64, 128) and variant.columns % 32 == 0
+        assert schedule.resident or schedule.stagger < schedule.b_stages
+        assert schedule.stagger // (9 if mode == Mode.CONV else 4) < schedule.a_stages
+        assert schedule.cost == 1.0
+
+
+@pytest.mark.parametrize(
+    "key", [("conv", 96, 96), ("conv", 96, 100, "norm"), ("sm90 conv", 96, 384), (), ("no", 1), (3, 4, 5, 6)]
+)
+def test_what_is_no_kernel_has_no_candidates(key):
+    with pytest.raises(ValueError, match="no kernel"):
+        candidates(key, H200)
+
+
+# ---- the choice -----------------------------------------------------------------------------------------------------
+
+CASES = [Case("conv3x3 384->384 norm", f"1x{side}x{side}", Grid(1, side, side)) for side in (64, 128, 256)]
+KEY = ("conv", 384, 384, "norm")
+WIDE, NARROW, OTHER = ConvConfig(128, 64, 8, 3), ConvConfig(64, 64, 4, 3), ConvConfig(64, 64, 8, 2)
+
+
+def times(config: ConvConfig, wave: float) -> dict[Case, float]:
+    return {case: conv_waves(config, case.grid, H200) * wave for case in CASES}
+
+
+def test_the_fastest_wins_alone():
+    spent = {config: dict.fromkeys(CASES, ms) for config, ms in ((WIDE, 1.0), (NARROW, 0.5), (OTHER, 2.0))}
+    assert choose(KEY, spent, H200) == (NARROW,)
+
+
+def test_small_tiles_for_small_images_with_their_relative_cost():
+    spent = {WIDE: times(WIDE, 1.0), NARROW: times(NARROW, 0.57), OTHER: times(OTHER, 0.9)}
+    first, second = choose(KEY, spent, H200)
+    assert (first, dataclasses.replace(second, wave=1.0)) == (WIDE, NARROW) and second.wave == pytest.approx(0.57)
+    tuning = Tuning(measured={KEY: (first, second)})
+    weights = ConvWeights(torch.empty(384, 9 * 384, dtype=torch.bfloat16), torch.empty(384), 384, 9)
+    for case in CASES:
+        taken = tuning.conv("conv", weights, case.grid, H200, "norm")
+        assert spent[dataclasses.replace(taken, wave=1.0)][case] == min(found[case] for found in spent.values())
+
+
+def test_what_failed_anywhere_is_not_chosen():
+    spent = {WIDE: times(WIDE, 1.0), NARROW: {CASES[0]: 0.001, CASES[1]: math.inf}, OTHER: {}}
+    assert choose(KEY, spent, H200) == (WIDE,)
+    assert choose(KEY, {WIDE: {}}, H200) == ()
+
+
+def test_schedules_are_chosen_by_the_busiest_block():
+    wide, narrow = candidates(("sm90 conv", 384, 384), H200)[:2]
+    large, small = CASES[2], CASES[0]
+    spent = {wide: {large: 1.0, small: 0.1}, narrow: {large: 1.4, small: 0.06}}
+    found = choose(("sm90 conv", 384, 384), spent, H200)
+    assert {dataclasses.replace(schedule, cost=1.0) for schedule in found} == {wide, narrow}
+    for case, expected in ((large, wide), (small, narrow)):
+        taken = choose_schedule(Mode.CONV, 384, 384, 1, case.grid.height, case.grid.width, 132, schedules=found)
+        assert dataclasses.replace(taken, cost=1.0) == expected
+
+
+def test_attention_gets_the_rate_it_was_measured_at():
+    config = AttentionConfig(128, 32, 8, 2)
+    case = Case("attention 384", "1x128x128", Grid(1, 128, 128))
+    (found,) = choose(ATTENTION_KEY, {config: {case: 2.0}}, H200)
+    assert dataclasses.replace(found, rate=config.rate) == config
+    assert found.rate == pytest.approx(4 * 128 * 128**2 * 384 * 132 / 2e-3, rel=0.01)  # one wave of 128 tiles
+
+
+# ---- measuring, with a clock that knows who is fastest --------------------------------------------------------------
+
+
+class FakeClock:
+    """A kernel's last candidate takes half the time of anything else."""
+
+    def __init__(self, device: Device, broken: tuple = ()):
+        self.device, self.broken, self.calls = device, broken, 0
+
+    def prepare(self, program, memory) -> None:
+        pass
+
+    def __call__(self, trial, fastest: float = math.inf) -> float:
+        self.calls += 1
+        choices = trial.tuning.measured.get(trial.key, ())
+        if self.broken and choices and choices[0] in self.broken:
+            return math.inf
+        best = candidates(trial.key, self.device)[-1]
+        neutral = {RELATIVE[type(best)]: getattr(best, RELATIVE[type(best)])}
+        return 0.5 if choices and dataclasses.replace(choices[0], **neutral) == best else 1.0
+
+
+class Layer:
+    """Of sm90/, never launched."""
+
+    def __init__(self, weights, mode, schedules=()):
+        pass
+
+
+@pytest.mark.parametrize("hopper", [False, True])
+def test_every_kernel_of_the_networks_gets_its_fastest(monkeypatch, hopper):
+    if hopper:
+        monkeypatch.setattr(FusedDecoder, "_hopper_convs", lambda self, tuning: HopperConvs(tuning, Layer))
+        monkeypatch.setattr(FusedEncoder, "_hopper_convs", lambda self, tuning: HopperConvs(tuning, Layer))
+    steps = []
+    clock = FakeClock(H200)
+    tuner = Tuner(
+        meta_networks(), [(64, 64), (512, 512)], H200, clock=clock, progress=lambda *step: steps.append(step)
+    )  # fmt: skip
+    kinds = {key[0] for key in tuner.candidates}
+    sm90 = {"sm90 conv", "sm90 up", "sm90 down"}
+    assert kinds == {"in", "qkv", "proj", "attention"} | (sm90 if hopper else {"conv", "up", "down"})
+    measured = tuner.run()
+    assert [kernel.key for kernel in measured] == list(tuner.candidates)
+    for kernel in measured:
+        (choice,) = kernel.choices
+        best = candidates(kernel.key, H200)[-1]
+        assert dataclasses.replace(choice, rate=best.rate) == best if kernel.key == ATTENTION_KEY else choice == best
+        assert kernel.milliseconds == pytest.approx(kernel.shipped_milliseconds / 2)
+    assert all(done <= total for _, done, total in steps) and {text for text, *_ in steps} >= {"measure candidates"}
+
+
+def test_a_candidate_that_cannot_run_is_tried_once_and_left_out():
+    key = ("qkv", 384, 1152, "")
+    clock = FakeClock(H200, broken=(candidates(key, H200)[-1],))
+    tuner = Tuner(meta_networks(), [(64, 64), (128, 128)], H200, only=lambda k: k == key, clock=clock)
+    (kernel,) = tuner.run()
+    assert kernel.key == key and kernel.choices == () and kernel.milliseconds == kernel.shipped_milliseconds
+    # Each of the others at both sizes, the broken one at the first; then twice the shipped one: nothing is to be compared.
+    assert clock.calls == 2 * len(candidates(key, H200)) - 1 + 2 * 2 * 2
+
+
+def test_what_does_not_compile_is_not_measured(monkeypatch):
+    key = ("qkv", 384, 1152, "")
+
+    def task(options):
+        if options["num_stages"] == 3:
+            raise RuntimeError("ptxas")
+
+    def listed(self, tasks, grid, *args, **options):
+        name = (id(self), *sorted(options.items()))
+        tasks.setdefault(name, lambda: task(options))
+
+    monkeypatch.setattr(compiling.Kernel, "_list", listed)
+    monkeypatch.setattr(compiling, "run", lambda tasks, device, progress: [task() for task in tasks.values()])
+    seen = set()
+
+    class Recorder(FakeClock):
+        def __call__(self, trial, fastest=math.inf):
+            seen.update(trial.tuning.measured.get(trial.key, ()))
+            return super().__call__(trial, fastest)
+
+    tuner = Tuner(meta_networks(), [(64, 64)], H200, only=lambda k: k == key, clock=Recorder(H200))
+    tuner.compile(torch.device("meta"))
+    tuner.measure()
+    assert seen == {config for config in candidates(key, H200) if config.stages != 3} != set(candidates(key, H200))
+
+
+# ---- the file -------------------------------------------------------------------------------------------------------
+
+positive = st.floats(min_value=1e-6, max_value=1e16, allow_nan=False)
+
+
+@st.composite
+def measured_kernels(draw):
+    kernels = []
+    for key in draw(st.lists(st.sampled_from([*CONV_KEYS, *SCHEDULE_KEYS, ATTENTION_KEY]), unique=True)):
+        choices = []
+        most = 1 if key == ATTENTION_KEY else 2
+        for config in draw(st.lists(st.sampled_from(candidates(key, H200)), max_size=most)):
+            choices.append(dataclasses.replace(config, **{RELATIVE[type(config)]: draw(positive)}))
+        kernels.append(Measured(key, tuple(choices), draw(positive), draw(positive)))
+    return tuple(kernels)
+
+
+def tuned_gpu(kernels: tuple[Measured, ...] = (), machine: Machine = MACHINE) -> TunedGpu:
+    return TunedGpu(machine, "2.11.0", "bfloat16", ("512x512",), "2026-01-01T00:00:00+00:00", kernels)
+
+
+EXAMPLE = tuned_gpu((Measured(KEY, (WIDE, dataclasses.replace(NARROW, wave=0.6)), 1.0, 1.5), Measured(ATTENTION_KEY, (), 1, 1)))
+
+
+@given(measured_kernels())
+def test_round_trip(kernels):
+    tuned = tuned_gpu(kernels)
+    assert TunedGpu.loads(tuned.dumps(), MACHINE, H200) == tuned
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.data())
+def test_a_damaged_file_is_refused_or_harmless(data):
+    """One value replaced anywhere: nothing but ValueError, and what is read holds only configurations that are tried."""
+    document = json.loads(EXAMPLE.dumps())
+    owner, name = document, data.draw(st.sampled_from(sorted(document)))
+    while isinstance(owner[name], dict | list) and owner[name] and data.draw(st.booleans()):
+        owner = owner[name]
+        name = data.draw(st.sampled_from(sorted(owner) if isinstance(owner, dict) else range(len(owner))))
+    owner[name] = data.draw(json_values)
+    try:
+        tuned = TunedGpu.loads(json.dumps(document), MACHINE, H200)
+    except ValueError:
+        return
+    for kernel in tuned.kernels:
+        assert {dataclasses.replace(c, wave=1.0) for c in kernel.choices} <= set(candidates(kernel.key, H200))
+
+
+def replaced(old: str, new: str) -> str:
+    text = EXAMPLE.dumps()
+    assert old in text
+    return text.replace(old, new)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (EXAMPLE.dumps()[:100], "line"),
+        ("", "line"),
+        ("[]", "not a tuning"),
+        ("[" * 100_000, ""),
+        ('{"version": 2}', "version 2 of the schema"),
+        (replaced('"version": 1', '"version": "1"'), "version '1'"),
+        (replaced("H200", "H100"), "gpu NVIDIA H100, here NVIDIA H200"),
+        (replaced('"triton": "3.6.0"', '"triton": "3.5.1"'), "triton 3.5.1, here 3.6.0"),
+        (replaced('"block_rows": 128', '"block_rows": 112'), "not among the configurations"),
+        (replaced('"block_rows": 128', '"block_rows": true'), "not among the configurations"),
+        (replaced('"wave": 0.6', '"wave": NaN'), "no positive number"),
+        (replaced('"stages": 3', '"steps": 3'), "other fields"),
+        (replaced('"conv"', '"comv"'), "no kernel"),
+        ("\x00\xff", "line"),
+    ],
+)
+def test_a_file_that_does_not_serve_is_named_and_left(tmp_path, caplog, text, reason):
+    path = tuning_path(tmp_path, MACHINE.gpu)
+    path.write_text(text)
+    assert read_tuned(tmp_path, MACHINE, H200) is None
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and str(path) in record.message and reason in record.message
+
+
+def test_writing_replaces_whole_files(tmp_path, monkeypatch, caplog):
+    folder = tmp_path / "engines"
+    assert read_tuned(folder, MACHINE, H200) is None and not caplog.records
+    path = write_tuned(folder, EXAMPLE)
+    assert path.name == "tuning_nvidia_h200.json" and read_tuned(folder, MACHINE, H200) == EXAMPLE
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError, match="no space"):
+        write_tuned(folder, tuned_gpu())
+    assert read_tuned(folder, MACHINE, H200) == EXAMPLE and list(folder.iterdir()) == [path]
+
+
+def test_measured_configurations_come_first_key_by_key():
+    weights = ConvWeights(torch.empty(96, 864, dtype=torch.bfloat16), torch.empty(96), 96, 9)
+    chosen = candidates(("conv", 96, 96, "norm"), H200)[-1]
+    attention = candidates(ATTENTION_KEY, H200)[-1]
+    kernels = (Measured(("conv", 96, 96, "norm"), (chosen,), 1, 2), Measured(ATTENTION_KEY, (attention,), 1, 2))
+    tuning, shipped = tuned_gpu(kernels).tuning(), Tuning()
+    grid = Grid(1, 64, 64)
+    assert tuning.conv("conv", weights, grid, H200, "norm") == chosen != shipped.conv("conv", weights, grid, H200, "norm")
+    assert tuning.conv("conv", weights, grid, H200, "x") == shipped.conv("conv", weights, grid, H200, "x")
+    assert tuning.attention_on(H200) == attention != shipped.attention_on(H200)
+    # Where the table does not serve, because there are no bulk copies, what was measured there does.
+    assert tuning.conv("conv", weights, grid, ADA, "norm") == chosen != shipped.conv("conv", weights, grid, ADA, "norm")
+    assert tuned_gpu((Measured(KEY, (), 1, 1),)).tuning() == shipped
+
+
+def test_measured_schedules_reach_the_layers():
+    chosen = candidates(("sm90 conv", 192, 192), H200)[-1]
+    tuning = tuned_gpu((Measured(("sm90 conv", 192, 192), (chosen,), 1, 2),)).tuning()
+    made = {}
+    layers = HopperConvs(tuning, lambda weights, mode, schedules: made.setdefault(weights.in_channels, schedules))
+    for channels in (192, 384):
+        matrix = torch.empty(channels, 9 * channels, dtype=torch.bfloat16)
+        layers.layer(ConvWeights(matrix, torch.empty(channels), channels, 9), "conv")
+    assert made == {192: (chosen,), 384: ()}
+
+
+def test_the_backend_reads_the_engine_directory(tmp_path, monkeypatch):
+    write_tuned(tmp_path, EXAMPLE)
+    monkeypatch.setattr(Machine, "of", classmethod(lambda cls, device: MACHINE))
+    monkeypatch.setattr(backend_module, "describe_device", lambda device: H200)
+    assert backend_module._tuning(tmp_path, torch.device("cuda")) == EXAMPLE.tuning() != Tuning()
+    assert backend_module._tuning(tmp_path / "other", torch.device("cuda")) == Tuning()
+    assert backend_module._tuning(None, torch.device("cuda")) == Tuning()
+
+
+# ---- GPU ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("only", ["qkv", "attention", "conv 96", "sm90 conv 192"])
+def test_tuned_on_the_gpu(tmp_path: Path, only: str):
+    """One kernel at one small size; the result is stored, read and decodes as before."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    if only.startswith("sm90") and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    base = Tuning(hopper_convs=only.startswith("sm90"))
+    networks = random_networks(torch.bfloat16, device)[:1]
+    tuner = Tuner(
+        networks, [(256, 320)], describe_device(device), base=base,
+        only=lambda key: " ".join(map(str, key)).startswith(only),
+    )  # fmt: skip
+    assert tuner.candidates
+    tuner.compile(device)
+    found = tuner.measure()
+    choices = {key: choose(key, times, describe_device(device)) for key, times in found.items()}
+    assert all(choices.values())
+    measured = tuner.compare(choices)
+    for kernel in measured:
+        print(kernel)
+        assert 0 < kernel.milliseconds <= kernel.shipped_milliseconds < 10
+    # The choices decode, whether they were faster or not.
+    forced = tuple(Measured(key, chosen, 1.0, 1.0) for key, chosen in choices.items())
+    tuner.check(forced)
+    machine = Machine.of(device)
+    write_tuned(tmp_path, tuned_gpu(forced, machine))
+    tuned = read_tuned(tmp_path, machine, describe_device(device))
+    assert tuned is not None and tuned.kernels == forced
+    program, _ = networks[0].tuned_program((1, 16, 32, 40), tuned.tuning(base))
+    memory = program.memory(torch.randn(1, 16, 32, 40, device=device).bfloat16())
+    program.run(memory)
+    assert memory.output.isfinite().all()
