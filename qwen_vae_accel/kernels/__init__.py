@@ -5,6 +5,7 @@
 | ``fused.py`` | ``FusedDecoder``, ``FusedEncoder``: what others call |
 | ``network.py``, ``program.py``, ``graphs.py`` | the order of kernels, the buffer plan, CUDA graphs |
 | ``layout.py``, ``weights.py``, ``tuning.py`` | matrices between kernels, packing, tile configurations |
+| ``autotune.py``, ``candidates.py``, ``choice.py``, ``tuned.py`` | measuring configurations on a GPU, and keeping them |
 | ``conv3x3.py`` and the rest | one kernel per file, its plain-PyTorch reference beside it |
 """
 

@@ -17,9 +17,11 @@ pytest.importorskip("triton")
 
 from qwen_vae_accel.backends import fused as backend_module
 from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder, compiling
+from qwen_vae_accel.kernels.attention import _qkv_kernel
 from qwen_vae_accel.kernels.autotune import Tuner, random_networks
 from qwen_vae_accel.kernels.candidates import candidates
 from qwen_vae_accel.kernels.choice import Case, choose
+from qwen_vae_accel.kernels.float8 import calibrated_layers
 from qwen_vae_accel.kernels.fused import describe_device
 from qwen_vae_accel.kernels.hopper import MODES, HopperConvs
 from qwen_vae_accel.kernels.layout import Grid
@@ -53,13 +55,21 @@ SCHEDULE_KEYS = [
 ]  # fmt: skip
 
 
-def meta_networks() -> list:
-    config = FusedConfig(graphs=0, device=H200)
-    return [
-        cls({n: torch.empty(s, device="meta") for n, s in shapes.items()}, dtype=torch.bfloat16, device=torch.device("meta"),
-            config=config)
-        for cls, shapes in ((FusedDecoder, decoder_shapes(3)), (FusedEncoder, encoder_shapes(3)))
-    ]  # fmt: skip
+def meta_networks(*, float8: bool = False) -> list:
+    config, device = FusedConfig(graphs=0, device=H200), torch.device("meta")
+    decoder, encoder = (
+        {name: torch.empty(shape, device=device) for name, shape in shapes.items()}
+        for shapes in (decoder_shapes(3), encoder_shapes(3))
+    )
+    networks = [
+        FusedDecoder(decoder, dtype=torch.bfloat16, device=device, config=config),
+        FusedEncoder(encoder, dtype=torch.bfloat16, device=device, config=config),
+    ]
+    if float8:
+        blocks = [f"up_blocks.{level}.resnets.{i}.conv{which}" for level in range(4) for i in range(3) for which in (1, 2)]
+        scales = dict.fromkeys([*blocks, *calibrated_layers()], 1.0)
+        networks.append(FusedDecoder(decoder, dtype=torch.bfloat16, device=device, config=config, float8=scales))
+    return networks
 
 
 # ---- candidates -----------------------------------------------------------------------------------------------------
@@ -190,12 +200,12 @@ def test_every_kernel_of_the_networks_gets_its_fastest(monkeypatch, hopper):
         monkeypatch.setattr(FusedEncoder, "_hopper_convs", lambda self, tuning: HopperConvs(tuning, Layer))
     steps = []
     clock = FakeClock(H200)
-    tuner = Tuner(
-        meta_networks(), [(64, 64), (512, 512)], H200, clock=clock, progress=lambda *step: steps.append(step)
-    )  # fmt: skip
+    networks = meta_networks(float8=True)
+    tuner = Tuner(networks, [(64, 64), (512, 512)], H200, clock=clock, progress=lambda *step: steps.append(step))
     kinds = {key[0] for key in tuner.candidates}
-    sm90 = {"sm90 conv", "sm90 up", "sm90 down"}
-    assert kinds == {"in", "qkv", "proj", "attention"} | (sm90 if hopper else {"conv", "up", "down"})
+    sm90 = {"sm90 conv", "sm90 up", "sm90 down", "sm90 conv float8", "sm90 up float8", "conv float8"}
+    triton = {"conv", "up", "down", "conv float8", "up float8"}
+    assert kinds == {"in", "qkv", "proj", "attention"} | (sm90 if hopper else triton)
     measured = tuner.run()
     assert [kernel.key for kernel in measured] == list(tuner.candidates)
     for kernel in measured:
@@ -219,13 +229,13 @@ def test_a_candidate_that_cannot_run_is_tried_once_and_left_out():
 def test_what_does_not_compile_is_not_measured(monkeypatch):
     key = ("qkv", 384, 1152, "")
 
-    def task(options):
-        if options["num_stages"] == 3:
+    def task(kernel, stages):
+        if kernel is _qkv_kernel and stages == 3:
             raise RuntimeError("ptxas")
 
     def listed(self, tasks, grid, *args, **options):
         name = (id(self), *sorted(options.items()))
-        tasks.setdefault(name, lambda: task(options))
+        tasks.setdefault(name, lambda: task(self, options.get("num_stages")))
 
     monkeypatch.setattr(compiling.Kernel, "_list", listed)
     monkeypatch.setattr(compiling, "run", lambda tasks, device, progress: [task() for task in tasks.values()])
