@@ -76,8 +76,11 @@ class Clock:
 
 
 def random_networks(dtype: torch.dtype, device: torch.device) -> list[Network]:
-    """Decoder, encoder and, where the GPU has it, float8 decoder of the published topology, with random weights."""
-    config = FusedConfig(graphs=0)
+    """Decoder, encoder and, where the GPU has it, float8 decoder of the published topology, with random weights.
+
+    They are made without sm90/, so that weights stay on the GPU, where each schedule's packing takes least.
+    """
+    config = FusedConfig(graphs=0, tuning=Tuning(hopper_convs=False))
 
     def state(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
         generator = torch.Generator(device).manual_seed(0)
@@ -108,7 +111,7 @@ class Tuner:
     """Tunes the kernels that ``networks`` launch for images of ``sizes``.
 
     Args:
-        networks: of one device and dtype.
+        networks: of one device and dtype, made with ``hopper_convs=False`` (:func:`random_networks`).
         sizes: heights and widths in pixels.
         device: what to know of the GPU.
         base: what the choices are compared with.
@@ -183,7 +186,10 @@ class Tuner:
 
         attempts: compiling.Tasks = {name: partial(attempt, name, task) for name, task in tasks.items()}
         for network, shape in self._inputs:  # and what the networks run beside
-            attempts = {**network.kernels([shape]), **attempts}
+            program, _ = network.tuned_program(shape, self._base)
+            with compiling.collecting() as beside:
+                program.run(program.memory(torch.empty(shape, dtype=network.dtype, device="meta")))
+            attempts = {**beside, **attempts}
         compiling.run(attempts, device, lambda done, total: self._progress("compile candidates", done, total))
 
     def measure(self) -> dict[Key, Times]:

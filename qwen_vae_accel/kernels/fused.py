@@ -138,9 +138,15 @@ class _Fused:
         return program
 
     def tuned_program(self, shape: tuple[int, ...], tuning: Tuning) -> tuple[Program, tuple[Tuned | None, ...]]:
-        """``program`` with another tuning, kept nowhere, and what each of its steps is tuned by."""
+        """``program`` with another tuning, kept nowhere, and what each of its steps is tuned by.
+
+        Raises:
+            ValueError: ``tuning`` goes without sm90/, and this network has given its weights to that.
+        """
         from qwen_vae_accel.kernels.network import Planner
 
+        if self._hopper is not None and not tuning.hopper_convs:
+            raise ValueError("this network was made with hopper_convs, its weights are not where Triton's kernels read")
         planner = Planner(self.dtype, self._traits, tuning, self._hopper_convs(tuning))
         return self._plan(shape, planner), tuple(planner.tuned)
 

@@ -86,7 +86,7 @@ def test_reasons(monkeypatch):
 def test_a_shortcut_beside_float8_is_left_to_the_other_kernel():
     state = random_layer("conv", 384, 384, 3) | random_layer("short", 384, 192, 1)
     weights = Packer(state, torch.bfloat16, torch.device("cpu"), {"conv": 1.0}).conv("conv", "short")
-    assert HopperConvs(Tuning(), lambda *_, **__: pytest.fail("made")).layer(weights, "conv") is None
+    assert HopperConvs(torch.device("cpu"), Tuning(), lambda *_, **__: pytest.fail("made")).layer(weights, "conv") is None
 
 
 # ---- GPU ------------------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ SCHEDULE_KEYS = [
 
 
 def meta_networks(*, float8: bool = False) -> list:
-    config, device = FusedConfig(graphs=0, device=H200), torch.device("meta")
+    config, device = FusedConfig(graphs=0, device=H200, tuning=Tuning(hopper_convs=False)), torch.device("meta")
     decoder, encoder = (
         {name: torch.empty(shape, device=device) for name, shape in shapes.items()}
         for shapes in (decoder_shapes(3), encoder_shapes(3))
@@ -189,15 +189,19 @@ class FakeClock:
 class Layer:
     """Of sm90/, never launched."""
 
-    def __init__(self, weights, mode, schedules=()):
+    def __init__(self, weights, mode, device, schedules):
         pass
+
+
+def hopper_layers(self, tuning: Tuning) -> HopperConvs | None:
+    return HopperConvs(torch.device("meta"), tuning, Layer) if tuning.hopper_convs else None
 
 
 @pytest.mark.parametrize("hopper", [False, True])
 def test_every_kernel_of_the_networks_gets_its_fastest(monkeypatch, hopper):
     if hopper:
-        monkeypatch.setattr(FusedDecoder, "_hopper_convs", lambda self, tuning: HopperConvs(tuning, Layer))
-        monkeypatch.setattr(FusedEncoder, "_hopper_convs", lambda self, tuning: HopperConvs(tuning, Layer))
+        monkeypatch.setattr(FusedDecoder, "_hopper_convs", hopper_layers)
+        monkeypatch.setattr(FusedEncoder, "_hopper_convs", hopper_layers)
     steps = []
     clock = FakeClock(H200)
     networks = meta_networks(float8=True)
@@ -365,11 +369,22 @@ def test_measured_configurations_come_first_key_by_key():
     assert tuned_gpu((Measured(KEY, (), 1, 1),)).tuning() == shipped
 
 
+def test_weights_given_to_the_schedules_are_not_planned_for_triton(monkeypatch):
+    (decoder, _) = meta_networks()
+    monkeypatch.setattr(decoder, "_hopper", object())
+    with pytest.raises(ValueError, match="hopper_convs"):
+        decoder.tuned_program((1, 16, 8, 8), Tuning(hopper_convs=False))
+
+
 def test_measured_schedules_reach_the_layers():
     chosen = candidates(("sm90 conv", 192, 192), H200)[-1]
     tuning = tuned_gpu((Measured(("sm90 conv", 192, 192), (chosen,), 1, 2),)).tuning()
     made = {}
-    layers = HopperConvs(tuning, lambda weights, mode, schedules: made.setdefault(weights.in_channels, schedules))
+
+    def make(weights, mode, device, schedules):
+        made[weights.in_channels] = schedules
+
+    layers = HopperConvs(torch.device("cpu"), tuning, make)
     for channels in (192, 384):
         matrix = torch.empty(channels, 9 * channels, dtype=torch.bfloat16)
         layers.layer(ConvWeights(matrix, torch.empty(channels), channels, 9), "conv")
