@@ -84,6 +84,7 @@ class AccelConfig:
         on_miss: what to do when no usable engine is there: ``"build"`` it, ``"fallback"`` to a backend that needs none,
             or ``"error"``. None: build when an engine backend is named and ``engine_dir`` given, else fall back.
         verify: run an engine once against the exact model before its first use on a machine.
+        preprocess: make the tensors of editing pipelines' PIL images on the GPU, bit for bit as diffusers does.
         postprocess: make a pipeline's PIL images and arrays on the GPU too, byte for byte as diffusers does.
         offload_reference: keep the VAE's own weights in CPU memory; they come back for whatever runs the original methods.
     """
@@ -100,6 +101,7 @@ class AccelConfig:
     vram_budget: int = 4 * 2**30
     on_miss: str | None = None
     verify: bool = True
+    preprocess: bool = True
     postprocess: bool = True
     offload_reference: bool = False
 
@@ -108,7 +110,7 @@ class AccelConfig:
         self._one_of("backend", BACKENDS)
         if self.on_miss is not None:
             self._one_of("on_miss", ON_MISS)
-        for name in ("multi_profile", "verify", "postprocess", "offload_reference"):
+        for name in ("multi_profile", "verify", "preprocess", "postprocess", "offload_reference"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}")
         for name in ("dtype", "encode_dtype", "decode_dtype"):

@@ -21,7 +21,7 @@ from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.model.offload import execution_device, run_pre_forward
 from qwen_vae_accel.model.parking import Parking
 from qwen_vae_accel.plan import MIN_SIDE, Size
-from qwen_vae_accel.processing import PostProcessing, processors_of
+from qwen_vae_accel.processing import PostProcessing, PreProcessing, Replacement, processors_of
 from qwen_vae_accel.progress import progress_bar
 from qwen_vae_accel.report import ORIGINAL, Journal, Report
 
@@ -91,7 +91,7 @@ class Handle:
         self.vae = vae
         self.config = config
         self._pipelines: list[Callable[[], Any]] = []
-        self._post: list[PostProcessing] = []
+        self._replacements: list[Replacement] = []
         self._journal = Journal()
         self._source = ModelSource(vae, config.engine_dir)
         self._dispatcher = Dispatcher(config, self._source, self._journal, execution_device(vae))
@@ -116,16 +116,20 @@ class Handle:
                 raise
 
     def _adopt(self, pipeline: Any) -> None:
-        """Take a pipeline that holds this VAE under the handle: its post-processing, and the watch over its VAE."""
+        """Take a pipeline that holds this VAE under the handle: its pre- and post-processing, and the watch over its VAE."""
         if not any(reference() is pipeline for reference in self._pipelines):
             try:
                 self._pipelines.append(weakref.ref(pipeline))
             except TypeError:  # a namespace, an object with slots: no weak reference, so it is kept
                 self._pipelines.append(lambda: pipeline)
         for processor in processors_of(pipeline) if self.config.postprocess else ():
-            post = PostProcessing.install(processor, self._journal)
-            if post is not None:
-                self._post.append(post)
+            self._keep(PostProcessing.install(processor, self._journal))
+        if self.config.preprocess:
+            self._keep(PreProcessing.install_in(pipeline, self._journal, self.vae))
+
+    def _keep(self, replacement: Replacement | None) -> None:
+        if replacement is not None:
+            self._replacements.append(replacement)
 
     # A copy or a pickle of an accelerated VAE is a plain VAE: its patched methods find no handle of their own.
 
@@ -156,10 +160,10 @@ class Handle:
                 raise HandleError(
                     f"vae.{name} was patched again after accelerate(); undo that first, or the other patch would be lost"
                 )
-        for post in self._post:
-            post.check_removable()
-        for post in self._post:
-            post.remove()
+        for replacement in self._replacements:
+            replacement.check_removable()
+        for replacement in self._replacements:
+            replacement.remove()
         for name in _PATCHED:
             del self.vae.__dict__[name]
         self.vae.__dict__.update(self._before)

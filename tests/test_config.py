@@ -50,6 +50,7 @@ def configs(draw) -> AccelConfig:
         "vram_budget": draw(st.integers(1, 2**60) | st.sampled_from(["4GiB", "1.5 GB", "300 MB"])),
         "on_miss": on_miss,
         "verify": draw(st.booleans()),
+        "preprocess": draw(st.booleans()),
         "postprocess": draw(st.booleans()),
         "offload_reference": draw(st.booleans()),
     }
@@ -166,6 +167,7 @@ def test_a_key_like_no_other_is_answered_with_all_names():
         ({"multi_profile": 1}, "multi_profile"),
         ({"multi_profile": "true"}, "multi_profile"),
         ({"verify": None}, "verify"),
+        ({"preprocess": "yes"}, "preprocess"),
         ({"postprocess": 1}, "postprocess"),
         ({"sizes": "16_9"}, "list"),
         ({"sizes": 5}, "list"),

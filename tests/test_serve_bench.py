@@ -72,7 +72,9 @@ def test_the_command_measures_both_tasks_plain_and_accelerated(cli: Cli, micro_f
             assert all(first[part] > 0 for part in parts - {"other"})
             assert row[side]["samples"] == 2
         calls = {"decode": {"eager": 3}, "postprocess": {"device": 3}}
-        assert row["accelerated"]["served"] == calls | ({"encode": {"eager": 3}} if row["task"] == "i2i" else {})
+        if row["task"] == "i2i":
+            calls |= {"preprocess": {"device": 3}, "encode": {"eager": 3}}
+        assert row["accelerated"]["served"] == calls
         assert row["difference"]["largest"] <= 1  # a rounding the other way
         medians = row["plain"]["median"], row["accelerated"]["median"]
         both = [median["decode"] + median["postprocess"] for median in medians]
@@ -99,7 +101,8 @@ def test_engines_are_built_first_and_serve_what_a_request_encodes_and_decodes(
     assert row["error"] is None
     assert row["encoded"] == row["decoded"] == "96x32"
     served = row["accelerated"]["served"]
-    assert served == {"encode": {"tensorrt": 2}, "decode": {"tensorrt": 2}, "postprocess": {"device": 2}}
+    processing = {"preprocess": {"device": 2}, "postprocess": {"device": 2}}
+    assert served == {"encode": {"tensorrt": 2}, "decode": {"tensorrt": 2}, **processing}
 
 
 def test_a_request_that_was_not_fast_is_an_error(service: Service, fake: FakeBackend, tmp_path: Path) -> None:
@@ -161,7 +164,7 @@ def test_the_stopwatch_leaves_no_trace(service: Service) -> None:
             pipeline.transformer.register_forward_pre_hook(lambda *_: 1 / 0)
             service.run(Request("i2i", Size(64, 64)))
         pipeline.transformer._forward_pre_hooks.clear()
-    assert dict(pipeline.vae.__dict__) == before[0]
+    assert [dict(owner.__dict__) for owner in (pipeline.vae, pipeline.image_processor)] == before
 
 
 def test_a_random_transformer_is_finite_and_has_tables() -> None:
@@ -212,6 +215,7 @@ def test_on_a_gpu_memory_is_measured_and_the_fused_kernels_serve() -> None:
         assert row["error"] is None
         assert row["accelerated"]["served"]["decode"] == {"fused": 2}
         assert row["accelerated"]["served"]["postprocess"] == {"device": 2}
+        assert row["accelerated"]["served"].get("preprocess") == ({"device": 2} if row["task"] == "i2i" else None)
         assert row["plain"]["peak_mib"] > row["plain"]["activation_mib"]["decode"] > 0
     assert [entry["task"] for entry in memory] == ["t2i", "i2i"]
     assert all(entry["extra_mib"] == entry["accelerated_mib"] - entry["plain_mib"] for entry in memory)

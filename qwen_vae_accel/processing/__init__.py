@@ -1,5 +1,7 @@
-"""What pipelines do with an image after the VAE: from a decoded tensor to PIL images or arrays, on the device."""
+"""What pipelines do with an image before and after the VAE: from PIL images to a tensor and back, on the device."""
 
 from qwen_vae_accel.processing.postprocess import PostProcessing, processors_of
+from qwen_vae_accel.processing.preprocess import PreProcessing
+from qwen_vae_accel.processing.replacement import Replacement
 
-__all__ = ["PostProcessing", "processors_of"]
+__all__ = ["PostProcessing", "PreProcessing", "Replacement", "processors_of"]

@@ -1,12 +1,15 @@
-"""The arithmetic of diffusers' post-processing on the device that holds the image, and one copy to the host.
+"""The arithmetic of diffusers' pre- and post-processing on the device that computes, and one copy from or to the host.
 
-diffusers copies the image to the host first and scales it there, in float32 numpy. Multiplication, rounding half to even
-and the cast are the same operations on either side, so the bytes are the same; half of them travel, or a quarter.
+Out: diffusers copies the image to the host first and scales it there, in float32 numpy. Multiplication, rounding half to
+even and the cast are the same operations on either side, so the bytes are the same; half of them travel, or a quarter.
+
+In: diffusers divides by 255 in numpy, and sends float32. GPUs divide by a constant otherwise, so the results of all 256
+bytes are looked up; a quarter of what diffusers sends travels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +21,21 @@ from torch import Tensor
 _CPU_BAND_ELEMENTS = (1 << 15) - 1
 
 Denormalize = Callable[[Tensor], Tensor]
+
+
+def to_values(pixels: Sequence[np.ndarray], table: Tensor) -> Tensor:
+    """Images of bytes -> ``[B, C, H, W]`` of what ``table`` says of each byte, on its device, strided as ``[B, H, W, C]``.
+
+    Args:
+        pixels: uint8, all ``[H, W, C]`` or all ``[H, W]`` (one channel), of the same shape. To a GPU they go by one
+            asynchronous copy out of pinned memory.
+        table: ``[256]``, on the CPU or a CUDA device.
+    """
+    shape = (len(pixels), *pixels[0].shape)
+    host = torch.empty(shape, dtype=torch.uint8, device="cpu", pin_memory=table.is_cuda)
+    np.stack(pixels, out=host.numpy())
+    values = table.take(host.to(table.device, non_blocking=True).long())
+    return values.permute(0, 3, 1, 2) if values.dim() == 4 else values.unsqueeze(1)
 
 
 def to_pixels(image: Tensor, denormalize: Denormalize) -> np.ndarray | None:

@@ -38,6 +38,7 @@ CASES = [
         lambda: _size(image=picture(), strength=0.9),
         has("QwenImageImg2ImgPipeline"),
         encode=1,
+        preprocess=1,
     ),
     Case(
         "Inpaint",
@@ -81,6 +82,7 @@ CASES = [
         lambda: {"image": picture(80, 64)},
         has("QwenImageEditPipeline"),
         encode=1,
+        preprocess=1,
     ),
     Case(
         "EditInpaint",
@@ -95,6 +97,7 @@ CASES = [
         lambda: _size(image=[picture(64, 64), picture(160, 48, seed=1), picture(40, 96, seed=2)]),
         has("QwenImageEditPlusPipeline"),
         encode=3,
+        preprocess=3,
     ),
     Case(
         "Layered",
@@ -102,6 +105,7 @@ CASES = [
         lambda: {"image": picture(mode="RGBA"), "layers": 3},
         has("QwenImageLayeredPipeline"),
         encode=1,
+        preprocess=1,
         channels=4,
         images=_nested,
     ),
@@ -122,6 +126,7 @@ CASES = [
         lambda: _size(image=[picture(64, 64, "RGBA"), picture(96, 48, seed=1)]),
         has("QwenImage21Pipeline"),
         encode=2,
+        preprocess=2,
         channels=4,
         vae=micro_vae_21,
     ),

@@ -126,6 +126,7 @@ class Case:
         inputs: what a request is given beside prompt, steps and generator; made anew for each.
         missing: why this release of diffusers cannot run it, or "".
         encode, decode: VAE calls of one request.
+        preprocess: calls of the image processor's ``preprocess`` that the handle takes over.
         channels: image channels of its VAE.
         vae: makes a VAE of so many channels in a dtype.
         pil_only: it pastes its images into others and makes no arrays.
@@ -138,6 +139,7 @@ class Case:
     missing: Callable[[], str]
     encode: int = 0
     decode: int = 1
+    preprocess: int = 0
     channels: int = 3
     pil_only: bool = False
     vae: Callable[[int, torch.dtype], nn.Module] = micro_vae

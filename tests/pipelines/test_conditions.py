@@ -190,7 +190,7 @@ def test_two_pipelines_of_one_vae() -> None:
     fast = TEXT_TO_IMAGE.request(text), IMAGE_TO_IMAGE.request(image)
     assert max(map(largest_difference, fast, plain)) <= 1
     calls = handle.report().as_dict()["calls"]
-    assert calls == {"encode": {"eager": 1}, "decode": {"eager": 2}, "postprocess": {"device": 2}}
+    assert calls == {"encode": {"eager": 1}, "decode": {"eager": 2}, "preprocess": {"device": 1}, "postprocess": {"device": 2}}
     handle.restore()
     assert [pipeline.image_processor.__dict__ for pipeline in (text, image)] == before
     again = TEXT_TO_IMAGE.request(text), IMAGE_TO_IMAGE.request(image)
@@ -206,11 +206,11 @@ def test_from_pipe_shares_the_vae() -> None:
         image.set_progress_bar_config(disable=True)
         IMAGE_TO_IMAGE.request(image)
         calls = handle.report().as_dict()["calls"]
-        assert calls == {"encode": {"eager": 1}, "decode": {"eager": 1}}  # its own post-processing is not ours yet
+        assert calls == {"encode": {"eager": 1}, "decode": {"eager": 1}}  # its own image processor is not ours yet
         assert accelerate(image, backend="eager") is handle
         IMAGE_TO_IMAGE.request(image)
         assert handle.report().as_dict()["calls"]["postprocess"] == {"device": 1}
-    assert "postprocess" not in image.image_processor.__dict__
+    assert not {"preprocess", "postprocess"} & set(image.image_processor.__dict__)
 
 
 def test_save_and_load_while_accelerated(tmp_path: Path) -> None:

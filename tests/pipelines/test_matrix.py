@@ -28,7 +28,8 @@ def expected_calls(case: Case, backend: str = "eager", requests: int = 1) -> dic
     """What the report must say after ``requests``."""
     calls = {"encode": case.encode * requests, "decode": case.decode * requests}
     served = {method: {backend: count} if count else {} for method, count in calls.items()}
-    return {**served, "postprocess": {"device": requests}}
+    preprocess = {"preprocess": {"device": case.preprocess * requests}} if case.preprocess else {}
+    return {**served, **preprocess, "postprocess": {"device": requests}}
 
 
 def assert_fast(handle: Any, case: Case, backend: str = "eager", requests: int = 1) -> None:
@@ -88,7 +89,8 @@ def test_latents_need_no_decoder(case: Case) -> None:
     with accelerate(pipeline, backend="eager") as handle:
         assert torch.allclose(pipeline(**_latent_request(case)).images, plain, atol=1e-4)
         calls = handle.report().as_dict()["calls"]
-    assert calls == {"encode": {"eager": case.encode} if case.encode else {}, "decode": {}}
+    expected = {**expected_calls(case), "decode": {}}
+    assert calls == {name: served for name, served in expected.items() if name != "postprocess"}
 
 
 def _latent_request(case: Case) -> dict[str, Any]:
