@@ -36,8 +36,8 @@ class FusedConfig:
     """Launch options.
 
     Attributes:
-        graphs: CUDA graphs kept per object, 0 for plain launches.
-        graph_after: Uses of an input shape, with the same memory, before it is captured.
+        graphs: CUDA graphs kept per object, 0 for plain launches. Each holds a buffer for its input and its output.
+        graph_after: Uses of an input shape, with the same scratch block, before it is captured.
         tuning: Tile configurations.
         device: What to know of the GPU, None to ask it.
     """

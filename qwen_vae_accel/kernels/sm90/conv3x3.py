@@ -283,7 +283,7 @@ class Conv3x3:
         key = (schedule.split, schedule.kc)
         with self._lock:
             if key not in self._packed:
-                self._packed[key] = pack(self._matrix, self.mode, self.channels, *key).to(self.device)
+                self._packed[key] = pack(self._matrix.to(self.device), self.mode, self.channels, *key)
             return self._packed[key]
 
     def _check_call(self, grid, after, flat, dtypes, a, x, normed, gamma, residual, shortcut) -> None:
