@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from qwen_vae_accel import accelerate
 from qwen_vae_accel.bench import kernels
-from qwen_vae_accel.bench.cases import BenchError, parse_method, parse_sizes
+from qwen_vae_accel.bench.cases import BenchError, Case, parse_method, parse_sizes
 from qwen_vae_accel.bench.harness import Effort, Harness, Row, geometric_mean, make_cases, run_all
 from qwen_vae_accel.bench.overhead import overhead
 from qwen_vae_accel.bench.report import BenchReport
@@ -167,3 +168,26 @@ def test_the_command_writes_json_markdown_and_a_chart(cli: Cli, micro_folder: Pa
     assert saved["rows"] == document["rows"]
     assert "eager fp32" in (tmp_path / "small.md").read_text()
     assert (tmp_path / "small.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_was_measured_is_stored_whatever_ends_the_run(
+    cli: Cli, micro_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class KilledError(BaseException):
+        pass
+
+    def killed(harness: Harness, cases: list[Case], done: Callable[[Row], None]) -> list[Row]:
+        done(harness.run(cases[0]))
+        raise KilledError
+
+    monkeypatch.setattr("qwen_vae_accel.cli.bench.run_all", killed)
+    with pytest.raises(KilledError):
+        cli(
+            "bench", "--vae", micro_folder, "--sizes", "32x32,64x32", "--methods", "diffusers", "--task", "decode",
+            "--iters", "3", "-o", tmp_path, "--name", "half", "--device", "cpu",
+        )  # fmt: skip
+    (saved,) = tmp_path.glob("*")
+    document = json.loads(saved.read_text())
+    assert saved.name == "half.json" and document["settings"]["complete"] is False
+    assert [row["size"] for row in document["rows"]] == ["32x32"] and document["rows"][0]["median_ms"] > 0
+    assert len(BenchReport.from_dict(document).rows) == 1

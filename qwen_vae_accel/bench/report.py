@@ -238,13 +238,19 @@ class BenchReport:
 
     # Files.
 
+    def write_json(self, folder: Path, name: str) -> list[Path]:
+        """``name.json`` in ``folder``, replaced as a whole."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path, new = folder / f"{name}.json", folder / f".{name}.json.new"
+        new.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
+        os.replace(new, path)
+        return [path]
+
     def write(self, folder: Path, name: str) -> list[Path]:
         """``name.json``, ``name.md``, ``name.png`` and, with kernels, ``name_roofline.png`` in ``folder``."""
         from qwen_vae_accel.bench.chart import draw
 
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = [folder / f"{name}.json", folder / f"{name}.md"]
-        paths[0].write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
+        paths = [*self.write_json(folder, name), folder / f"{name}.md"]
         paths[1].write_text(self.markdown(), encoding="utf-8")
         for figure, suffix in ((draw(self), ".png"), (kernels.draw(self.kernels), "_roofline.png")):
             if figure is not None:

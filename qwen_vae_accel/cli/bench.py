@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -72,16 +73,7 @@ def bench(
         effort = Effort.default(where, iters, seconds)
         cases = make_cases(named, wanted, tasks)
         times = measure(template, where, kind, kernel_size) if kernel_size else None
-        with tempfile.TemporaryDirectory(prefix="qwen-vae-accel-bench-") as temporary:
-            harness = Harness(template, where, effort, engine_dir or Path(temporary))
-            with common.progress(len(cases), "bench") as update:
-
-                def done(row: Row) -> None:
-                    result = f"{row.median_ms:.2f} ms" if row.median_ms is not None else f"failed: {(row.error or '')[:160]}"
-                    update(f"{row.task} {row.size}", True)
-                    common.stderr.print(f"{row.size!s:>10} {row.task} {row.label:<24} {result}", markup=False, highlight=False)
-
-                rows = run_all(harness, cases, done)
+        command, facts, label = shlex.join(["qwen-vae-accel", *sys.argv[1:]]), machine(where), name or f"bench_{where.type}"
         settings = {
             "dtype": SHORT[kind],
             "weights": "random, rounded to bfloat16, full size, seed 0" if vae is None else vae.name,
@@ -91,20 +83,41 @@ def bench(
             "iterations": effort.iterations,
             "seconds": effort.seconds,
             "warmup": effort.warmup,
-            "complete": len(rows) == len(cases),
         }
-        command = shlex.join(["qwen-vae-accel", *sys.argv[1:]])
-        report = BenchReport(rows, machine(where), settings, overhead(where), command, times)
+
+        def made(rows: Sequence[Row], plugin: dict[str, float | int] | None) -> BenchReport:
+            complete = {"complete": len(rows) == len(cases)}
+            return BenchReport(rows, facts, settings | complete, plugin, command, times)
+
+        with tempfile.TemporaryDirectory(prefix="qwen-vae-accel-bench-") as temporary:
+            harness = Harness(template, where, effort, engine_dir or Path(temporary))
+            with common.progress(len(cases), "bench") as update:
+                found: list[Row] = []
+
+                def done(row: Row) -> None:
+                    result = f"{row.median_ms:.2f} ms" if row.median_ms is not None else f"failed: {(row.error or '')[:160]}"
+                    update(f"{row.task} {row.size}", True)
+                    common.stderr.print(f"{row.size!s:>10} {row.task} {row.label:<24} {result}", markup=False, highlight=False)
+                    found.append(row)
+                    if output is not None:  # whatever ends the run, what was measured is there
+                        _written(lambda: made(found, None).write_json(output, label), output)
+
+                rows = run_all(harness, cases, done)
+        report = made(rows, overhead(where))
         document = report.as_dict()
         if output is not None:
-            try:
-                written = report.write(output, name or f"bench_{where.type}")
-            except OSError as error:
-                raise ConfigError(f"cannot write the report to {output}: {error}") from error
+            written = _written(lambda: report.write(output, label), output)
             document["files"] = [str(path) for path in written]
         return common.Outcome(document, report, len(rows) == len(cases) and not any(row.error for row in rows))
 
     common.run(as_json, verbose, work)
+
+
+def _written(write: Callable[[], list[Path]], folder: Path) -> list[Path]:
+    try:
+        return write()
+    except OSError as error:
+        raise ConfigError(f"cannot write the report to {folder}: {error}") from error
 
 
 bench.__doc__ = f"{bench.__doc__}\n\n    Methods: {', '.join(method_names())}.\n"
