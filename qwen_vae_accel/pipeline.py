@@ -224,7 +224,8 @@ class Handle:
         finally:
             with self._changed:
                 self._calls -= 1
-                self._changed.notify_all()
+                if not self._active:  # restore() waits for the last call
+                    self._changed.notify_all()
 
     def _serve(self, method: str, x: Tensor, return_dict: bool) -> Any:
         run_pre_forward(self.vae)
