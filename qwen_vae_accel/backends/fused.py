@@ -83,9 +83,20 @@ class FusedBackend(DirectBackend):
         float8 = self._float8_scales(source, job, state) if job.float8 else {}
         config = FusedConfig(tuning=_tuning(source.folder, job.device))
         network = kind(state, dtype=job.dtype, device=job.device, config=config, float8=float8)
-        with progress_bar() as update:
-            network.compile(lambda done, total: update(f"kernels of the {job.method}r", done, total))
+        self._compile(network, job)
         return FusedProgram(network)
+
+    def _compile(self, network: FusedDecoder | FusedEncoder, job: Job) -> None:
+        """Compile ahead; what Triton or NVRTC cannot do here is a reason for the next backend, not the end of a request."""
+        try:
+            with progress_bar() as update:
+                network.compile(lambda done, total: update(f"kernels of the {job.method}r", done, total))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [""]
+            reason = f"a kernel does not compile here ({type(error).__name__}: {lines[0][:300]})"
+            raise BackendUnavailableError(self.name, [reason]) from error
 
     def _float8_scales(self, source: ModelSource, job: Job, state: Mapping[str, Tensor]) -> dict[str, float]:
         try:

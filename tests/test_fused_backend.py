@@ -1,0 +1,45 @@
+"""The fused backend around its kernels, without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qwen_vae_accel.backends import fused
+from qwen_vae_accel.backends.base import Job
+from qwen_vae_accel.errors import BackendUnavailableError
+from qwen_vae_accel.model import ModelSource
+from tests.helpers import CPU
+
+
+class Network:
+    """A network of which one kernel fails to compile."""
+
+    error: Exception
+    nbytes = 0
+
+    def __init__(self, *args: object, **options: object) -> None:
+        pass
+
+    def compile(self, progress: object = None) -> None:
+        raise self.error
+
+
+@pytest.fixture
+def job(tiny, monkeypatch):
+    monkeypatch.setattr(fused, "FusedDecoder", Network)
+    return ModelSource(tiny), Job("decode", ModelSource(tiny).topology, torch.bfloat16, CPU)
+
+
+def test_a_kernel_that_does_not_compile_is_a_reason(job, monkeypatch):
+    monkeypatch.setattr(Network, "error", RuntimeError("ptxas is too old\nand a long log"), raising=False)
+    with pytest.raises(BackendUnavailableError) as caught:
+        fused.FusedBackend().program(*job)
+    (reason,) = caught.value.reasons
+    assert "does not compile here" in reason and "ptxas is too old" in reason and "long log" not in reason
+
+
+def test_too_little_memory_is_told_as_such(job, monkeypatch):
+    monkeypatch.setattr(Network, "error", torch.OutOfMemoryError("CUDA out of memory"), raising=False)
+    with pytest.raises(torch.OutOfMemoryError):
+        fused.FusedBackend().program(*job)
