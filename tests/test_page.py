@@ -19,6 +19,7 @@ from qwen_vae_accel.bench.serve.pipelines import Service
 from qwen_vae_accel.bench.serve.report import make_document
 from qwen_vae_accel.config import AccelConfig
 from qwen_vae_accel.demo.reload import Request, as_json, main
+from qwen_vae_accel.page.results import read_all
 from qwen_vae_accel.plan import Size
 from tests import browser
 from tests.helpers import CPU, DATA, ROOT
@@ -155,6 +156,13 @@ def test_the_page_goes_to_a_file_of_its_own(cli: Cli, own: Path, tmp_path: Path,
 def test_a_stored_benchmark_is_read_as_it_was_written(name: str) -> None:
     document = json.loads((BENCH.parent / f"{name}.json").read_text())
     assert BenchReport.from_dict(document).as_dict() == document
+
+
+def test_a_roofline_is_drawn_without_formulas() -> None:
+    (section,) = read_all([BENCH.parent / "h200_methods.json"])
+    chart, roofline = section.charts
+    assert "Roofline" in roofline and "mathdefault" not in roofline
+    assert [table.title for table in section.tables][2] == "Kernels of fused decode, 1024x1024 bf16"
 
 
 # In a browser.

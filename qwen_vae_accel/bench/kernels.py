@@ -152,6 +152,8 @@ def draw(document: dict[str, Any] | None) -> Any | None:
                 axis.annotate(entry["kernel"], (x, entry["tflops"]), (5, -3), textcoords="offset points", fontsize=6.5)
     axis.set_xscale("log")
     axis.set_yscale("log")
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_formatter(lambda value, _: f"{value:g}")  # powers would be formulas, which the page does not read
     axis.set_xlim(1, 1e5)
     axis.set_ylim(0.5, 1.6 * max(rate for name, rate in bounds.items() if name.startswith("matmul")))
     axis.set_xlabel("FLOP per byte of memory traffic")
