@@ -14,6 +14,7 @@ from qwen_vae_accel.backends.fused import FusedBackend
 from qwen_vae_accel.bench.cases import SHORT
 from qwen_vae_accel.engines.selfcheck import sample_input
 from qwen_vae_accel.errors import BackendUnavailableError
+from qwen_vae_accel.kernels.timing import first_ms
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.plan import Size
 
@@ -23,15 +24,7 @@ _MATRIX = 8192
 
 
 def _best_ms(call: Any, repeats: int = 10) -> float:
-    spans = []
-    for _ in range(repeats):
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        first.record()
-        call()
-        last.record()
-        last.synchronize()
-        spans.append(first.elapsed_time(last))
-    return min(spans)
+    return min(first_ms(call) for _ in range(repeats))
 
 
 def limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
@@ -100,25 +93,25 @@ def grouped(entries: Sequence[dict[str, Any]]) -> list[list[str]]:
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for entry in entries:
         groups.setdefault((entry["kernel"], entry["shape"]), []).append(entry)
-    rows = []
-    for (name, shape), members in sorted(groups.items(), key=lambda item: -sum(e["ms"] for e in item[1])):
+
+    def row(name: str, shape: str, members: Sequence[dict[str, Any]]) -> list[str]:
         ms = sum(e["ms"] for e in members)
         least = sum(e["ms"] * e["share_of_floor"] for e in members)
         tflops = sum(e["tflop"] for e in members) / ms * 1e3
-        rows.append([name, shape, str(len(members)), f"{ms:.3f}", f"{tflops:.0f}", f"{least / ms:.0%}"])
-    total = sum(e["ms"] for e in entries)
-    least = sum(e["ms"] * e["share_of_floor"] for e in entries)
-    tflops = sum(e["tflop"] for e in entries) / total * 1e3
-    rows.append(["all", "", str(len(entries)), f"{total:.3f}", f"{tflops:.0f}", f"{least / total:.0%}"])
-    return rows
+        return [name, shape, str(len(members)), f"{ms:.3f}", f"{tflops:.0f}", f"{least / ms:.0%}"]
+
+    costliest = sorted(groups.items(), key=lambda item: -sum(e["ms"] for e in item[1]))
+    return [*(row(*kernel, members) for kernel, members in costliest), row("all", "", entries)]
 
 
 def sections(document: dict[str, Any] | None) -> list[tuple[str, tuple[list[str], list[list[str]]]]]:
     """Titles of the tables of ``measure``'s values, with their headings and rows."""
+    if document is None:
+        return []
     return [
         (f"Kernels of fused {name}, {document['size']} {document['dtype']}", (COLUMNS, grouped(document[name])))
-        for name in (PROGRAMS if document else ())
-        if document and name in document
+        for name in PROGRAMS
+        if name in document
     ]
 
 

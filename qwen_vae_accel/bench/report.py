@@ -23,6 +23,7 @@ from qwen_vae_accel.bench.cases import BASELINE
 from qwen_vae_accel.bench.harness import Row, geometric_mean
 from qwen_vae_accel.bench.published import LABEL, milliseconds
 from qwen_vae_accel.errors import ConfigError
+from qwen_vae_accel.files import write_atomically
 from qwen_vae_accel.plan import parse_size
 
 SCHEMA = 1
@@ -240,10 +241,8 @@ class BenchReport:
 
     def write_json(self, folder: Path, name: str) -> list[Path]:
         """``name.json`` in ``folder``, replaced as a whole."""
-        folder.mkdir(parents=True, exist_ok=True)
-        path, new = folder / f"{name}.json", folder / f".{name}.json.new"
-        new.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
-        os.replace(new, path)
+        path = folder / f"{name}.json"
+        write_atomically(path, json.dumps(self.as_dict(), indent=1) + "\n")
         return [path]
 
     def write(self, folder: Path, name: str) -> list[Path]:

@@ -10,8 +10,9 @@ from rich.text import Text
 
 from qwen_vae_accel.cli import common
 from qwen_vae_accel.errors import ConfigError
+from qwen_vae_accel.files import write_atomically
 from qwen_vae_accel.page.results import read_all
-from qwen_vae_accel.page.write import render, write
+from qwen_vae_accel.page.write import render
 
 Results = Annotated[
     list[Path], typer.Argument(help="JSON of bench and serve-bench, output folders of demo; shown in this order.")
@@ -35,7 +36,7 @@ def report(
         sections = read_all(results)
         page = render(sections, title)
         try:
-            write(output, page)
+            write_atomically(output, page)
         except OSError as error:
             raise ConfigError(f"cannot write {output}: {error}") from error
         size = output.stat().st_size

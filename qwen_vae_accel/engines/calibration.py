@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import tempfile
 from pathlib import Path
 
 import torch
 
 from qwen_vae_accel.backends.base import Job
 from qwen_vae_accel.engines.selfcheck import sample_input
+from qwen_vae_accel.files import write_atomically
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.model.ranges import activation_peaks
 from qwen_vae_accel.plan import Size
@@ -65,9 +64,6 @@ def _read(path: Path, fingerprint: str) -> dict[str, float] | None:
 
 def _write(path: Path, document: dict[str, object]) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".calibration_", delete=False) as file:
-            json.dump(document, file, indent=1)
-        os.replace(file.name, path)
+        write_atomically(path, json.dumps(document, indent=1))
     except OSError as error:
         logger.warning("the calibration cannot be kept in %s: %s", path.parent, error)

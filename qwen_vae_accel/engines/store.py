@@ -26,6 +26,7 @@ from filelock import FileLock
 from qwen_vae_accel.backends.base import EngineBackend, Environment
 from qwen_vae_accel.engines.manifest import NAME, EngineRecord, Manifest, Verification
 from qwen_vae_accel.errors import BuildError, EngineError, EngineMissingError, EngineRefusedError
+from qwen_vae_accel.files import write_atomically
 from qwen_vae_accel.plan import EngineKey
 
 logger = logging.getLogger(__name__)
@@ -210,16 +211,8 @@ class EngineStore:
         # Under the manifest's lock, what a killed writer left behind is nobody's.
         for leftover in self.root.glob(f".{NAME}.*"):
             leftover.unlink(missing_ok=True)
-        temporary = self.root / f".{NAME}.{uuid.uuid4().hex}"
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(manifest.dumps())
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.root / NAME)
-            _sync(self.root)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomically(self.root / NAME, manifest.dumps())
+        _sync(self.root)
 
     @contextmanager
     def _editing(self) -> Iterator[Manifest]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
-import tempfile
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 
 import torch
 
+from qwen_vae_accel.files import write_atomically
 from qwen_vae_accel.kernels.candidates import candidates
 from qwen_vae_accel.kernels.sm90.schedules import Schedule
 from qwen_vae_accel.kernels.tuning import (
@@ -170,19 +169,8 @@ def write_tuned(folder: Path, tuned: TunedGpu) -> Path:
     Raises:
         OSError: the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = tuning_path(folder, tuned.machine.gpu)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".tuning_")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(tuned.dumps())
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomically(path, tuned.dumps())
     return path
 
 

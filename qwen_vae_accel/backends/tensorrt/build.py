@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +24,7 @@ from qwen_vae_accel.backends.base import Job, export_range
 from qwen_vae_accel.backends.tensorrt.logs import activation_memory, make_recorder
 from qwen_vae_accel.backends.tensorrt.settings import BuildSettings, Capability, capability_text
 from qwen_vae_accel.errors import BuildError
+from qwen_vae_accel.files import write_atomically
 from qwen_vae_accel.model.spelling import query_chunks, spell
 from qwen_vae_accel.plan import EngineKey
 
@@ -296,14 +295,10 @@ def _save_timing_cache(config: Any, path: Path) -> None:
     data = cache.serialize() if cache is not None else None
     if data is None:
         return
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(memoryview(data))
-        os.replace(temporary, path)
+        write_atomically(path, memoryview(data))
     except OSError as error:
         logger.warning("the timing cache %s is not kept: %s", path, error)
-        temporary.unlink(missing_ok=True)
 
 
 def _binding(tensor: Any) -> Binding:

@@ -8,9 +8,10 @@ import hashlib
 import logging
 import os
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+
+from qwen_vae_accel.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -75,22 +76,10 @@ def compile_cubin(source: str, defines: Mapping[str, int], cache: Path | None = 
         pass
     cubin = _compile(source, options)
     try:
-        _write_atomically(path, cubin)
+        write_atomically(path, cubin)
     except OSError as error:
         logger.warning("cannot keep compiled kernels in %s: %s", path.parent, error)
     return cubin
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _compile(source: str, options: list[str]) -> bytes:
