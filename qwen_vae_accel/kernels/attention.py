@@ -185,10 +185,10 @@ def attention(
     count, bm, bn = grid.height * grid.width, config.block_queries, config.block_keys
     if splits > -(-count // bn):
         raise ValueError(f"{splits} splits of {count} keys leave some empty")
-    if config.specialized and count >= 32:  # below, its tiles are mostly empty
-        from qwen_vae_accel.kernels.attention_hopper import attention_hopper
+    if config.specialized:
+        from qwen_vae_accel.kernels.sm90.attention import attention_sm90
 
-        attention_hopper(tokens, grid, out, partial, tops, splits)
+        attention_sm90(tokens, grid, out, partial, tops, splits)
     else:
         parts = [tile(tokens, rows, columns, device) for rows in (bm, bn, bn) for columns in (n0, n1)]
         _attention_kernel[(triton.cdiv(count, bm), splits, grid.batch)](

@@ -16,6 +16,7 @@ from qwen_vae_accel.kernels import compiling
 from qwen_vae_accel.kernels.compiling import Progress, Tasks
 from qwen_vae_accel.kernels.graphs import GraphCache
 from qwen_vae_accel.kernels.program import Program, Traffic
+from qwen_vae_accel.kernels.sm90 import nvrtc
 from qwen_vae_accel.kernels.timing import launch_ms
 from qwen_vae_accel.kernels.topology import LATENT_CHANNELS, state_reasons
 from qwen_vae_accel.kernels.tuning import Device, Tuning
@@ -59,7 +60,8 @@ class KernelTime(NamedTuple):
 def describe_device(device: torch.device) -> Device:
     properties = torch.cuda.get_device_properties(device)
     shared = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
-    return Device(properties.multi_processor_count, shared, properties.major >= 9, properties.major == 9)
+    wgmma = properties.major == 9 and nvrtc.library() is not None
+    return Device(properties.multi_processor_count, shared, properties.major >= 9, wgmma)
 
 
 def _nbytes(weights: object, device: torch.device) -> int:

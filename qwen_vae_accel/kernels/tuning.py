@@ -24,7 +24,7 @@ class Device:
     multiprocessors: int
     shared_memory: int  # bytes one program may use
     tma: bool  # bulk tensor copies (compute capability 9.0 and later)
-    wgmma: bool = False  # warpgroup matrix instructions (compute capability 9.0 alone)
+    wgmma: bool = False  # the CUDA C++ kernels of sm90/ run (compute capability 9.0 alone, with NVRTC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class AttentionConfig:
     block_keys: int
     warps: int
     stages: int
-    specialized: bool = False  # attention_hopper.py; then the other fields are not used
+    specialized: bool = False  # sm90/attention.py, with tiles of its own: block_queries and block_keys must say which
     rate: float = 390e12  # operations per second on 132 multiprocessors, for choosing splits
 
 
@@ -86,7 +86,7 @@ H200_CONVS: dict[tuple, tuple[ConvConfig, ...]] = {
     ("up float8", 384, 192): (ConvConfig(128, 128, 8, 4),),
     ("up float8", 192, 96): (ConvConfig(128, 64, 8, 4),),
 }
-H200_ATTENTION = AttentionConfig(128, 32, 8, 2, specialized=True, rate=550e12)
+H200_ATTENTION = AttentionConfig(128, 32, 8, 2, specialized=True, rate=615e12)
 
 # What a configuration is for: kernel, input channels, output channels, epilogue; ("attention",); or schedule_key's.
 Key = tuple[str | int, ...]

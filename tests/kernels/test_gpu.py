@@ -11,10 +11,12 @@ import torch
 from qwen_vae_accel.backends.base import Job
 from qwen_vae_accel.engines.calibration import measured_peaks
 from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder
+from qwen_vae_accel.kernels.attention import attention, attention_reference
 from qwen_vae_accel.kernels.float8 import input_scales, simulate
+from qwen_vae_accel.kernels.fused import describe_device
 from qwen_vae_accel.kernels.layout import Grid, from_flat
 from qwen_vae_accel.kernels.topology import FLOAT8_CAPABILITY
-from qwen_vae_accel.kernels.tuning import Tuning
+from qwen_vae_accel.kernels.tuning import AttentionConfig, Tuning
 from qwen_vae_accel.model import ModelSource
 from tests.kernels.cases import NO_TMA, image_state, random_flat, random_vae
 
@@ -182,25 +184,49 @@ def test_pointer_loads(networks, vae):
         assert relative(network(image.half()), reference(vae, part, image)) < LIMIT[torch.float16]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("splits", [1, 2, 4])
 @pytest.mark.parametrize("specialized", [False, True])
-def test_attention(specialized, splits):
-    from qwen_vae_accel.kernels.attention import attention, attention_reference
-    from qwen_vae_accel.kernels.fused import describe_device
-    from qwen_vae_accel.kernels.tuning import AttentionConfig
-
-    device = describe_device(torch.device("cuda"))
-    if specialized and not device.wgmma:
-        pytest.skip("needs compute capability 9.0")
-    for grid in (Grid(2, 21, 17), Grid(1, 40, 64), Grid(3, 8, 16)):
-        tokens = (2 * draw(grid.pixels, 1152)).half()
-        out = random_flat(grid, 384, torch.float16).cuda()
-        partial = torch.full((splits * grid.pixels, 384), float("nan"), device="cuda")
-        tops = torch.full((splits * grid.pixels, 1), float("nan"), device="cuda")
-        config = AttentionConfig(128, 32, 8, 2, specialized=specialized)
-        attention(tokens, grid, out, config=config, device=device, splits=splits, partial=partial, tops=tops)
+def test_attention(specialized, splits, dtype):
+    """Tiles that end in the next image or past the last, an odd number of tiles, fewer keys than a tile."""
+    config = attention_config(specialized)
+    for grid in (Grid(2, 21, 17), Grid(1, 40, 64), Grid(3, 8, 16), Grid(1, 58, 61), Grid(2, 3, 5), Grid(1, 1, 1)):
+        if splits > -(-grid.height * grid.width // config.block_keys):
+            continue
+        tokens = (2 * draw(grid.pixels, 1152)).to(dtype)
+        outs = [run_attention(tokens, grid, config, splits) for _ in range(3)]
         expected = from_flat(attention_reference(tokens, grid), grid)
+        assert relative(from_flat(outs[0], grid), expected) < {torch.bfloat16: 3e-3, torch.float16: 1e-3}[dtype]
+        assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+@pytest.mark.parametrize("specialized", [False, True])
+def test_attention_with_growing_scores(specialized):
+    """Scores near 1000 overflow without a running maximum; here every block of keys has a larger one than those before."""
+    grid, dtype = Grid(1, 40, 64), torch.float16
+    tokens = draw(grid.pixels, 1152)
+    tokens[:, 384:768] *= torch.linspace(0.1, 40, grid.pixels, device="cuda")[:, None]
+    tokens = tokens.to(dtype)
+    expected = from_flat(attention_reference(tokens, grid), grid)
+    for splits in (1, 3):
+        out = run_attention(tokens, grid, attention_config(specialized), splits)
         assert relative(from_flat(out, grid), expected) < 1e-3
+
+
+def attention_config(specialized: bool) -> AttentionConfig:
+    if specialized and not describe_device(torch.device("cuda")).wgmma:
+        pytest.skip("needs compute capability 9.0")
+    return AttentionConfig(128, 32, 8, 2, specialized=specialized)
+
+
+def run_attention(tokens: torch.Tensor, grid: Grid, config: AttentionConfig, splits: int) -> torch.Tensor:
+    """The result, where the halo was zero before."""
+    out = random_flat(grid, 384, tokens.dtype).cuda()
+    partial = torch.full((splits * grid.pixels, 384), float("nan"), device="cuda")
+    tops = torch.full((splits * grid.pixels, 1), float("nan"), device="cuda")
+    device = describe_device(torch.device("cuda"))
+    attention(tokens, grid, out, config=config, device=device, splits=splits, partial=partial, tops=tops)
+    return out
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -223,14 +249,16 @@ def test_triton_convolutions(networks, vae, dtype):
 
 
 def compiled_kernels() -> int:
-    from qwen_vae_accel.kernels import attention, attention_hopper, conv3x3, conv_in, conv_out, downsample_conv, upsample_conv
+    from qwen_vae_accel.kernels import attention, conv3x3, conv_in, conv_out, downsample_conv, upsample_conv
     from qwen_vae_accel.kernels.compiling import Kernel
-    from qwen_vae_accel.kernels.sm90.conv3x3 import _kernel
+    from qwen_vae_accel.kernels.sm90 import attention as attention_sm90
+    from qwen_vae_accel.kernels.sm90 import conv3x3 as conv3x3_sm90
 
-    modules = (attention, attention_hopper, conv3x3, conv_in, conv_out, downsample_conv, upsample_conv)
+    modules = (attention, conv3x3, conv_in, conv_out, downsample_conv, upsample_conv)
     kernels = [value for module in modules for value in vars(module).values() if isinstance(value, Kernel)]
     device = torch.cuda.current_device()
-    return sum(len(kernel._jit.device_caches[device][0]) for kernel in kernels) + _kernel.cache_info().currsize
+    caches = [module._kernel.cache_info().currsize for module in (attention_sm90, conv3x3_sm90)]
+    return sum(len(kernel._jit.device_caches[device][0]) for kernel in kernels) + sum(caches)
 
 
 @pytest.mark.parametrize("part", ["decoder", "encoder"])

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from qwen_vae_accel.kernels.layout import Grid, from_flat, pixel_rows, to_flat
-from qwen_vae_accel.kernels.sm90 import conv3x3, driver, nvrtc
+from qwen_vae_accel.kernels.sm90 import attention, conv3x3, driver, nvrtc
 from qwen_vae_accel.kernels.sm90.conv3x3 import Conv3x3, unsupported
 from qwen_vae_accel.kernels.sm90.packing import channel_order, pack
 from qwen_vae_accel.kernels.sm90.schedules import (
@@ -21,7 +21,7 @@ from qwen_vae_accel.kernels.sm90.schedules import (
     grid_blocks,
     tile_count,
 )
-from qwen_vae_accel.kernels.sm90.source import kernel_source, wgmma_wrapper
+from qwen_vae_accel.kernels.sm90.source import attention_source, conv_source, wgmma_wrapper
 from qwen_vae_accel.kernels.weights import ConvWeights, Packer
 
 H200 = 132  # multiprocessors
@@ -157,9 +157,17 @@ def test_unwritable_cache_only_warns(monkeypatch, tmp_path, caplog):
 
 
 def test_source_is_one_file_and_names_every_accumulator():
-    source = kernel_source(96, "bf16")
+    source = conv_source(96, "bf16")
     assert "#include" not in source and "m64n96k16.f32.bf16.bf16" in source
     assert wgmma_wrapper(192, "f16").count('"+f"') == 96
+
+
+def test_attention_source_reads_the_values_transposed_and_fits_into_shared_memory():
+    source = attention_source(attention.KEYS, "f16")
+    assert "#include" not in source and "m64n32k16.f32.f16.f16" in source
+    assert "{%96, %97, %98, %99}, %100, p, 1, 1, 1;" in source  # probabilities in registers, the second operand transposed
+    for split in (False, True):
+        assert attention._defines(split, torch.float16)["SHARED_BYTES"] <= SHARED_LIMIT
 
 
 def test_aligned_storage_is_aligned():

@@ -13,7 +13,7 @@ from qwen_vae_accel.kernels.sm90 import driver, nvrtc
 from qwen_vae_accel.kernels.sm90.conv3x3 import Conv3x3, unsupported
 from qwen_vae_accel.kernels.sm90.packing import channel_order, pack
 from qwen_vae_accel.kernels.sm90.schedules import FLOAT8_SCHEDULES, SHARED_LIMIT, Mode, Variant, choose_schedule
-from qwen_vae_accel.kernels.sm90.source import kernel_source, wgmma_wrapper
+from qwen_vae_accel.kernels.sm90.source import conv_source, wgmma_wrapper
 from qwen_vae_accel.kernels.tuning import Tuning
 from qwen_vae_accel.kernels.weights import Packer
 from tests.kernels.cases import (
@@ -71,7 +71,7 @@ def test_every_schedule_fits_into_shared_memory(key, residual):
 
 
 def test_source_multiplies_float8():
-    assert "m64n96k32.f32.e4m3.e4m3" in kernel_source(96, "e4m3")
+    assert "m64n96k32.f32.e4m3.e4m3" in conv_source(96, "e4m3")
     assert "1, 1;" in wgmma_wrapper(96, "e4m3")  # no transposed operands in float8
     assert choose_schedule(Mode.CONV, 96, 96, 1, 64, 64, 132, float8=True).kc == 64
 

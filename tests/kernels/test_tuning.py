@@ -25,6 +25,7 @@ from qwen_vae_accel.kernels.float8 import calibrated_layers
 from qwen_vae_accel.kernels.fused import describe_device
 from qwen_vae_accel.kernels.hopper import MODES, HopperConvs
 from qwen_vae_accel.kernels.layout import Grid
+from qwen_vae_accel.kernels.sm90 import attention as attention_sm90
 from qwen_vae_accel.kernels.sm90.schedules import SHARED_LIMIT, Mode, Schedule, Variant, choose_schedule
 from qwen_vae_accel.kernels.topology import decoder_shapes, encoder_shapes
 from qwen_vae_accel.kernels.tuned import Machine, Measured, TunedGpu, read_tuned, tuning_path, write_tuned
@@ -242,6 +243,7 @@ def test_what_does_not_compile_is_not_measured(monkeypatch):
         tasks.setdefault(name, lambda: task(self, options.get("num_stages")))
 
     monkeypatch.setattr(compiling.Kernel, "_list", listed)
+    monkeypatch.setattr(attention_sm90, "_load", lambda split, dtype: None)
     monkeypatch.setattr(compiling, "run", lambda tasks, device, progress: [task() for task in tasks.values()])
     seen = set()
 

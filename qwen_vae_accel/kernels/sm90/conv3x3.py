@@ -37,7 +37,7 @@ from qwen_vae_accel.kernels.sm90.schedules import (
     grid_blocks,
     tile_count,
 )
-from qwen_vae_accel.kernels.sm90.source import kernel_source
+from qwen_vae_accel.kernels.sm90.source import conv_source
 from qwen_vae_accel.kernels.weights import ConvWeights
 
 _PLANS = 512  # launches a layer remembers, each by its addresses and grid
@@ -69,7 +69,7 @@ def compile_variant(variant: Variant, dtype: torch.dtype, cache: Path | None = N
     ``dtype``: bfloat16 or float16, of what is not float8.
     """
     bf16 = dtype == torch.bfloat16
-    source = kernel_source(variant.columns, "e4m3" if variant.a8 else "bf16" if bf16 else "f16")
+    source = conv_source(variant.columns, "e4m3" if variant.a8 else "bf16" if bf16 else "f16")
     return nvrtc.compile_cubin(source, variant.defines() | {"BF16": int(bf16)}, cache)
 
 
@@ -219,10 +219,10 @@ class Conv3x3:
                 self._plans[key] = plan
         stream = torch._C._cuda_getCurrentRawStream(self._index)  # what current_stream() wraps at ten times the cost
         if torch.cuda.current_device() == self._index:
-            plan.kernel.launch(plan.blocks, plan.threads, plan.arguments, stream)
+            plan.kernel.launch((plan.blocks, 1, 1), plan.threads, plan.arguments, stream)
         else:
             with torch.cuda.device(self._index):
-                plan.kernel.launch(plan.blocks, plan.threads, plan.arguments, stream)
+                plan.kernel.launch((plan.blocks, 1, 1), plan.threads, plan.arguments, stream)
 
     def _plan(self, grid, flat, silu, x_scale, n_scale, a, x, normed, gamma, residual, shortcut) -> _Plan:
         after = {Mode.CONV: grid, Mode.UPSAMPLE: grid.doubled(), Mode.DOWNSAMPLE: grid.halved()}[self.mode]
@@ -283,7 +283,9 @@ class Conv3x3:
         key = (schedule.split, schedule.kc)
         with self._lock:
             if key not in self._packed:
-                self._packed[key] = pack(self._matrix.to(self.device), self.mode, self.channels, *key)
+                packed = pack(self._matrix.to(self.device), self.mode, self.channels, *key)
+                torch.cuda.current_stream(self.device).synchronize()  # other threads use it on other streams
+                self._packed[key] = packed
             return self._packed[key]
 
     def _check_call(self, grid, after, flat, dtypes, a, x, normed, gamma, residual, shortcut) -> None:

@@ -12,6 +12,7 @@ _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _TYPES = {torch.float8_e4m3fn: 0, torch.float16: 6, torch.bfloat16: 9}  # bytes stand for float8; CU_TENSOR_MAP_DATA_TYPE_*
 _SWIZZLES = {64: 2, 128: 3}  # CU_TENSOR_MAP_SWIZZLE_*
 _L2_PROMOTION_256 = 3
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
 
@@ -104,8 +105,30 @@ def bind_context(device: int) -> None:
         _check(cuda.cuCtxSetCurrent(context), "setting the context")
 
 
+class _LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute; its value is a union of 64 bytes."""
+
+    _fields_ = [("id", ctypes.c_int), ("_pad", ctypes.c_char * 4), ("value", ctypes.c_int * 16)]
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_LaunchAttribute)), ("attribute_count", ctypes.c_uint),
+    ]  # fmt: skip
+
+
+# The kernel may start before the one in front of it ends, and waits for it by itself where it has to.
+_OVERLAPPED = _LaunchAttribute(_PROGRAMMATIC_STREAM_SERIALIZATION, value=(ctypes.c_int * 16)(1))
+
+
 class Kernel:
-    """One function of a cubin, loaded on ``device``, which must be the current one."""
+    """One function of a cubin, loaded on ``device``, which must be the current one.
+
+    It must execute ``griddepcontrol.wait`` before it touches what other kernels write or read.
+    """
 
     def __init__(self, cubin: bytes, name: str, shared_bytes: int, device: int) -> None:
         self.shared_bytes, self.device = shared_bytes, device
@@ -117,15 +140,12 @@ class Kernel:
         status = cuda.cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED, shared_bytes)
         _check(status, f"{name}: {shared_bytes} bytes of shared memory")
 
-    def launch(self, blocks: int, threads: int, arguments: ctypes.Array, stream: int) -> None:
+    def launch(self, grid: tuple[int, int, int], threads: int, arguments: ctypes.Array, stream: int) -> None:
         """``arguments``: array of pointers to the kernel's parameters. The kernel's device must be the current one."""
-        status = self._launch(blocks, threads, arguments, stream)
+        config = _LaunchConfig(grid, (threads, 1, 1), self.shared_bytes, stream, ctypes.pointer(_OVERLAPPED), 1)
+        launch = functools.partial(_cuda().cuLaunchKernelEx, ctypes.byref(config), self._function, arguments, None)
+        status = launch()
         if status == _INVALID_CONTEXT:  # a thread that has not used CUDA yet
             bind_context(self.device)
-            status = self._launch(blocks, threads, arguments, stream)
+            status = launch()
         _check(status, "kernel launch")
-
-    def _launch(self, blocks: int, threads: int, arguments: ctypes.Array, stream: int) -> int:
-        return _cuda().cuLaunchKernel(
-            self._function, blocks, 1, 1, threads, 1, 1, self.shared_bytes, ctypes.c_void_p(stream), arguments, None
-        )

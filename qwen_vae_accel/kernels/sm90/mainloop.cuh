@@ -92,6 +92,7 @@ DEVICE void compute(const Shared& s, const Args& args, const float* vectors, int
 // Registers move from the feeding warpgroup to the others; wide accumulators need every one of them.
 constexpr bool WIDE = MB * NB / 2 > 128;
 constexpr int FEED_REGISTERS = WARPGROUPS == 2 && !WIDE ? 40 : 24;
+constexpr u32 WEIGHTS_WARP = 1;
 constexpr int COMPUTE_REGISTERS = WARPGROUPS == 2 ? (WIDE ? 240 : 232) : 160;
 
 // `second`: the shortcut's input; `addend`: the residual. Absent tensors: any map, it is not touched.
@@ -121,6 +122,10 @@ conv(const __grid_constant__ TensorMap input, const __grid_constant__ TensorMap 
   }
   if constexpr (SPLIT > 1) cluster_sync();
   __syncthreads();
+  // So far, and to feed weights, only constants are read: the kernel before may still be running. The next one may start
+  // after its writes are visible, not before: else three kernels could overlap, and the third not see the first's.
+  if (warp != WEIGHTS_WARP) wait_for_previous_kernel();
+  if (threadIdx.x == 0) let_next_kernel_start();
 
   if (wg == 0) {
     registers_decrease<FEED_REGISTERS>();
@@ -130,7 +135,7 @@ conv(const __grid_constant__ TensorMap input, const __grid_constant__ TensorMap 
     }
     if (s.lane == 0) {
       if (warp == 0) feed_activations(s, &input, &second, &addend, args, first, step);
-      else if (warp == 1) feed_weights(s, args, rank, first, step);
+      else if (warp == WEIGHTS_WARP) feed_weights(s, args, rank, first, step);
       else if (R_RING) feed_residual(s, &addend, args, warp - 2, rank, first, step);
     }
   } else {

@@ -63,6 +63,17 @@ DEVICE void tma_load_4d(u32 dst, const TensorMap* map, u32 bar, int c0, int c1, 
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
       ::"r"(dst), "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
 }
+DEVICE void tma_load_2d(u32 dst, const TensorMap* map, u32 bar, int c0, int c1) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
+               ::"r"(dst), "l"(map), "r"(bar), "r"(c0), "r"(c1) : "memory");
+}
+// To the same place of every block of the cluster whose bit is set in `blocks`, counted by each one's own barrier.
+DEVICE void tma_load_2d_multicast(u32 dst, const TensorMap* map, u32 bar, int c0, int c1, u16 blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1, {%3, %4}], [%2], %5;"
+      ::"r"(dst), "l"(map), "r"(bar), "r"(c0), "r"(c1), "h"(blocks) : "memory");
+}
 DEVICE void bulk_load(u32 dst, const void* src, u32 bytes, u32 bar) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                ::"r"(dst), "l"(src), "r"(bytes), "r"(bar) : "memory");
@@ -89,10 +100,19 @@ DEVICE u32 map_to_cta(u32 address, u32 rank) {  // the same shared-memory variab
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(address), "r"(rank));
   return r;
 }
+DEVICE void mbar_arrive_remote(u32 bar) {  // `bar`: from map_to_cta
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory");
+}
 DEVICE void store_remote(u32 address, float value, u32 bar) {  // 4 bytes that count towards `bar` in the target block
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
                ::"r"(address), "r"(__float_as_uint(value)), "r"(bar) : "memory");
 }
+
+// ---- dependent launches (PTX ISA, "griddepcontrol") -----------------------------------------------------------------
+// The kernel before this one in the stream has completed and its writes are visible; at once if it is not overlapped.
+DEVICE void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// The next kernel's blocks may start where there is room, once every block has said so.
+DEVICE void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // ---- warpgroups ---------------------------------------------------------------------------------------------------
 template <int Registers> DEVICE void registers_decrease() {
@@ -122,6 +142,12 @@ template <int RowBytes> DEVICE u64 matrix_descriptor(u32 address, u32 group_stri
   static_assert(RowBytes == 128 || RowBytes == 64, "128-byte or 64-byte swizzle");
   return (u64((address & 0x3FFFF) >> 4)) | (u64(1) << 16) | (u64(group_stride >> 4) << 32) |
          (u64(RowBytes == 128 ? 1 : 2) << 62);
+}
+
+// The same for a matrix that lies transposed, rows of 128 bytes swizzled over that width: of 64 numbers along the dimension
+// that is not reduced, then `leading` bytes to the next 64; groups of eight rows (along the reduced one) `group_stride` apart.
+DEVICE u64 transposed_descriptor(u32 address, u32 leading, u32 group_stride) {
+  return (u64((address & 0x3FFFF) >> 4)) | (u64(leading >> 4) << 16) | (u64(group_stride >> 4) << 32) | (u64(1) << 62);
 }
 
 // ---- 16-bit numbers -----------------------------------------------------------------------------------------------

@@ -1,0 +1,100 @@
+"""Attention over all pixels of an image on Hopper (attention.cu): the same function as ``kernels.attention.attention``."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qwen_vae_accel.kernels.compiling import listed
+from qwen_vae_accel.kernels.layout import Grid
+from qwen_vae_accel.kernels.sm90 import driver, nvrtc
+from qwen_vae_accel.kernels.sm90.schedules import SHARED_LIMIT
+from qwen_vae_accel.kernels.sm90.source import attention_source
+
+CHANNELS = 384  # of queries, keys and values
+KEYS = 32  # at a time
+_CLUSTER = 2  # blocks that share the loads of keys
+_ROWS = 64  # queries of a computing warpgroup, of which a block has two
+_THREADS = 384
+
+
+def _defines(split: bool, dtype: torch.dtype) -> dict[str, int]:
+    queries, slot, barrier = 2 * _ROWS * 2 * CHANNELS, KEYS * 2 * CHANNELS, 8  # bytes
+    slots = (SHARED_LIMIT - queries - barrier) // (slot + 2 * barrier)
+    return {
+        "KEYS": KEYS, "CLUSTER": _CLUSTER, "SLOTS": slots, "SPLIT": int(split), "BF16": int(dtype == torch.bfloat16),
+        "SHARED_BYTES": queries + slots * slot + (1 + 2 * slots) * barrier,
+    }  # fmt: skip
+
+
+def compile_attention(split: bool, dtype: torch.dtype) -> bytes:
+    """Machine code; needs NVRTC but no GPU. ``dtype``: bfloat16 or float16."""
+    kind = "bf16" if dtype == torch.bfloat16 else "f16"
+    return nvrtc.compile_cubin(attention_source(KEYS, kind), _defines(split, dtype))
+
+
+@functools.cache
+def _kernel(split: bool, dtype: torch.dtype, device: int) -> driver.Kernel:
+    shared = _defines(split, dtype)["SHARED_BYTES"]
+    return driver.Kernel(compile_attention(split, dtype), "attention", shared, device)
+
+
+def _load(split: bool, dtype: torch.dtype) -> driver.Kernel:
+    """On the current device."""
+    return _kernel(split, dtype, torch.cuda.current_device())
+
+
+class _Args(ctypes.Structure):
+    """``Args`` of attention.cu."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("out", "partial", "tops")),
+        *((name, ctypes.c_int) for name in ("count", "width", "all_tokens", "splits")),
+        ("scale", ctypes.c_float),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A launch with everything it points to."""
+
+    kernel: driver.Kernel
+    grid: tuple[int, int, int]
+    arguments: ctypes.Array
+    keep: tuple
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(device: int, dtype: torch.dtype, grid: Grid, splits: int, tokens: int, out: int, partial: int, tops: int) -> _Plan:
+    driver.bind_context(device)
+    width = 3 * CHANNELS
+
+    def boxes(rows: int) -> ctypes.Array:
+        return driver.encode_tensor_map(tokens, dtype, (width, grid.pixels), (2 * width,), (64, rows), (1, 1), 128)
+
+    count = grid.height * grid.width
+    scale = CHANNELS**-0.5 * math.log2(math.e)
+    args = _Args(out, partial, tops, count, grid.width, grid.pixels, splits, scale)
+    maps = boxes(_ROWS), boxes(KEYS // _CLUSTER)
+    arguments = (ctypes.c_void_p * 3)(*(ctypes.addressof(part) for part in (*maps, args)))
+    tiles = -(-count // (2 * _ROWS * _CLUSTER)) * _CLUSTER
+    return _Plan(_kernel(splits > 1, dtype, device), (tiles, splits, grid.batch), arguments, (maps, args))
+
+
+def attention_sm90(tokens: Tensor, grid: Grid, out: Tensor, partial: Tensor | None, tops: Tensor | None, splits: int) -> None:
+    """See ``kernels.attention.attention``, which checks the arguments and merges. Launched on the current stream."""
+    tasks = listed()
+    if tasks is not None:
+        kernel = (splits > 1, tokens.dtype)
+        tasks.setdefault(("attention", *kernel), functools.partial(_load, *kernel))
+        return
+    index = tokens.get_device()
+    addresses = (0 if t is None else t.data_ptr() for t in (tokens, out, partial, tops))
+    with torch.cuda.device(index):
+        plan = _plan(index, tokens.dtype, grid, splits, *addresses)
+        plan.kernel.launch(plan.grid, _THREADS, plan.arguments, torch._C._cuda_getCurrentRawStream(index))
