@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from qwen_vae_accel.kernels import compiling
 from qwen_vae_accel.kernels.compiling import Progress, Tasks
 from qwen_vae_accel.kernels.graphs import GraphCache
 from qwen_vae_accel.kernels.program import Program, Traffic
+from qwen_vae_accel.kernels.segments import OwnSegments
 from qwen_vae_accel.kernels.sm90 import nvrtc
 from qwen_vae_accel.kernels.timing import launch_ms
 from qwen_vae_accel.kernels.topology import LATENT_CHANNELS, state_reasons
@@ -64,6 +65,17 @@ def describe_device(device: torch.device) -> Device:
     return Device(properties.multi_processor_count, shared, properties.major >= 9, wgmma)
 
 
+def _map(function: Callable[[Tensor], Tensor], weights: Any) -> Any:
+    """``weights``, dataclasses and tuples of tensors, with every tensor replaced."""
+    if isinstance(weights, Tensor):
+        return function(weights)
+    if isinstance(weights, tuple):
+        return tuple(_map(function, part) for part in weights)
+    if is_dataclass(weights) and not isinstance(weights, type):
+        return replace(weights, **{f.name: _map(function, getattr(weights, f.name)) for f in fields(weights)})
+    return weights
+
+
 def _nbytes(weights: object, device: torch.device) -> int:
     if isinstance(weights, Tensor):
         return weights.nbytes if weights.device == device else 0
@@ -99,14 +111,16 @@ class _Fused:
         self.config = config or FusedConfig()
         self._traits = self.config.device or describe_device(self.device)
         self.float8 = bool(float8)
-        self._weights = self._pack(Packer(state, dtype, self.device, float8 or {}))
+        self._segments = OwnSegments(self.device)
+        weights = self._pack(Packer(state, dtype, self.device, float8 or {}))
         self._hopper = self._hopper_convs(self.config.tuning)
         if self._hopper is not None:
-            self._weights = self._hopper.to_host(self._weights)
+            weights = self._hopper.to_host(weights)
+        self._weights = _map(self._segments.keep, weights)
         self._programs: OrderedDict[tuple, Program] = OrderedDict()
         self._lock = threading.Lock()
         use_graphs = self.config.graphs > 0 and self.device.type == "cuda"
-        self._graphs = GraphCache(self.config.graphs, self.config.graph_after) if use_graphs else None
+        self._graphs = GraphCache(self._segments, self.config.graphs, self.config.graph_after) if use_graphs else None
 
     @property
     def nbytes(self) -> int:
@@ -118,7 +132,7 @@ class _Fused:
             return None
         from qwen_vae_accel.kernels.hopper import HopperConvs
 
-        return HopperConvs(self.device, tuning)
+        return HopperConvs(self.device, tuning, self._segments)
 
     def _pack(self, pack: Packer):
         raise NotImplementedError

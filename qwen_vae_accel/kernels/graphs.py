@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qwen_vae_accel.kernels.program import Program
+from qwen_vae_accel.kernels.segments import OwnSegments
 
 
 @dataclass(slots=True)
@@ -28,10 +29,13 @@ class _Entry:
 
 
 class GraphCache:
-    """At most ``limit`` graphs; a shape is captured on its ``after``-th use with the same scratch block, run plainly before."""
+    """At most ``limit`` graphs, their inputs and outputs in ``segments``.
 
-    def __init__(self, limit: int = 8, after: int = 2):
-        self._limit, self._after = limit, after
+    A shape is captured on its ``after``-th use with the same scratch block, run plainly before.
+    """
+
+    def __init__(self, segments: OwnSegments, limit: int = 8, after: int = 2):
+        self._segments, self._limit, self._after = segments, limit, after
         self._lock = threading.Lock()
         self._entries: OrderedDict[tuple, _Entry] = OrderedDict()
         self._uses: OrderedDict[tuple, int] = OrderedDict()
@@ -85,7 +89,8 @@ class GraphCache:
             if self._done is not None:
                 self._done.synchronize()
             self._entries.popitem(last=False)
-        memory = program.memory(torch.empty_like(image, memory_format=torch.contiguous_format), scratch)
+        with self._segments.allocations():
+            memory = program.memory(torch.empty_like(image, memory_format=torch.contiguous_format), scratch)
         entry = _Entry(torch.cuda.CUDAGraph(), memory.image, memory.output)
         stream = torch.cuda.Stream(image.device)
         stream.wait_stream(torch.cuda.current_stream(image.device))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from qwen_vae_accel.kernels.float8 import FLOAT8
+from qwen_vae_accel.kernels.segments import OwnSegments
 from qwen_vae_accel.kernels.sm90.conv3x3 import Conv3x3, unsupported
 from qwen_vae_accel.kernels.sm90.schedules import Mode
 from qwen_vae_accel.kernels.tuning import Tuning
@@ -20,8 +21,10 @@ MODES = {"conv": Mode.CONV, "up": Mode.UPSAMPLE, "down": Mode.DOWNSAMPLE}
 class HopperConvs:
     """Makes a layer the first time it is planned, and keeps it: it holds its weights packed another way."""
 
-    def __init__(self, device: torch.device, tuning: Tuning, make: Callable[..., Conv3x3] = Conv3x3):
-        self._device, self._tuning, self._make = device, tuning, make
+    def __init__(
+        self, device: torch.device, tuning: Tuning, segments: OwnSegments, make: Callable[..., Conv3x3] = Conv3x3
+    ) -> None:
+        self._device, self._tuning, self._segments, self._make = device, tuning, segments, make
         self._layers: dict[int, tuple[ConvWeights, Conv3x3]] = {}
 
     @property
@@ -61,5 +64,6 @@ class HopperConvs:
             if not self.takes(weights, kind):
                 return None
             schedules = self._tuning.schedules(kind, weights)
-            self._layers[id(weights)] = (weights, self._make(weights, MODES[kind], device=self._device, schedules=schedules))
+            layer = self._make(weights, MODES[kind], device=self._device, schedules=schedules, keep=self._segments.keep)
+            self._layers[id(weights)] = (weights, layer)
         return self._layers[id(weights)][1]

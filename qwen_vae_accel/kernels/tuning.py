@@ -60,7 +60,7 @@ class AttentionConfig:
 # Kernel, input channels, output channels, and where it matters the epilogue. Several configurations: the later ones have
 # smaller tiles, for images too small to fill the GPU; ``wave`` is their time per wave of tiles, the first one's being 1.
 H200_CONVS: dict[tuple, tuple[ConvConfig, ...]] = {
-    ("in", 16, 384): (ConvConfig(64, 32, 8, 3),),
+    ("in", 16, 384): (ConvConfig(64, 32, 4, 4),),
     ("in", 3, 96): (ConvConfig(128, 32, 4, 3),),
     ("in", 4, 96): (ConvConfig(128, 32, 4, 3),),
     ("conv", 96, 96): (ConvConfig(128, 32, 4, 4),),
@@ -71,8 +71,8 @@ H200_CONVS: dict[tuple, tuple[ConvConfig, ...]] = {
     ("conv", 192, 192, "shortcut x norm"): (ConvConfig(256, 64, 8, 3),),
     ("conv", 192, 384): (ConvConfig(128, 64, 8, 3), ConvConfig(64, 64, 4, 3, wave=0.57)),
     ("conv", 384, 384): (ConvConfig(128, 64, 8, 3), ConvConfig(64, 64, 4, 3, wave=0.57)),
-    ("proj", 384, 384): (ConvConfig(128, 64, 8, 3), ConvConfig(64, 64, 4, 3, wave=0.57)),
-    ("qkv", 384, 1152): (ConvConfig(128, 64, 8, 3),),
+    ("proj", 384, 384): (ConvConfig(64, 64, 4, 2),),
+    ("qkv", 384, 1152): (ConvConfig(64, 64, 4, 2),),
     ("up", 384, 192): (ConvConfig(128, 64, 8, 4),),
     ("up", 192, 96): (ConvConfig(128, 64, 8, 3),),
     ("down", 96, 96): (ConvConfig(128, 32, 4, 4),),

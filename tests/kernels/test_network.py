@@ -43,7 +43,7 @@ def run_poisoned(network, image):
 class StandIn:
     """A layer of sm90/ by the references and the folded upsample kernel, with its signature."""
 
-    def __init__(self, weights, mode, device=None, schedules=()):
+    def __init__(self, weights, mode, device=None, schedules=(), keep=None):
         self.weights, self.mode, self.calls = weights, mode, 0
 
     def __call__(
@@ -72,7 +72,7 @@ def test_network_with_hopper_layers(part, shape):
         image_state(vae, part), dtype=torch.float16, device=torch.device("cpu"),
         config=FusedConfig(tuning=SMALL_TUNING, device=TMA),
     )  # fmt: skip
-    network._hopper = HopperConvs(torch.device("cpu"), SMALL_TUNING, StandIn)
+    network._hopper = HopperConvs(torch.device("cpu"), SMALL_TUNING, network._segments, StandIn)
     image = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     out = run_poisoned(network, image.half()).float()
     if part == "decoder":

@@ -25,6 +25,7 @@ from qwen_vae_accel.kernels.float8 import calibrated_layers
 from qwen_vae_accel.kernels.fused import describe_device
 from qwen_vae_accel.kernels.hopper import MODES, HopperConvs
 from qwen_vae_accel.kernels.layout import Grid
+from qwen_vae_accel.kernels.segments import OwnSegments
 from qwen_vae_accel.kernels.sm90 import attention as attention_sm90
 from qwen_vae_accel.kernels.sm90.schedules import SHARED_LIMIT, Mode, Schedule, Variant, choose_schedule
 from qwen_vae_accel.kernels.topology import decoder_shapes, encoder_shapes
@@ -190,12 +191,12 @@ class FakeClock:
 class Layer:
     """Of sm90/, never launched."""
 
-    def __init__(self, weights, mode, device, schedules):
+    def __init__(self, weights, mode, device, schedules, keep):
         pass
 
 
 def hopper_layers(self, tuning: Tuning) -> HopperConvs | None:
-    return HopperConvs(torch.device("meta"), tuning, Layer) if tuning.hopper_convs else None
+    return HopperConvs(torch.device("meta"), tuning, OwnSegments(torch.device("meta")), Layer) if tuning.hopper_convs else None
 
 
 @pytest.mark.parametrize("hopper", [False, True])
@@ -383,10 +384,10 @@ def test_measured_schedules_reach_the_layers():
     tuning = tuned_gpu((Measured(("sm90 conv", 192, 192), (chosen,), 1, 2),)).tuning()
     made = {}
 
-    def make(weights, mode, device, schedules):
+    def make(weights, mode, device, schedules, keep):
         made[weights.in_channels] = schedules
 
-    layers = HopperConvs(torch.device("cpu"), tuning, make)
+    layers = HopperConvs(torch.device("cpu"), tuning, OwnSegments(torch.device("cpu")), make)
     for channels in (192, 384):
         matrix = torch.empty(channels, 9 * channels, dtype=torch.bfloat16)
         layers.layer(ConvWeights(matrix, torch.empty(channels), channels, 9), "conv")

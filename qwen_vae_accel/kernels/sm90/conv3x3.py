@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,6 +118,7 @@ class Conv3x3:
         schedules: compile-time choices, the best one for an image size is taken; default: those of the table.
         cache: directory of compiled kernels; default: ``nvrtc.default_cache()``.
         device: where to run, if the matrix of ``weights`` is in CPU memory; its other tensors are on the GPU.
+        keep: given packed weights, returns them in memory that may stay occupied for long.
 
     Raises:
         ValueError: the layer cannot run here (``unsupported`` lists why).
@@ -130,6 +132,7 @@ class Conv3x3:
         schedules: tuple[Schedule, ...] = (),
         cache: Path | None = None,
         device: torch.device | None = None,
+        keep: Callable[[Tensor], Tensor] = lambda packed: packed,
     ) -> None:
         matrix = weights.weight
         self.device = matrix.device if device is None else device
@@ -144,7 +147,7 @@ class Conv3x3:
         self.dtype = matrix.dtype
         self._index = torch.cuda.current_device() if self.device.index is None else self.device.index
         self._matrix, self._bias, self._rescale = matrix, weights.bias, weights.rescale
-        self._schedules, self._cache = schedules, cache
+        self._schedules, self._cache, self._keep = schedules, cache, keep
         self._packed: dict[tuple[int, int], Tensor] = {}
         self._plans: dict[tuple, _Plan] = {}
         self._lock = threading.Lock()
@@ -283,7 +286,7 @@ class Conv3x3:
         key = (schedule.split, schedule.kc)
         with self._lock:
             if key not in self._packed:
-                packed = pack(self._matrix.to(self.device), self.mode, self.channels, *key)
+                packed = self._keep(pack(self._matrix.to(self.device), self.mode, self.channels, *key))
                 torch.cuda.current_stream(self.device).synchronize()  # other threads use it on other streams
                 self._packed[key] = packed
             return self._packed[key]
