@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -53,26 +54,26 @@ class GraphCache:
             self._done = None
 
     def run(self, program: Program, image: Tensor) -> Tensor:
-        """Replay, capture and replay, or launch plainly, for ``image`` on the current stream."""
+        """Replay, or launch plainly and perhaps capture, for ``image`` on the current stream."""
         scratch = torch.empty(program.scratch_bytes, dtype=torch.uint8, device=image.device)
         key = (*image.shape, scratch.data_ptr())
         with self._lock:
             entry = self._entries.get(key)
-            if entry is None and self._due(key):
-                entry = self._capture(program, image, scratch, key)
             if entry is not None:
-                return self._replay(entry, key, image)
+                self._entries.move_to_end(key)
+                return self._serve(entry, image, entry.graph.replay)
+            if self._due(key):
+                return self._capture(program, image, scratch, key)
         memory = program.memory(image, scratch)
         program.run(memory)
         return memory.output
 
-    def _replay(self, entry: _Entry, key: tuple, image: Tensor) -> Tensor:
-        self._entries.move_to_end(key)
+    def _serve(self, entry: _Entry, image: Tensor, run: Callable[[], None]) -> Tensor:
         stream = torch.cuda.current_stream(image.device)
         if self._done is not None:
             stream.wait_event(self._done)
         entry.image.copy_(image)
-        entry.graph.replay()
+        run()
         output = entry.output.clone()
         self._done = torch.cuda.Event()
         self._done.record(stream)
@@ -84,7 +85,9 @@ class GraphCache:
             self._uses.popitem(last=False)
         return self._uses[key] >= self._after
 
-    def _capture(self, program: Program, image: Tensor, scratch: Tensor, key: tuple) -> _Entry:
+    def _capture(self, program: Program, image: Tensor, scratch: Tensor, key: tuple) -> Tensor:
+        """Launch plainly with a graph's buffers, which compiles and describes what may not be during a capture. The capture
+        itself takes host time alone, while the GPU works on that."""
         while len(self._entries) >= self._limit:
             if self._done is not None:
                 self._done.synchronize()
@@ -92,14 +95,13 @@ class GraphCache:
         with self._segments.allocations():
             memory = program.memory(torch.empty_like(image, memory_format=torch.contiguous_format), scratch)
         entry = _Entry(torch.cuda.CUDAGraph(), memory.image, memory.output)
-        stream = torch.cuda.Stream(image.device)
-        stream.wait_stream(torch.cuda.current_stream(image.device))
-        # Kernels are compiled, and described for these addresses, before the capture, where neither may happen.
-        with torch.cuda.stream(stream):
-            program.run(memory)
-        # Other threads may allocate or launch meanwhile; nothing inside allocates.
-        with torch.cuda.graph(entry.graph, stream=stream, capture_error_mode="thread_local"):
-            program.run(memory)
-        torch.cuda.current_stream(image.device).wait_stream(stream)
+        output = self._serve(entry, image, lambda: program.run(memory))
+        # Other threads may allocate or launch meanwhile; nothing inside allocates, so nothing has to be given back before.
+        with torch.cuda.stream(torch.cuda.Stream(image.device)):
+            entry.graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                program.run(memory)
+            finally:
+                entry.graph.capture_end()
         self._entries[key] = entry
-        return entry
+        return output
