@@ -34,7 +34,7 @@ CASES = [(*key, index) for key, schedules in SCHEDULES.items() for index in rang
 
 def unpack(packed: torch.Tensor, columns: int, kc: int, split: int, parities: int) -> torch.Tensor:
     """Undo swizzle and permutation by address arithmetic, as the hardware does: ``[split, parity, step, column, kc]``."""
-    blocks = packed.reshape(split, parities, -1, columns * kc)
+    blocks = packed.reshape(parities, -1, split, columns * kc).permute(2, 0, 1, 3)
     out = torch.empty(*blocks.shape[:3], columns, kc, dtype=packed.dtype)
     shift, mask = (7, 0x70) if kc == 64 else (7, 0x30)  # which address bits are flipped, by the bits `shift - 4` above
     for n in range(columns):
@@ -49,7 +49,7 @@ def unpack(packed: torch.Tensor, columns: int, kc: int, split: int, parities: in
 def test_packed_weights_hold_every_tap_where_the_kernel_looks(kc, split):
     channels, out = 64, 64
     matrix = torch.arange(out * 9 * channels, dtype=torch.float32).reshape(out, -1)
-    got = unpack(pack(matrix, Mode.CONV, channels, split, kc), out // split, kc, split, 1)
+    got = unpack(pack(matrix, Mode.CONV, channels, kc), out // split, kc, split, 1)
     taps = matrix.reshape(split, out // split, 9, channels // kc, kc)
     for chunk in range(channels // kc):
         for tap in range(9):
@@ -58,7 +58,7 @@ def test_packed_weights_hold_every_tap_where_the_kernel_looks(kc, split):
 
 def test_packed_shortcut_follows_the_taps_padded_with_zeros():
     matrix = torch.randn(32, 9 * 64 + 96)
-    got = unpack(pack(matrix, Mode.CONV, 64, 1, 64), 32, 64, 1, 1)[0, 0]
+    got = unpack(pack(matrix, Mode.CONV, 64, 64), 32, 64, 1, 1)[0, 0]
     assert got.shape[0] == 9 + 2
     assert torch.equal(torch.cat([got[9], got[10]], 1)[:, :96], matrix[:, 576:])
     assert not got[10][:, 32:].any()
@@ -66,7 +66,7 @@ def test_packed_shortcut_follows_the_taps_padded_with_zeros():
 
 def test_packed_downsample_is_ordered_by_parity_plane():
     matrix = torch.randn(32, 9 * 32)
-    got = unpack(pack(matrix, Mode.DOWNSAMPLE, 32, 1, 32), 32, 32, 1, 1)[0, 0]
+    got = unpack(pack(matrix, Mode.DOWNSAMPLE, 32, 32), 32, 32, 1, 1)[0, 0]
     taps = matrix.reshape(32, 3, 3, 32)
     order = [(0, 0), (0, 2), (2, 0), (2, 2), (0, 1), (2, 1), (1, 0), (1, 2), (1, 1)]
     for step, (ty, tx) in enumerate(order):
@@ -75,7 +75,7 @@ def test_packed_downsample_is_ordered_by_parity_plane():
 
 def test_packed_upsample_keeps_parities_apart():
     matrix = torch.randn(32, 16 * 32)
-    got = unpack(pack(matrix, Mode.UPSAMPLE, 32, 1, 32), 32, 32, 1, 4)[0]
+    got = unpack(pack(matrix, Mode.UPSAMPLE, 32, 32), 32, 32, 1, 4)[0]
     assert torch.equal(got.permute(2, 0, 1, 3).reshape(32, -1), matrix)
 
 

@@ -35,7 +35,7 @@ INPUT_SCALE = 60.0
 
 def unpack(packed: torch.Tensor, columns: int, kc: int, split: int, parities: int) -> torch.Tensor:
     """Undo swizzle and permutation by address arithmetic, as the hardware does: ``[split, parity, step, column, kc]``."""
-    blocks = packed.reshape(split, parities, -1, columns * kc)
+    blocks = packed.reshape(parities, -1, split, columns * kc).permute(2, 0, 1, 3)
     out = torch.empty(*blocks.shape[:3], columns, kc, dtype=packed.dtype)
     mask = 0x70 if kc == 128 else 0x30
     k = torch.arange(kc)
@@ -52,7 +52,7 @@ def test_packed_weights_hold_every_tap_where_the_kernel_looks(mode, channels, ou
     taps, parities = (4, 4) if mode == Mode.UPSAMPLE else (9, 1)
     matrix = quantize(torch.randn(out, parities * taps * channels, generator=torch.Generator().manual_seed(0)), 100.0)
     kc, split = schedule.kc, schedule.split
-    got = unpack(pack(matrix, mode, channels, split, kc), out // split, kc, split, parities)
+    got = unpack(pack(matrix, mode, channels, kc), out // split, kc, split, parities)
     chunks = -(-channels // kc)
     assert got.shape[2] == chunks * taps == Variant(mode, channels, out, 0, False, True, 2, schedule, a8=True).steps()
     want = torch.zeros(split, out // split, parities, taps, chunks * kc, dtype=torch.uint8)

@@ -82,7 +82,7 @@ static_assert(!(A8 && SHORTCUT) && !(A8 && MODE == DOWNSAMPLE), "no float8 for t
 static_assert(STAGGER < B_STAGES && !(RESIDUAL && MODE != CONV), "schedule");
 
 struct Args {
-  const void* weights;   // [SPLIT][PARITIES][STEPS][NB][KC], swizzled, rows permuted: see packing.py
+  const void* weights;   // [PARITIES][STEPS][COUT][KC], swizzled, rows permuted: see packing.py
   const float* bias;     // [COUT]
   const float* gamma;    // [COUT], already times sqrt(COUT)
   const float* rescale;  // [COUT], A8: what the sums of products are multiplied by
@@ -156,18 +156,18 @@ DEVICE void feed_activations(const Shared& s, const TensorMap* input, const Tens
 }
 
 DEVICE void feed_weights(const Shared& s, const Args& args, u32 rank, int first, int step) {
-  const unsigned char* source = static_cast<const unsigned char*>(args.weights) + i64(rank) * PARITIES * STEPS * B_BYTES;
+  const unsigned char* const source = static_cast<const unsigned char*>(args.weights) + rank * B_BYTES;
+  const auto block = [&](int tile, int k) { return source + (tile % PARITIES * STEPS + k) * SPLIT * B_BYTES; };
   if constexpr (RESIDENT) {  // every tile of a block has the same parity: the grid is a multiple of PARITIES
-    source += first % PARITIES * STEPS * B_BYTES;
     mbar_expect(s.b_full(0), STEPS * B_BYTES);
-    for (int k = 0; k < STEPS; ++k) bulk_load(s.b(k), source + k * B_BYTES, B_BYTES, s.b_full(0));
+    for (int k = 0; k < STEPS; ++k) bulk_load(s.b(k), block(first, k), B_BYTES, s.b_full(0));
   } else {
     Ring ring;
     for (int t = first; t < args.tiles; t += step)
       for (int k = 0; k < STEPS; ++k) {
         mbar_wait(s.b_empty(ring.stage), ring.parity ^ 1);
         mbar_expect(s.b_full(ring.stage), B_BYTES);
-        bulk_load(s.b(ring.stage), source + (t % PARITIES * STEPS + k) * B_BYTES, B_BYTES, s.b_full(ring.stage));
+        bulk_load(s.b(ring.stage), block(t, k), B_BYTES, s.b_full(ring.stage));
         ring.advance<B_STAGES>();
       }
   }

@@ -148,7 +148,7 @@ class Conv3x3:
         self._index = torch.cuda.current_device() if self.device.index is None else self.device.index
         self._matrix, self._bias, self._rescale = matrix, weights.bias, weights.rescale
         self._schedules, self._cache, self._keep = schedules, cache, keep
-        self._packed: dict[tuple[int, int], Tensor] = {}
+        self._packed: dict[int, Tensor] = {}  # by channels of a chunk
         self._plans: dict[tuple, _Plan] = {}
         self._lock = threading.Lock()
         self._multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
@@ -283,10 +283,10 @@ class Conv3x3:
         )  # fmt: skip
 
     def _weights(self, schedule: Schedule) -> Tensor:
-        key = (schedule.split, schedule.kc)
+        key = schedule.kc
         with self._lock:
             if key not in self._packed:
-                packed = self._keep(pack(self._matrix.to(self.device), self.mode, self.channels, *key))
+                packed = self._keep(pack(self._matrix.to(self.device), self.mode, self.channels, key))
                 torch.cuda.current_stream(self.device).synchronize()  # other threads use it on other streams
                 self._packed[key] = packed
             return self._packed[key]

@@ -44,21 +44,20 @@ def _steps(matrix: Tensor, mode: Mode, channels: int, kc: int) -> Tensor:
     return blocks[:, None]
 
 
-def pack(matrix: Tensor, mode: Mode, channels: int, split: int, kc: int) -> Tensor:
-    """Flat ``[split][parities][steps][N / split][kc]``: rows in ``channel_order``, 16-byte units swizzled in a row.
+def pack(matrix: Tensor, mode: Mode, channels: int, kc: int) -> Tensor:
+    """Flat ``[parities][steps][N][kc]``: rows in ``channel_order``, 16-byte units swizzled in a row.
 
-    Float8 comes back as bytes.
+    Float8 comes back as bytes. A block of a cluster takes its share of the rows, so one packing serves every split.
     """
     width = 8  # numbers of a unit
     if matrix.dtype == FLOAT8:
         matrix, width = matrix.view(torch.uint8), 16
-    columns = matrix.shape[0] // split
-    blocks = _steps(matrix, mode, channels, kc)
-    w = blocks.reshape(split, columns, *blocks.shape[1:]).permute(0, 2, 3, 1, 4)
+    columns = matrix.shape[0]
+    w = _steps(matrix, mode, channels, kc).permute(1, 2, 0, 3)
     w = w[..., channel_order(columns).to(w.device), :]
     units = kc // width  # 8 (128-byte swizzle: XOR with the row) or 4 (64-byte swizzle: XOR with half the row)
     row = torch.arange(columns, device=w.device)
     flip = row % 8 if units == 8 else row // 2 % 4
     source = torch.arange(units, device=w.device)[None, :] ^ flip[:, None]
     w = w.reshape(*w.shape[:-1], units, width)
-    return w.gather(-2, source[:, :, None].expand(*w.shape[:3], columns, units, width)).contiguous().flatten()
+    return w.gather(-2, source[:, :, None].expand(*w.shape[:2], columns, units, width)).contiguous().flatten()
