@@ -38,7 +38,7 @@ class FusedConfig:
     """Launch options.
 
     Attributes:
-        graphs: CUDA graphs kept per object, 0 for plain launches.
+        graphs: CUDA graphs kept per object, 0 for plain launches. Each holds a buffer for its input and its output.
         graph_after: Uses of an input shape, with the same scratch block, before it is captured.
         tuning: Tile configurations.
         device: What to know of the GPU, None to ask it.
@@ -120,7 +120,7 @@ class _Fused:
         self._programs: OrderedDict[tuple, Program] = OrderedDict()
         self._lock = threading.Lock()
         use_graphs = self.config.graphs > 0 and self.device.type == "cuda"
-        self._graphs = GraphCache(self.config.graphs, self.config.graph_after) if use_graphs else None
+        self._graphs = GraphCache(self._segments, self.config.graphs, self.config.graph_after) if use_graphs else None
 
     @property
     def nbytes(self) -> int:

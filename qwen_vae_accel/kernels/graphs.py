@@ -1,59 +1,83 @@
-"""CUDA graphs of programs: a call costs one graph launch and two kernel launches on the host, instead of forty.
+"""CUDA graphs of whole programs: a call costs one graph launch on the host instead of sixty kernel launches.
 
-A graph holds the addresses it was captured with. The first and the last kernel, which alone touch the call's image and its
-output, are therefore launched plainly before and after it: what is between knows only the scratch memory. That, hundreds of
+A graph holds the addresses it was captured with. Its small input and output are its own; the scratch memory, hundreds of
 megabytes, is taken from torch's allocator at each call and given back after it, as for plain launches. The allocator gives
 the same block for the same request as a rule: then the graph of that block is replayed, else kernels are launched plainly.
-So nothing stays allocated between calls. Graphs are kept by input shape and scratch address, the least recently used dropped
-first. A block belongs to one stream, so a graph never runs beside itself.
+So nothing large stays allocated between calls. Results are copied out, so the caller owns what it gets. Calls are ordered
+by an event: a second stream or thread waits on the GPU, never on the host. Graphs are kept by input shape and scratch
+address, the least recently used dropped first.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from qwen_vae_accel.kernels.program import Memory, Program
+from qwen_vae_accel.kernels.program import Program
+from qwen_vae_accel.kernels.segments import OwnSegments
+
+
+@dataclass(slots=True)
+class _Entry:
+    graph: torch.cuda.CUDAGraph
+    image: Tensor
+    output: Tensor
 
 
 class GraphCache:
-    """At most ``limit`` graphs; a shape is captured on its ``after``-th use with the same scratch block, run plainly before."""
+    """At most ``limit`` graphs, their inputs and outputs in ``segments``.
 
-    def __init__(self, limit: int = 8, after: int = 2):
-        self._limit, self._after = limit, after
+    A shape is captured on its ``after``-th use with the same scratch block, run plainly before.
+    """
+
+    def __init__(self, segments: OwnSegments, limit: int = 8, after: int = 2):
+        self._segments, self._limit, self._after = segments, limit, after
         self._lock = threading.Lock()
-        self._graphs: OrderedDict[tuple, torch.cuda.CUDAGraph] = OrderedDict()
+        self._entries: OrderedDict[tuple, _Entry] = OrderedDict()
         self._uses: OrderedDict[tuple, int] = OrderedDict()
+        self._done: torch.cuda.Event | None = None
 
     def __len__(self) -> int:
-        return len(self._graphs)
+        return len(self._entries)
 
     def clear(self) -> None:
-        """Drop every graph; one that runs is freed by the driver when it is done."""
+        """Drop every graph, once the GPU has finished with them."""
         with self._lock:
-            self._graphs.clear()
+            if self._done is not None:
+                self._done.synchronize()
+            self._entries.clear()
+            self._done = None
 
     def run(self, program: Program, image: Tensor) -> Tensor:
         """Replay, or launch plainly and perhaps capture, for ``image`` on the current stream."""
-        memory = program.memory(image)
-        key = (*image.shape, memory.scratch.data_ptr())
+        scratch = torch.empty(program.scratch_bytes, dtype=torch.uint8, device=image.device)
+        key = (*image.shape, scratch.data_ptr())
         with self._lock:
-            graph = self._graphs.get(key)
-            if graph is not None:
-                self._graphs.move_to_end(key)
-        if graph is None:
-            program.run(memory)
-            with self._lock:
-                if self._due(key):
-                    self._capture(program, memory, key)
-        else:
-            program.steps[0].launch(memory)
-            graph.replay()
-            program.steps[-1].launch(memory)
+            entry = self._entries.get(key)
+            if entry is not None:
+                self._entries.move_to_end(key)
+                return self._serve(entry, image, entry.graph.replay)
+            if self._due(key):
+                return self._capture(program, image, scratch, key)
+        memory = program.memory(image, scratch)
+        program.run(memory)
         return memory.output
+
+    def _serve(self, entry: _Entry, image: Tensor, run: Callable[[], None]) -> Tensor:
+        stream = torch.cuda.current_stream(image.device)
+        if self._done is not None:
+            stream.wait_event(self._done)
+        entry.image.copy_(image)
+        run()
+        output = entry.output.clone()
+        self._done = torch.cuda.Event()
+        self._done.record(stream)
+        return output
 
     def _due(self, key: tuple) -> bool:
         self._uses[key] = self._uses.pop(key, 0) + 1
@@ -61,20 +85,23 @@ class GraphCache:
             self._uses.popitem(last=False)
         return self._uses[key] >= self._after
 
-    def _capture(self, program: Program, memory: Memory, key: tuple) -> None:
-        """What ``program`` has just run plainly, which compiled and described what may not be during a capture.
-
-        It takes host time alone, while the GPU works on that run.
-        """
-        while len(self._graphs) >= self._limit:
-            self._graphs.popitem(last=False)
-        graph = torch.cuda.CUDAGraph()
+    def _capture(self, program: Program, image: Tensor, scratch: Tensor, key: tuple) -> Tensor:
+        """Launch plainly with a graph's buffers, which compiles and describes what may not be during a capture. The capture
+        itself takes host time alone, while the GPU works on that."""
+        while len(self._entries) >= self._limit:
+            if self._done is not None:
+                self._done.synchronize()
+            self._entries.popitem(last=False)
+        with self._segments.allocations():
+            memory = program.memory(torch.empty_like(image, memory_format=torch.contiguous_format), scratch)
+        entry = _Entry(torch.cuda.CUDAGraph(), memory.image, memory.output)
+        output = self._serve(entry, image, lambda: program.run(memory))
         # Other threads may allocate or launch meanwhile; nothing inside allocates, so nothing has to be given back before.
-        with torch.cuda.stream(torch.cuda.Stream(memory.scratch.device)):
-            graph.capture_begin(capture_error_mode="thread_local")
+        with torch.cuda.stream(torch.cuda.Stream(image.device)):
+            entry.graph.capture_begin(capture_error_mode="thread_local")
             try:
-                for step in program.steps[1:-1]:
-                    step.launch(memory)
+                program.run(memory)
             finally:
-                graph.capture_end()
-        self._graphs[key] = graph
+                entry.graph.capture_end()
+        self._entries[key] = entry
+        return output

@@ -111,7 +111,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    steps: tuple[Step, ...]  # the first alone reads the image, the last alone writes the output
+    steps: tuple[Step, ...]
     offsets: tuple[int, ...]
     scratch_bytes: int
     output_shape: tuple[int, ...]

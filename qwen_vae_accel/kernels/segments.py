@@ -1,4 +1,4 @@
-"""Memory for what stays, the weights, in segments of their own.
+"""Memory for what stays: weights and the buffers of CUDA graphs, in segments of their own.
 
 torch's allocator splits large free blocks for small requests. A weight of a megabyte that lands in a block freed by some
 decode before keeps that block's whole gigabyte from being given back, and its neighbours from being of use to others.

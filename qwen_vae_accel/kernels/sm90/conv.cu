@@ -104,10 +104,20 @@ struct Ring {  // position in a ring of buffers, and the parity its barriers are
   }
 };
 
+// The tiles of a block. Its number is read anew wherever it is needed: kept from the start, it would take a register
+// from every thread.
+DEVICE int first_tile() {
+  u32 block;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+  return block / SPLIT;
+}
+DEVICE int tile_step() { return gridDim.x / SPLIT; }
+
 struct Tile { int image, y, x, parity; };
-DEVICE Tile tile_at(const Args& a, int index) {
-  const int place = index / PARITIES, column = place % a.tiles_x, rest = place / a.tiles_x;
-  return {rest / a.tiles_y, rest % a.tiles_y * TILE_H, column * TILE_W, index % PARITIES};
+DEVICE Tile tile_at(const Args& a, u32 index) {  // unsigned: a division takes half the registers
+  const u32 place = index / PARITIES, rest = place / u32(a.tiles_x), column = place - rest * a.tiles_x;
+  const u32 image = rest / u32(a.tiles_y);
+  return {int(image), int(rest - image * a.tiles_y) * TILE_H, int(column) * TILE_W, int(index % PARITIES)};
 }
 
 struct Shared {
@@ -136,14 +146,15 @@ DEVICE void prefetch_residual(const TensorMap* map, const Tile& tile, int y, u32
 }
 
 DEVICE void feed_activations(const Shared& s, const TensorMap* input, const TensorMap* second, const TensorMap* addend,
-                             const Args& args, int first, int step) {
+                             const Args& args) {
   Ring ring;
-  for (int t = first; t < args.tiles; t += step) {
+  for (int t = first_tile(); t < args.tiles; t += tile_step()) {
     const Tile tile = tile_at(args, t);
     for (int pass = 0; pass < PASSES; ++pass) {
       const TensorMap* map = MODE == CONV && pass ? second : input;
       const int x = MODE == DOWNSAMPLE ? 2 * tile.x + pass % 2 : tile.x - 1;
       const int y = MODE == DOWNSAMPLE ? 2 * tile.y + pass / 2 : tile.y - 1;
+#pragma unroll 1  // the feeding warps have few registers
       for (int c = 0; c < chunks_of(pass); ++c) {
         mbar_wait(s.a_empty(ring.stage), ring.parity ^ 1);
         mbar_expect(s.a_full(ring.stage), A_LOAD);
@@ -155,15 +166,15 @@ DEVICE void feed_activations(const Shared& s, const TensorMap* input, const Tens
   }
 }
 
-DEVICE void feed_weights(const Shared& s, const Args& args, u32 rank, int first, int step) {
+DEVICE void feed_weights(const Shared& s, const Args& args, u32 rank) {
   const unsigned char* const source = static_cast<const unsigned char*>(args.weights) + rank * B_BYTES;
   const auto block = [&](int tile, int k) { return source + (tile % PARITIES * STEPS + k) * SPLIT * B_BYTES; };
   if constexpr (RESIDENT) {  // every tile of a block has the same parity: the grid is a multiple of PARITIES
     mbar_expect(s.b_full(0), STEPS * B_BYTES);
-    for (int k = 0; k < STEPS; ++k) bulk_load(s.b(k), block(first, k), B_BYTES, s.b_full(0));
+    for (int k = 0; k < STEPS; ++k) bulk_load(s.b(k), block(first_tile(), k), B_BYTES, s.b_full(0));
   } else {
     Ring ring;
-    for (int t = first; t < args.tiles; t += step)
+    for (int t = first_tile(); t < args.tiles; t += tile_step())
       for (int k = 0; k < STEPS; ++k) {
         mbar_wait(s.b_empty(ring.stage), ring.parity ^ 1);
         mbar_expect(s.b_full(ring.stage), B_BYTES);
@@ -174,9 +185,9 @@ DEVICE void feed_weights(const Shared& s, const Args& args, u32 rank, int first,
 }
 
 // For one computing warpgroup, through its ring; to the L2 cache beforehand, for the ring holds only part of a tile.
-DEVICE void feed_residual(const Shared& s, const TensorMap* map, const Args& args, u32 wg, u32 rank, int first, int step) {
+DEVICE void feed_residual(const Shared& s, const TensorMap* map, const Args& args, u32 wg, u32 rank) {
   Ring ring;
-  for (int t = first; t < args.tiles; t += step) {
+  for (int t = first_tile(); t < args.tiles; t += tile_step()) {
     const Tile tile = tile_at(args, t);
     const int y = tile.y + 8 * wg;
     prefetch_residual(map, tile, y, rank);
@@ -196,6 +207,7 @@ template <int Bytes> DEVICE void zero_halo(void* pixels, const Args& a) {  // By
   unsigned char* const start = static_cast<unsigned char*>(pixels) - (a.halo_pitch + 1) * Bytes;
   for (int line = blockIdx.x; line < a.halo_lines; line += gridDim.x) {
     const int units = (line % a.halo_period ? 1 : a.halo_pitch) * (Bytes / 16);
+#pragma unroll 1
     for (int i = threadIdx.x % 32; i < units; i += 32)
       store_16(start + i64(line) * a.halo_pitch * Bytes + i * 16, make_uint4(0, 0, 0, 0));
   }

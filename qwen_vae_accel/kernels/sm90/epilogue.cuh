@@ -119,18 +119,10 @@ DEVICE void load_residual(Residual& r, const Place& p, const Args& a, int g, int
   for (int q = 0; q < 2 * MB; ++q)
     r[q / 2][q % 2][to] = load_stream(source + offset_of(q / 2, q % 2, g, a.residual_row), p.inside[q / 2][q % 2]);
 }
-DEVICE void read_residual_ring(Residual& r, const Shared& s, Ring& ring, int wg) {
-  const u32 buffer = wg * R_STAGES + ring.stage;
-  mbar_wait(s.r_full(buffer), ring.parity);
-#pragma unroll
-  for (int q = 0; q < 2 * MB; ++q) {
-    const u32 pixel = (2 * s.warp + q % 2) * TILE_W + q / 2 * 8 + s.lane / 4;
-    r[q / 2][q % 2][0] = load_shared_16(s.r(buffer) + pixel * 64 + (s.lane % 4 ^ pixel / 2 % 4) * 16);
-  }
-  fence_before_refill();
-  __syncwarp();
-  if (s.lane == 0) mbar_arrive(s.r_empty(buffer));
-  ring.advance<R_STAGES>();
+// Pixel q of a thread's four (block q / 2, half q % 2) from a buffer of the ring, in which rows of 64 bytes are swizzled.
+DEVICE uint4 residual_part(const Shared& s, u32 buffer, int q) {
+  const u32 pixel = 2 * s.warp * TILE_W + s.lane / 4, unit = s.lane % 4 ^ s.lane / 8 % 4;
+  return load_shared_16(s.r(buffer) + pixel * 64 + unit * 16 + (q % 2 * TILE_W + q / 2 * 8) * 64);
 }
 
 // Sums of float8 products back to the convolution's scale. Apart from the bias: fewer registers at a time.
@@ -155,7 +147,10 @@ DEVICE void epilogue(float (&acc)[MB][NB / 2], Residual& residual, Ring& rr, con
     float bias[8];
     if constexpr (A8) rescale(acc, g, vectors + 2 * NB + 32 * g + p.channel);
     load_8(bias, vectors + 32 * g + p.channel);
-    if constexpr (R_RING) read_residual_ring(residual, s, rr, wg);
+    // Opaque to the compiler, which would otherwise compute the addresses of all groups beforehand and have to spill them.
+    asm volatile("" : "+r"(rr.stage), "+r"(rr.parity));
+    const u32 buffer = wg * R_STAGES + rr.stage;
+    if constexpr (R_RING) mbar_wait(s.r_full(buffer), rr.parity);
     else if constexpr (RESIDUAL && !R_EARLY) load_residual(residual, p, args, g, 0);
 #pragma unroll
     for (int q = 0; q < 2 * MB; ++q) {
@@ -163,11 +158,18 @@ DEVICE void epilogue(float (&acc)[MB][NB / 2], Residual& residual, Ring& rr, con
       take_8(v, acc[q / 2], g, q % 2);
 #pragma unroll
       for (int j = 0; j < 8; ++j) v[j] += bias[j];
-      if (RESIDUAL) add_8(v, residual[q / 2][q % 2][R_EARLY ? g : 0]);
+      if constexpr (R_RING) add_8(v, residual_part(s, buffer, q));
+      else if (RESIDUAL) add_8(v, residual[q / 2][q % 2][R_EARLY ? g : 0]);
       if (!NORM) store_8<X8>(args.x, p.x + offset_of(q / 2, q % 2, g, args.x_row), v, args.x_scale, p.inside[q / 2][q % 2]);
 #pragma unroll
       for (int j = 0; j < 8; ++j) sum[q / 2][q % 2] += v[j] * v[j];
       put_8(acc[q / 2], v, g, q % 2);
+    }
+    if constexpr (R_RING) {
+      fence_before_refill();
+      __syncwarp();
+      if (s.lane == 0) mbar_arrive(s.r_empty(buffer));
+      rr.advance<R_STAGES>();
     }
   }
   if constexpr (NORM > 0) {  // x is stored here too: its stores drain while the next values are computed

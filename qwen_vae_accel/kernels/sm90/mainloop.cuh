@@ -48,11 +48,12 @@ DEVICE void multiply_pass(float (&acc)[MB][NB / 2], const Shared& s, Position& a
   if constexpr (Pass + 1 < PASSES) multiply_pass<Pass + 1>(acc, s, at, wg, origin);
 }
 
-DEVICE void compute(const Shared& s, const Args& args, const float* vectors, int wg, u32 rank, int first, int step) {
+DEVICE void compute(const Shared& s, const Args& args, const float* vectors, int wg, u32 rank) {
   const bool leader = s.lane == 0;
   Position at;
   Ring rr;
-  int t = first, stride = step;
+  const int step = tile_step();
+  int t = first_tile(), stride = step;
   if constexpr (RESIDENT) {
     t += wg * step;
     stride *= WARPGROUPS;
@@ -63,8 +64,8 @@ DEVICE void compute(const Shared& s, const Args& args, const float* vectors, int
   for (u32 count = 0; t < args.tiles; t += stride, ++count) {
     float acc[MB][NB / 2];
     Residual residual;
-    const Tile tile = tile_at(args, t);
-    const Place place = place_of(args, tile, s, wg, rank);
+    Place place;
+    if constexpr (!R_RING) place = place_of(args, tile_at(args, t), s, wg, rank);
     if constexpr (R_EARLY)
 #pragma unroll
       for (int g = 0; g < GROUPS; ++g) load_residual(residual, place, args, g, g);
@@ -73,8 +74,8 @@ DEVICE void compute(const Shared& s, const Args& args, const float* vectors, int
     // second may only follow a few steps behind the first, as far as the ring of weights reaches.
     if (RESIDENT) named_sync(1 + wg, 256);
     if (STAGGER && !RESIDENT && wg == 1) named_sync(1, 256);
-    const u32 row = (RESIDENT ? 0 : wg * 8) + tile.parity / 2;
-    multiply_pass<0>(acc, s, at, wg, (row * PITCH + tile.parity % 2) * PIXEL_BYTES / 16);
+    const u32 row = (RESIDENT ? 0 : wg * 8) + t % PARITIES / 2;
+    multiply_pass<0>(acc, s, at, wg, (row * PITCH + t % PARITIES % 2) * PIXEL_BYTES / 16);
     if (RESIDENT && t + step < args.tiles) named_arrive(1 + (wg + 1) % WARPGROUPS, 256);
 
     wgmma_wait<0>();
@@ -84,6 +85,9 @@ DEVICE void compute(const Shared& s, const Args& args, const float* vectors, int
       mbar_arrive(s.a_empty(at.a_done));
       if (!RESIDENT) mbar_arrive(s.b_empty(at.b_done));
     }
+    // The epilogue that reads a ring has the fewest registers to spare: it finds its place here, the others above, where
+    // the compiler cannot spread that over the epilogue's arithmetic.
+    if constexpr (R_RING) place = place_of(args, tile_at(args, t), s, wg, rank);
     epilogue(acc, residual, rr, place, args, s, vectors, wg, rank, count);
     if (RESIDENT) at.a.advance<A_STAGES>((WARPGROUPS - 1) * CHUNKS);
   }
@@ -104,7 +108,6 @@ conv(const __grid_constant__ TensorMap input, const __grid_constant__ TensorMap 
   const u32 warp = __shfl_sync(~0u, threadIdx.x / 32, 0), wg = warp / 4;  // the compiler must see that they are uniform
   const Shared s{smem_address(memory), lane_id(), warp % 4};
   const u32 rank = SPLIT > 1 ? cluster_ctarank() : 0;
-  const int first = blockIdx.x / SPLIT, step = gridDim.x / SPLIT;
 
   if (threadIdx.x == 0) {
     constexpr int A_READERS = RESIDENT ? 4 : 4 * WARPGROUPS;  // a warp arrives once
@@ -134,13 +137,13 @@ conv(const __grid_constant__ TensorMap input, const __grid_constant__ TensorMap 
       if (NORM) zero_halo<COUT * (N8 ? 1 : 2)>(args.n, args);
     }
     if (s.lane == 0) {
-      if (warp == 0) feed_activations(s, &input, &second, &addend, args, first, step);
-      else if (warp == WEIGHTS_WARP) feed_weights(s, args, rank, first, step);
-      else if (R_RING) feed_residual(s, &addend, args, warp - 2, rank, first, step);
+      if (warp == 0) feed_activations(s, &input, &second, &addend, args);
+      else if (warp == WEIGHTS_WARP) feed_weights(s, args, rank);
+      else if (R_RING) feed_residual(s, &addend, args, warp - 2, rank);
     }
   } else {
     registers_increase<COMPUTE_REGISTERS>();
-    compute(s, args, vectors, wg - 1, rank, first, step);
+    compute(s, args, vectors, wg - 1, rank);
   }
   if constexpr (SPLIT > 1) cluster_sync();  // no block leaves while a peer may still write into it
 }
