@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qwen_vae_accel.kernels.program import Program
 from qwen_vae_accel.kernels.segments import OwnSegments
+from qwen_vae_accel.kernels.sm90.driver import own_stream
 
 
 @dataclass(slots=True)
@@ -97,7 +98,7 @@ class GraphCache:
         entry = _Entry(torch.cuda.CUDAGraph(), memory.image, memory.output)
         output = self._serve(entry, image, lambda: program.run(memory))
         # Other threads may allocate or launch meanwhile; nothing inside allocates, so nothing has to be given back before.
-        with torch.cuda.stream(torch.cuda.Stream(image.device)):
+        with own_stream(image.device) as stream, torch.cuda.stream(stream):
             entry.graph.capture_begin(capture_error_mode="thread_local")
             try:
                 program.run(memory)

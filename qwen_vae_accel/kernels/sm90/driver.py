@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -12,6 +13,7 @@ _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _TYPES = {torch.float8_e4m3fn: 0, torch.float16: 6, torch.bfloat16: 9}  # bytes stand for float8; CU_TENSOR_MAP_DATA_TYPE_*
 _SWIZZLES = {64: 2, 128: 3}  # CU_TENSOR_MAP_SWIZZLE_*
 _L2_PROMOTION_256 = 3
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
@@ -93,6 +95,19 @@ def aligned_storage(size: int, alignment: int) -> ctypes.Array:
     """Zeroed bytes whose address is a multiple of ``alignment``."""
     raw = ctypes.create_string_buffer(size + alignment)
     return (ctypes.c_char * size).from_buffer(raw, -ctypes.addressof(raw) % alignment)
+
+
+@contextmanager
+def own_stream(device: torch.device) -> Iterator[torch.cuda.Stream]:
+    """A stream for use inside the context. The first one of torch's own makes a pool of them all: 70 MiB of GPU memory."""
+    stream = ctypes.c_void_p()
+    with torch.cuda.device(device):
+        bind_context(torch.cuda.current_device())
+        _check(_cuda().cuStreamCreate(ctypes.byref(stream), _NON_BLOCKING), "creating a stream")
+    try:
+        yield torch.cuda.ExternalStream(stream.value, device)
+    finally:
+        _check(_cuda().cuStreamDestroy_v2(stream), "destroying a stream")
 
 
 def bind_context(device: int) -> None:
