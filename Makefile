@@ -56,12 +56,10 @@ format: $(STAMP)
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
 
-# racecheck takes Triton's own hand-over between warps for a race (docs/kernels.md), so that one kernel is left to memcheck.
 SANITIZE := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
 sanitize: $(STAMP)
 	$(SANITIZE) --tool memcheck $(BIN)/python -m tests.kernels.sanitize
-	$(SANITIZE) --tool racecheck --kernel-name-exclude kernel_substring=_hopper_attention_kernel \
-	  $(BIN)/python -m tests.kernels.sanitize
+	$(SANITIZE) --tool racecheck $(BIN)/python -m tests.kernels.sanitize
 
 test-matrix: $(STAMP)
 	$(BIN)/python tests/pipelines/matrix.py $(MATRIX_ARGS)

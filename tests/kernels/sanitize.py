@@ -35,6 +35,8 @@ def main() -> None:
             if not torch.equal(plain, replayed) or plain.isnan().any():
                 raise SystemExit(f"{name} {shape}: a graph's replay differs, or there are NaNs")
             runs += 3  # plainly, before the capture, and the replay
+            convolutions = "CUDA C++" if tuning.hopper_convs else "Triton"
+            print(f"{name}, convolutions in {convolutions}: done", flush=True)
     print(f"{runs} runs of the fused networks on {torch.cuda.get_device_name()}")
 
 
