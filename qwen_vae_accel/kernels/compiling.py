@@ -57,7 +57,7 @@ def run(tasks: Tasks, device: torch.device, progress: Progress | None = None) ->
 
 
 class Kernel:
-    """A Triton or Gluon kernel, launched as ``kernel[grid](...)``; decorate the jit function with this.
+    """A Triton kernel, launched as ``kernel[grid](...)``; decorate the jit function with this.
 
     Run-time numbers must be positional and not specialized on: then the types of the positional arguments and the values
     of the others tell one compiled kernel from another.
