@@ -78,7 +78,7 @@ class Clock:
 def random_networks(dtype: torch.dtype, device: torch.device) -> list[Network]:
     """Decoder, encoder and, where the GPU has it, float8 decoder of the published topology, with random weights.
 
-    They are made without sm90/, so that weights stay on the GPU, where each schedule's packing takes least.
+    They are made without sm90/, so that weights stay on the GPU, where packing takes least.
     """
     config = FusedConfig(graphs=0, tuning=Tuning(hopper_convs=False))
 
@@ -263,10 +263,9 @@ class Tuner:
 def tune(
     dtype: torch.dtype, device: torch.device, sizes: Sequence[tuple[int, int]], progress: Progress = lambda *_: None
 ) -> list[Measured]:
-    """Tune every kernel of the published topology on ``device``: meant to take at most three minutes on an H200 with 16 cores.
+    """Tune every kernel of the published topology on ``device``: about a minute on an H200 with 32 cores, at three sizes.
 
-    There it compiles 65 candidates with Triton and 283 with NVRTC and times 1700 launches at three sizes. Where all
-    convolutions are Triton's it compiles 540, so that takes longer; most of it is compiling either way.
+    Most of it is compiling. Where all convolutions are Triton's there is more to compile.
 
     Args:
         dtype: bfloat16 or float16; the choices serve both, and float8 beside them.

@@ -30,6 +30,7 @@ _TILES = ((64, 4), (64, 8), (128, 4), (128, 8), (256, 8))
 _ACCUMULATORS = range(24, 193)  # registers of a thread
 _MOST_STAGES = 4
 _MOST_WEIGHT_STAGES = 16
+_STAGGERS = (8, 4, 0)  # steps
 
 
 def candidates(key: Key, device: Device) -> tuple[Config, ...]:
@@ -92,7 +93,7 @@ def _schedules(mode: Mode, channels: int, out: int, float8: bool) -> Iterator[Sc
     taps = 9 if mode == Mode.CONV else 4  # of the first chunks
     for base in shipped:
         for a_stages in range(max(2, base.a_stages - 1), base.a_stages + 2):
-            for stagger in dict.fromkeys((base.stagger, base.stagger // 2, 0)):
+            for stagger in (0,) if base.resident else _STAGGERS:
                 trial = replace(base, a_stages=a_stages, stagger=stagger, cost=1.0)
                 if not base.resident:
                     depths = range(_MOST_WEIGHT_STAGES, stagger, -1)

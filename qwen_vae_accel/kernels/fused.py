@@ -117,6 +117,8 @@ class _Fused:
         if self._hopper is not None:
             weights = self._hopper.to_host(weights)
         self._weights = _map(self._segments.keep, weights)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # other threads use them on other streams
         self._programs: OrderedDict[tuple, Program] = OrderedDict()
         self._lock = threading.Lock()
         use_graphs = self.config.graphs > 0 and self.device.type == "cuda"

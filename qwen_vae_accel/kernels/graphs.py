@@ -4,12 +4,14 @@ A graph holds the addresses it was captured with. Its small input and output are
 megabytes, is taken from torch's allocator at each call and given back after it, as for plain launches. The allocator gives
 the same block for the same request as a rule: then the graph of that block is replayed, else kernels are launched plainly.
 So nothing large stays allocated between calls. Results are copied out, so the caller owns what it gets. Calls are ordered
-by an event: a second stream or thread waits on the GPU, never on the host. Graphs are kept by input shape and scratch
-address, the least recently used dropped first.
+by an event: a second stream waits on the GPU; a second thread waits on the host only while a graph is captured. Graphs are
+kept by input shape and scratch address, the least recently used dropped first.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -19,8 +21,10 @@ import torch
 from torch import Tensor
 
 from qwen_vae_accel.kernels.program import Program
-from qwen_vae_accel.kernels.segments import OwnSegments
+from qwen_vae_accel.kernels.segments import APART, OwnSegments
 from qwen_vae_accel.kernels.sm90.driver import own_stream
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -37,7 +41,8 @@ class GraphCache:
     """
 
     def __init__(self, segments: OwnSegments, limit: int = 8, after: int = 2):
-        self._segments, self._limit, self._after = segments, limit, after
+        self._segments, self._limit = segments, limit
+        self._after: float = after
         self._lock = threading.Lock()
         self._entries: OrderedDict[tuple, _Entry] = OrderedDict()
         self._uses: OrderedDict[tuple, int] = OrderedDict()
@@ -93,16 +98,22 @@ class GraphCache:
             if self._done is not None:
                 self._done.synchronize()
             self._entries.popitem(last=False)
-        with self._segments.allocations():
-            memory = program.memory(torch.empty_like(image, memory_format=torch.contiguous_format), scratch)
+        memory = self._segments.allocate(
+            lambda: program.memory(torch.empty_like(image, memory_format=torch.contiguous_format), scratch)
+        )
         entry = _Entry(torch.cuda.CUDAGraph(), memory.image, memory.output)
         output = self._serve(entry, image, lambda: program.run(memory))
         # Other threads may allocate or launch meanwhile; nothing inside allocates, so nothing has to be given back before.
-        with own_stream(image.device) as stream, torch.cuda.stream(stream):
-            entry.graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                program.run(memory)
-            finally:
-                entry.graph.capture_end()
-        self._entries[key] = entry
+        try:
+            with APART, own_stream(image.device) as stream, torch.cuda.stream(stream):
+                entry.graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    program.run(memory)
+                finally:
+                    entry.graph.capture_end()
+        except RuntimeError:
+            logger.warning("no CUDA graphs from now on: a capture failed at input %s", list(image.shape), exc_info=True)
+            self._after = math.inf
+        else:
+            self._entries[key] = entry
         return output

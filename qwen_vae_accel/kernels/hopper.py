@@ -47,7 +47,7 @@ class HopperConvs:
     def to_host(self, weights: Any) -> Any:
         """``weights``, dataclasses and tuples of them, with the matrices of the layers that :meth:`takes` in CPU memory.
 
-        A layer packs from there for each of its schedules, so the GPU holds only what kernels read.
+        A layer packs from there when it first runs, so the GPU holds only what kernels read.
         """
         if isinstance(weights, tuple):
             return tuple(map(self.to_host, weights))

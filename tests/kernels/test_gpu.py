@@ -147,6 +147,21 @@ def test_repeats_graphs_and_plain_launches_are_bitwise_equal(networks, part, mon
     assert torch.equal(plain, network(image))
 
 
+def test_a_capture_that_fails_costs_no_result(vae, monkeypatch, caplog):
+    def fail(graph, **options):
+        raise RuntimeError("not now")
+
+    config = FusedConfig(graph_after=1)
+    network = FusedDecoder(image_state(vae, "decoder"), dtype=torch.float16, device=torch.device("cuda"), config=config)
+    image = draw(1, 16, 8, 12, dtype=torch.float16)
+    plain = network.run_plain(image)
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", fail)
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_end", lambda graph: None)
+    for _ in range(3):
+        assert torch.equal(plain, network(image))
+    assert len(network._graphs) == 0 and caplog.text.count("a capture failed") == 1
+
+
 def test_non_contiguous_input(networks):
     z = draw(1, 16, 20, 12, dtype=torch.float16)
     network = networks["decoder", torch.float16]

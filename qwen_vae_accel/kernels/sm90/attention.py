@@ -93,6 +93,9 @@ def attention_sm90(tokens: Tensor, grid: Grid, out: Tensor, partial: Tensor | No
         kernel = (splits > 1, tokens.dtype)
         tasks.setdefault(("attention", *kernel), functools.partial(_load, *kernel))
         return
+    keys = -(-grid.height * grid.width // KEYS)
+    if splits > keys:  # one without keys would wait for them forever
+        raise ValueError(f"{splits} splits of {keys} blocks of keys leave some empty")
     index = tokens.get_device()
     addresses = (0 if t is None else t.data_ptr() for t in (tokens, out, partial, tops))
     with torch.cuda.device(index):

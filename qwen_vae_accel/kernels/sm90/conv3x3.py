@@ -283,13 +283,12 @@ class Conv3x3:
         )  # fmt: skip
 
     def _weights(self, schedule: Schedule) -> Tensor:
-        key = schedule.kc
-        with self._lock:
-            if key not in self._packed:
-                packed = self._keep(pack(self._matrix.to(self.device), self.mode, self.channels, key))
-                torch.cuda.current_stream(self.device).synchronize()  # other threads use it on other streams
-                self._packed[key] = packed
-            return self._packed[key]
+        packed = self._packed.get(schedule.kc)
+        if packed is None:  # two threads may both pack; the first one's stays
+            packed = self._keep(pack(self._matrix.to(self.device), self.mode, self.channels, schedule.kc))
+            torch.cuda.current_stream(self.device).synchronize()  # other threads use it on other streams
+            packed = self._packed.setdefault(schedule.kc, packed)
+        return packed
 
     def _check_call(self, grid, after, flat, dtypes, a, x, normed, gamma, residual, shortcut) -> None:
         if x is None and normed is None:

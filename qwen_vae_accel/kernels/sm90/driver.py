@@ -139,10 +139,19 @@ class _LaunchConfig(ctypes.Structure):
 _OVERLAPPED = _LaunchAttribute(_PROGRAMMATIC_STREAM_SERIALIZATION, value=(ctypes.c_int * 16)(1))
 
 
+@functools.cache
+def _overlaps() -> bool:
+    """Whether such launches can be captured into graphs: since CUDA 12.3."""
+    version = ctypes.c_int()
+    _check(_cuda().cuDriverGetVersion(ctypes.byref(version)), "reading the driver's version")
+    return version.value >= 12030
+
+
 class Kernel:
     """One function of a cubin, loaded on ``device``, which must be the current one.
 
-    It must execute ``griddepcontrol.wait`` before it touches what other kernels write or read.
+    It must execute ``griddepcontrol.wait`` before it touches what other kernels write or read. What it reads before that
+    (weights and other parameters) must be complete when the launch is made.
     """
 
     def __init__(self, cubin: bytes, name: str, shared_bytes: int, device: int) -> None:
@@ -157,7 +166,7 @@ class Kernel:
 
     def launch(self, grid: tuple[int, int, int], threads: int, arguments: ctypes.Array, stream: int) -> None:
         """``arguments``: array of pointers to the kernel's parameters. The kernel's device must be the current one."""
-        config = _LaunchConfig(grid, (threads, 1, 1), self.shared_bytes, stream, ctypes.pointer(_OVERLAPPED), 1)
+        config = _LaunchConfig(grid, (threads, 1, 1), self.shared_bytes, stream, ctypes.pointer(_OVERLAPPED), int(_overlaps()))
         launch = functools.partial(_cuda().cuLaunchKernelEx, ctypes.byref(config), self._function, arguments, None)
         status = launch()
         if status == _INVALID_CONTEXT:  # a thread that has not used CUDA yet

@@ -125,8 +125,8 @@ conv(const __grid_constant__ TensorMap input, const __grid_constant__ TensorMap 
   }
   if constexpr (SPLIT > 1) cluster_sync();
   __syncthreads();
-  // So far, and to feed weights, only constants are read: the kernel before may still be running. The next one may start
-  // after its writes are visible, not before: else three kernels could overlap, and the third not see the first's.
+  // So far, and to feed weights, only constants are read: the previous kernel may still be running. The next one may start once
+  // the previous one's writes are visible, not before: else three kernels could overlap, and the third not see the first's.
   if (warp != WEIGHTS_WARP) wait_for_previous_kernel();
   if (threadIdx.x == 0) let_next_kernel_start();
 

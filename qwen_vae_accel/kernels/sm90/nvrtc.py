@@ -87,7 +87,7 @@ def _compile(source: str, options: list[str]) -> bytes:
     if nvrtc is None:
         raise CompileError("NVRTC (libnvrtc.so) is not installed")
     program = ctypes.c_void_p()
-    _check(nvrtc, nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"conv3x3.cu", 0, None, None))
+    _check(nvrtc, nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"sm90.cu", 0, None, None))
     try:
         arguments = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         if nvrtc.nvrtcCompileProgram(program, len(options), arguments):

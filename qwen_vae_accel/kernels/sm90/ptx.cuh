@@ -111,7 +111,7 @@ DEVICE void store_remote(u32 address, float value, u32 bar) {  // 4 bytes that c
 // ---- dependent launches (PTX ISA, "griddepcontrol") -----------------------------------------------------------------
 // The kernel before this one in the stream has completed and its writes are visible; at once if it is not overlapped.
 DEVICE void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-// The next kernel's blocks may start where there is room, once every block has said so.
+// The next kernel's blocks may start where there is room, once every block has said so or ended.
 DEVICE void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // ---- warpgroups ---------------------------------------------------------------------------------------------------
@@ -209,10 +209,10 @@ DEVICE uint4 load_shared_16(u32 address) {
   return v;
 }
 // Predicated instead of branched around, so that the compiler can interleave neighbouring accesses.
-DEVICE uint4 load_stream(const void* p, bool valid) {  // read once: keep it out of L1
+DEVICE uint4 load_stream(const void* p, bool valid) {  // read once: keep it out of L1 (.nc would need it unchanged from launch on)
   uint4 v = {0, 0, 0, 0};
   asm volatile("{ .reg .pred p; setp.ne.b32 p, %5, 0;\n"
-               "@p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+               "@p ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }"
                : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w) : "l"(p), "r"(int(valid)));
   return v;
 }

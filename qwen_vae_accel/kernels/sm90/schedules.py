@@ -113,8 +113,9 @@ _PAIR = Schedule(split=2, kc=32, mb=2, a_stages=3, b_stages=9, r_stages=3, stagg
 _SMALL_192 = Schedule(split=2, kc=32, mb=1, a_stages=4, b_stages=16, r_stages=3, cost=1.25)
 _SMALL_384 = Schedule(split=4, kc=32, mb=1, a_stages=4, b_stages=16, r_stages=3, cost=1.25)
 
-# (mode, input channels, output channels) -> candidates, the fastest on a full GPU first. Measured on one NVIDIA H200
-# (``qwen-vae-accel tune``; benchmarks/results/h200_tune.json has what differs from the first table).
+# (mode, input channels, output channels) -> candidates, the fastest on a full GPU first. Measured on one NVIDIA H200, partly
+# by ``qwen-vae-accel tune`` (benchmarks/results/h200_tune.json). The small tiles of 384 channels were measured with chunks of
+# twice as many channels, and have kept their cost.
 SCHEDULES: dict[tuple[Mode, int, int], tuple[Schedule, ...]] = {
     (Mode.CONV, 96, 96): (_RESIDENT,),
     (Mode.CONV, 96, 192): (replace(_WIDE, a_stages=2, b_stages=11), _SMALL_192),
