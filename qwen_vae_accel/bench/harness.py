@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from qwen_vae_accel.backends.base import Job
 from qwen_vae_accel.bench.cases import BASELINE, SHORT, BenchError, Case, Method, Run
 from qwen_vae_accel.engines.selfcheck import compare, sample_input
+from qwen_vae_accel.kernels.timing import elapsed_ms
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.plan import Size
 
@@ -195,13 +196,8 @@ class Harness:
             start = time.perf_counter()
             run(x)
             return (time.perf_counter() - start) * 1e3
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self._synchronize()
-        first.record()
-        run(x)
-        last.record()
-        last.synchronize()
-        return first.elapsed_time(last)
+        return elapsed_ms(lambda: run(x))
 
     # Memory.
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from qwen_vae_accel.kernels.blocks import check_flat, is_pixel, load_tile, split_channels, tile
 from qwen_vae_accel.kernels.compiling import Kernel
 from qwen_vae_accel.kernels.layout import Grid, from_flat, to_flat
+from qwen_vae_accel.kernels.sm90.attention import KEYS, attention_sm90
 from qwen_vae_accel.kernels.tuning import AttentionConfig, ConvConfig, Device
 from qwen_vae_accel.kernels.weights import ConvWeights
 
@@ -182,12 +183,10 @@ def attention(
             raise ValueError("splits need memory for partial results")
         check_flat(partial, splits * grid.pixels, channels, torch.float32, "partial")
     n0, n1 = split_channels(channels)
-    count, bm, bn = grid.height * grid.width, config.block_queries, config.block_keys
-    if splits > -(-count // bn):
-        raise ValueError(f"{splits} splits of {count} keys leave some empty")
+    count, bm, bn = grid.height * grid.width, config.block_queries, KEYS if config.specialized else config.block_keys
+    if splits > -(-count // bn):  # one without keys waits for them forever
+        raise ValueError(f"{splits} splits of {count} keys, {bn} at a time, leave some empty")
     if config.specialized:
-        from qwen_vae_accel.kernels.sm90.attention import attention_sm90
-
         attention_sm90(tokens, grid, out, partial, tops, splits)
     else:
         parts = [tile(tokens, rows, columns, device) for rows in (bm, bn, bn) for columns in (n0, n1)]

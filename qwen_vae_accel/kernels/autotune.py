@@ -151,11 +151,7 @@ class Tuner:
     def _rounds(self) -> Iterator[tuple[Tuning, dict[Key, Config]]]:
         for index in range(max(map(len, self.candidates.values()), default=0)):
             configs = {key: found[index] for key, found in self.candidates.items() if index < len(found)}
-            yield self._with({key: (config,) for key, config in configs.items()}), configs
-
-    def _with(self, choices: Mapping[Key, tuple[Config, ...]]) -> Tuning:
-        base = self._base
-        return Tuning(base.convs, base.attention, base.hopper_convs, {**base.measured, **choices})
+            yield self._base.with_measured({key: (config,) for key, config in configs.items()}), configs
 
     def compile(self, device: torch.device) -> None:
         """Compile every candidate, in parallel; those that do not compile are not measured."""
@@ -215,7 +211,7 @@ class Tuner:
 
     def compare(self, choices: Mapping[Key, tuple[Config, ...]], rounds: int = 2) -> list[Measured]:
         """The choices against ``base``, in turns; those that are not faster are dropped."""
-        tunings = (self._base, self._with(choices))
+        tunings = (self._base, self._base.with_measured(choices))
         best: list[dict[tuple[Key, Case], float]] = [{}, {}]
         for index in range(rounds):
             for which, tuning in enumerate(tunings):
@@ -242,7 +238,7 @@ class Tuner:
         Raises:
             TuningError: they do not.
         """
-        tuning = self._with({kernel.key: kernel.choices for kernel in measured if kernel.choices})
+        tuning = self._base.with_measured({kernel.key: kernel.choices for kernel in measured if kernel.choices})
         for network, shape in self._inputs:
             image = torch.randn(shape, device=network.device).to(network.dtype)
             outputs = []

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from qwen_vae_accel.kernels.sm90 import nvrtc
 from qwen_vae_accel.kernels.timing import launch_ms
 from qwen_vae_accel.kernels.topology import LATENT_CHANNELS, state_reasons
 from qwen_vae_accel.kernels.tuning import Device, Tuning
-from qwen_vae_accel.kernels.weights import Packer
+from qwen_vae_accel.kernels.weights import Packer, with_each
 
 # The kernels' modules need Triton, so they are imported when a network is made.
 if TYPE_CHECKING:
@@ -65,17 +65,6 @@ def describe_device(device: torch.device) -> Device:
     return Device(properties.multi_processor_count, shared, properties.major >= 9, wgmma)
 
 
-def _map(function: Callable[[Tensor], Tensor], weights: Any) -> Any:
-    """``weights``, dataclasses and tuples of tensors, with every tensor replaced."""
-    if isinstance(weights, Tensor):
-        return function(weights)
-    if isinstance(weights, tuple):
-        return tuple(_map(function, part) for part in weights)
-    if is_dataclass(weights) and not isinstance(weights, type):
-        return replace(weights, **{f.name: _map(function, getattr(weights, f.name)) for f in fields(weights)})
-    return weights
-
-
 def _nbytes(weights: object, device: torch.device) -> int:
     if isinstance(weights, Tensor):
         return weights.nbytes if weights.device == device else 0
@@ -116,7 +105,7 @@ class _Fused:
         self._hopper = self._hopper_convs(self.config.tuning)
         if self._hopper is not None:
             weights = self._hopper.to_host(weights)
-        self._weights = _map(self._segments.keep, weights)
+        self._weights = with_each(Tensor, self._segments.keep, weights)
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # other threads use them on other streams
         self._programs: OrderedDict[tuple, Program] = OrderedDict()

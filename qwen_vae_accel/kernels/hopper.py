@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from qwen_vae_accel.kernels.segments import OwnSegments
 from qwen_vae_accel.kernels.sm90.conv3x3 import Conv3x3, unsupported
 from qwen_vae_accel.kernels.sm90.schedules import Mode
 from qwen_vae_accel.kernels.tuning import Tuning
-from qwen_vae_accel.kernels.weights import ConvWeights
+from qwen_vae_accel.kernels.weights import ConvWeights, with_each
 
 MODES = {"conv": Mode.CONV, "up": Mode.UPSAMPLE, "down": Mode.DOWNSAMPLE}
 
@@ -49,14 +49,12 @@ class HopperConvs:
 
         A layer packs from there when it first runs, so the GPU holds only what kernels read.
         """
-        if isinstance(weights, tuple):
-            return tuple(map(self.to_host, weights))
-        if isinstance(weights, ConvWeights):
-            taken = self.takes(weights, "up" if weights.taps == 16 else "conv")
-            return replace(weights, weight=weights.weight.cpu()) if taken else weights
-        if is_dataclass(weights) and not isinstance(weights, type):
-            return replace(weights, **{f.name: self.to_host(getattr(weights, f.name)) for f in fields(weights)})
-        return weights
+
+        def host(conv: ConvWeights) -> ConvWeights:
+            taken = self.takes(conv, "up" if conv.taps == 16 else "conv")
+            return replace(conv, weight=conv.weight.cpu()) if taken else conv
+
+        return with_each(ConvWeights, host, weights)
 
     def layer(self, weights: ConvWeights, kind: str) -> Conv3x3 | None:
         """The layer, or None where it is not one that :meth:`takes`."""

@@ -1,4 +1,4 @@
-"""Time one kernel on the GPU."""
+"""Time work on the GPU."""
 
 from __future__ import annotations
 
@@ -23,24 +23,21 @@ def launch_ms(launch: Callable[[], object], repeats: int = 8, best_of: int = 3) 
                 launch()
         finally:
             graph.capture_end()
-        spans = []
-        for _ in range(best_of):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            spans.append(begin.elapsed_time(end) / repeats)
-    return min(spans)
+        return min(elapsed_ms(graph.replay) for _ in range(best_of)) / repeats
 
 
 def first_ms(launch: Callable[[], object]) -> float:
     """Milliseconds of a single launch after another one; the host's part included."""
     launch()
     torch.cuda.synchronize()
+    return elapsed_ms(launch)
+
+
+def elapsed_ms(work: Callable[[], object]) -> float:
+    """Milliseconds on the current stream from before ``work`` to the end of what it launches; waits for that."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
-    launch()
+    work()
     end.record()
     end.synchronize()
     return begin.elapsed_time(end)

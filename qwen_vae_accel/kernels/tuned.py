@@ -83,9 +83,7 @@ class TunedGpu:
 
     def tuning(self, base: Tuning | None = None) -> Tuning:
         """``base`` with these choices before its own."""
-        base = base or Tuning()
-        found = {kernel.key: kernel.choices for kernel in self.kernels if kernel.choices}
-        return Tuning(base.convs, base.attention, base.hopper_convs, {**base.measured, **found})
+        return (base or Tuning()).with_measured({kernel.key: kernel.choices for kernel in self.kernels if kernel.choices})
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

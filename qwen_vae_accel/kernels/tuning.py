@@ -7,7 +7,7 @@ The tables were measured on one NVIDIA H200; other GPUs start from the same tabl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from qwen_vae_accel.kernels.sm90.schedules import Schedule
@@ -151,6 +151,10 @@ class Tuning:
     attention: AttentionConfig = H200_ATTENTION
     hopper_convs: bool = True
     measured: Mapping[Key, tuple[Config, ...]] = field(default_factory=dict)
+
+    def with_measured(self, found: Mapping[Key, tuple[Config, ...]]) -> Tuning:
+        """With ``found`` in place of what was measured of the same kernels."""
+        return replace(self, measured={**self.measured, **found})
 
     def shipped(self, key: Key, device: Device) -> tuple[ConvConfig, ...]:
         """The table's configurations of a Triton convolution that fit ``device``."""

@@ -7,13 +7,25 @@ or, for the layers that the packer is given an input scale for, to float8 (float
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qwen_vae_accel.kernels.float8 import quantize_weight
+
+
+def with_each(kind: type, function: Callable[[Any], Any], weights: Any) -> Any:
+    """``weights``, dataclasses and tuples of them, with ``function`` of every ``kind`` in its place."""
+    if isinstance(weights, kind):
+        return function(weights)
+    if isinstance(weights, tuple):
+        return tuple(with_each(kind, function, part) for part in weights)
+    if is_dataclass(weights) and not isinstance(weights, type):
+        return replace(weights, **{f.name: with_each(kind, function, getattr(weights, f.name)) for f in fields(weights)})
+    return weights
 
 
 @dataclass(frozen=True, slots=True)

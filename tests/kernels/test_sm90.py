@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 
 import pytest
@@ -171,9 +172,50 @@ def test_attention_source_reads_the_values_transposed_and_fits_into_shared_memor
 
 
 def test_aligned_storage_is_aligned():
-    import ctypes
-
     assert ctypes.addressof(driver.aligned_storage(128, 64)) % 64 == 0
+
+
+@pytest.mark.parametrize("current", [1, 0])
+@pytest.mark.parametrize("version", [12020, 12030])
+def test_a_launch_is_made_on_the_current_stream_of_the_kernels_device(monkeypatch, current, version):
+    made, entered = [], []
+
+    class Library:
+        def cuDriverGetVersion(self, out):
+            out._obj.value = version
+            return 0
+
+        def cuLaunchKernelEx(self, config, function, arguments, extra):
+            c = config._obj
+            parameters = [ctypes.cast(arguments[i], ctypes.POINTER(ctypes.c_int))[0] for i in range(2)]
+            attribute = c.attributes[0]
+            made.append((tuple(c.grid), tuple(c.block), c.shared_bytes, c.stream, c.attribute_count, parameters))
+            assert (attribute.id, attribute.value[0]) == (6, 1) and function == "function" and extra is None
+            return 0
+
+    class Device:
+        def __init__(self, index):
+            entered.append(index)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+    monkeypatch.setattr(driver, "_cuda", Library)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 100 + index, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    driver._overlaps.cache_clear()
+    kernel = driver.Kernel.__new__(driver.Kernel)
+    kernel.device, kernel.shared_bytes, kernel._function = 1, 5, "function"
+    try:
+        driver.Launch(kernel, (2, 3, 4), 384, (ctypes.c_int(7), ctypes.c_int(8)))()
+    finally:
+        driver._overlaps.cache_clear()
+    assert made == [((2, 3, 4), (384, 1, 1), 5, 101, int(version >= 12030), [7, 8])]
+    assert entered == ([] if current == 1 else [1])
 
 
 # ---- GPU ------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -59,19 +58,11 @@ class _Args(ctypes.Structure):
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """A launch with everything it points to."""
-
-    kernel: driver.Kernel
-    grid: tuple[int, int, int]
-    arguments: ctypes.Array
-    keep: tuple
-
-
 @functools.lru_cache(maxsize=256)
-def _plan(device: int, dtype: torch.dtype, grid: Grid, splits: int, tokens: int, out: int, partial: int, tops: int) -> _Plan:
-    driver.bind_context(device)
+def _plan(
+    device: int, dtype: torch.dtype, grid: Grid, splits: int, tokens: int, out: int, partial: int, tops: int
+) -> driver.Launch:
+    driver.bind_context(device)  # describing tensors needs one, and this thread may be new to CUDA
     width = 3 * CHANNELS
 
     def boxes(rows: int) -> ctypes.Array:
@@ -80,10 +71,10 @@ def _plan(device: int, dtype: torch.dtype, grid: Grid, splits: int, tokens: int,
     count = grid.height * grid.width
     scale = CHANNELS**-0.5 * math.log2(math.e)
     args = _Args(out, partial, tops, count, grid.width, grid.pixels, splits, scale)
-    maps = boxes(_ROWS), boxes(KEYS // _CLUSTER)
-    arguments = (ctypes.c_void_p * 3)(*(ctypes.addressof(part) for part in (*maps, args)))
+    with torch.cuda.device(device):
+        kernel = _load(splits > 1, dtype)
     tiles = -(-count // (2 * _ROWS * _CLUSTER)) * _CLUSTER
-    return _Plan(_kernel(splits > 1, dtype, device), (tiles, splits, grid.batch), arguments, (maps, args))
+    return driver.Launch(kernel, (tiles, splits, grid.batch), _THREADS, (boxes(_ROWS), boxes(KEYS // _CLUSTER), args))
 
 
 def attention_sm90(tokens: Tensor, grid: Grid, out: Tensor, partial: Tensor | None, tops: Tensor | None, splits: int) -> None:
@@ -93,11 +84,5 @@ def attention_sm90(tokens: Tensor, grid: Grid, out: Tensor, partial: Tensor | No
         kernel = (splits > 1, tokens.dtype)
         tasks.setdefault(("attention", *kernel), functools.partial(_load, *kernel))
         return
-    keys = -(-grid.height * grid.width // KEYS)
-    if splits > keys:  # one without keys would wait for them forever
-        raise ValueError(f"{splits} splits of {keys} blocks of keys leave some empty")
-    index = tokens.get_device()
     addresses = (0 if t is None else t.data_ptr() for t in (tokens, out, partial, tops))
-    with torch.cuda.device(index):
-        plan = _plan(index, tokens.dtype, grid, splits, *addresses)
-        plan.kernel.launch(plan.grid, _THREADS, plan.arguments, torch._C._cuda_getCurrentRawStream(index))
+    _plan(tokens.get_device(), tokens.dtype, grid, splits, *addresses)()

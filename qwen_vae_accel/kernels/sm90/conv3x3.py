@@ -17,7 +17,6 @@ import ctypes
 import functools
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -91,17 +90,6 @@ class _Args(ctypes.Structure):
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """A launch with everything it points to."""
-
-    kernel: driver.Kernel
-    blocks: int
-    threads: int
-    arguments: ctypes.Array
-    keep: tuple
-
-
 def _strides(grid: Grid, channels: int, flat: bool) -> tuple[int, int, int]:
     """Elements before pixel (0, 0, 0), from row to row, from image to image."""
     if not flat:
@@ -149,7 +137,7 @@ class Conv3x3:
         self._matrix, self._bias, self._rescale = matrix, weights.bias, weights.rescale
         self._schedules, self._cache, self._keep = schedules, cache, keep
         self._packed: dict[int, Tensor] = {}  # by channels of a chunk
-        self._plans: dict[tuple, _Plan] = {}
+        self._plans: dict[tuple, driver.Launch] = {}
         self._lock = threading.Lock()
         self._multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
 
@@ -220,14 +208,9 @@ class Conv3x3:
                 if len(self._plans) >= _PLANS:
                     self._plans.clear()
                 self._plans[key] = plan
-        stream = torch._C._cuda_getCurrentRawStream(self._index)  # what current_stream() wraps at ten times the cost
-        if torch.cuda.current_device() == self._index:
-            plan.kernel.launch((plan.blocks, 1, 1), plan.threads, plan.arguments, stream)
-        else:
-            with torch.cuda.device(self._index):
-                plan.kernel.launch((plan.blocks, 1, 1), plan.threads, plan.arguments, stream)
+        plan()
 
-    def _plan(self, grid, flat, silu, x_scale, n_scale, a, x, normed, gamma, residual, shortcut) -> _Plan:
+    def _plan(self, grid, flat, silu, x_scale, n_scale, a, x, normed, gamma, residual, shortcut) -> driver.Launch:
         after = {Mode.CONV: grid, Mode.UPSAMPLE: grid.doubled(), Mode.DOWNSAMPLE: grid.halved()}[self.mode]
         tiled = grid if self.mode == Mode.UPSAMPLE else after
         plain = self._plain(residual, x, normed)
@@ -260,11 +243,10 @@ class Conv3x3:
         maps = [self._map(a, grid, self.channels, flat, box, 2 if self.mode == Mode.DOWNSAMPLE else 1)]
         maps.append(maps[0] if shortcut is None else self._map(shortcut, grid, self.shortcut, flat, box))
         maps.append(maps[0] if residual is None else self._map(residual, after, self.out, flat, (32, columns, 8)))
-        arguments = (ctypes.c_void_p * 4)(*(ctypes.addressof(part) for part in (*maps, args)))
         with torch.cuda.device(self._index):
             kernel = _kernel(variant, plain, self._index, self._cache)
         blocks = grid_blocks(schedule, self.mode, tiles, self._multiprocessors)
-        return _Plan(kernel, blocks, schedule.threads, arguments, (maps, args, packed, gamma))
+        return driver.Launch(kernel, (blocks, 1, 1), schedule.threads, (*maps, args), (packed, gamma))
 
     def _plain(self, *tensors: Tensor | None) -> torch.dtype:
         """The 16-bit dtype of a call: that of any such matrix; where all are float8 it makes no difference."""
