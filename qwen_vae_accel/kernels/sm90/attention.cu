@@ -184,7 +184,7 @@ DEVICE void compute(const Shared& s, const Args& args, const Range& range, u32 w
     keep_in_range(score, sum, rows, args.scale, range.base + args.count - key, lane);
 
     mbar_wait(s.full(ring.slot), ring.parity);
-    const u64 values = transposed_descriptor(s.at(ring.slot), CHUNK_BYTES, PATTERN_BYTES);
+    const u64 values = matrix_descriptor<ROW_BYTES>(s.at(ring.slot), PATTERN_BYTES, CHUNK_BYTES);
 #pragma unroll
     for (int k = 0; k < KEYS / DEPTH; ++k) {  // the next probabilities are computed while these are multiplied
       u32 p[4];

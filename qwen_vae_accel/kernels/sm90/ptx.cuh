@@ -137,17 +137,12 @@ template <int Count> DEVICE void pin(float (&v)[Count]) {
 
 // K-major shared-memory matrix whose rows are `RowBytes` (128 or 64) long and swizzled over that width. Groups of eight
 // rows lie `group_stride` bytes apart. The swizzle XORs bits of the final address, so a matrix may begin at any row of a
-// buffer that itself begins on a swizzle-pattern boundary; the descriptor's base offset stays 0.
-template <int RowBytes> DEVICE u64 matrix_descriptor(u32 address, u32 group_stride) {
+// buffer that itself begins on a swizzle-pattern boundary; the descriptor's base offset stays 0. Of a matrix that lies
+// transposed the rows run along the dimension that is not reduced, and their continuation is `leading` bytes away.
+template <int RowBytes> DEVICE u64 matrix_descriptor(u32 address, u32 group_stride, u32 leading = 16) {
   static_assert(RowBytes == 128 || RowBytes == 64, "128-byte or 64-byte swizzle");
-  return (u64((address & 0x3FFFF) >> 4)) | (u64(1) << 16) | (u64(group_stride >> 4) << 32) |
+  return (u64((address & 0x3FFFF) >> 4)) | (u64(leading >> 4) << 16) | (u64(group_stride >> 4) << 32) |
          (u64(RowBytes == 128 ? 1 : 2) << 62);
-}
-
-// The same for a matrix that lies transposed, rows of 128 bytes swizzled over that width: of 64 numbers along the dimension
-// that is not reduced, then `leading` bytes to the next 64; groups of eight rows (along the reduced one) `group_stride` apart.
-DEVICE u64 transposed_descriptor(u32 address, u32 leading, u32 group_stride) {
-  return (u64((address & 0x3FFFF) >> 4)) | (u64(leading >> 4) << 16) | (u64(group_stride >> 4) << 32) | (u64(1) << 62);
 }
 
 // ---- 16-bit numbers -----------------------------------------------------------------------------------------------
