@@ -9,7 +9,7 @@ from itertools import combinations
 
 from qwen_vae_accel.kernels.hopper import MODES
 from qwen_vae_accel.kernels.layout import Grid
-from qwen_vae_accel.kernels.sm90.schedules import Schedule, busiest_block
+from qwen_vae_accel.kernels.sm90.schedules import Schedule, load
 from qwen_vae_accel.kernels.tuning import (
     ATTENTION_KEY,
     SCHEDULE_PREFIX,
@@ -78,7 +78,7 @@ def _load(key: Key, config: ConvConfig | Schedule, grid: Grid, device: Device) -
     if isinstance(config, ConvConfig):
         return conv_waves(config, grid, device)
     mode = MODES[str(key[0]).removeprefix(SCHEDULE_PREFIX).split()[0]]
-    return busiest_block(config, mode, grid.batch, grid.height, grid.width, device.multiprocessors)
+    return load(config, mode, grid.batch, grid.height, grid.width, device.multiprocessors)
 
 
 def _with_cost(config: ConvConfig | Schedule, ratio: float) -> Config:

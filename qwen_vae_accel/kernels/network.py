@@ -13,7 +13,7 @@ small x and the large x and normed. The last block writes neither, only conv_out
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ from qwen_vae_accel.kernels.conv_out import conv_out, head_products, sum_taps
 from qwen_vae_accel.kernels.downsample_conv import downsample_conv
 from qwen_vae_accel.kernels.float8 import FLOAT8
 from qwen_vae_accel.kernels.layout import Grid
+from qwen_vae_accel.kernels.overlap import Matrix, Overlap, link
 from qwen_vae_accel.kernels.program import Arena, Memory, Program, Slot, Step
 from qwen_vae_accel.kernels.tuning import ATTENTION_KEY, Device, Key, Tuning, conv_key, schedule_key
 from qwen_vae_accel.kernels.upsample_conv import upsample_conv
@@ -140,13 +141,19 @@ class Planner:
         self.arena = Arena()
         self.steps: list[Step] = []
         self.tuned: list[Tuned | None] = []
+        self.overlaps: list[Overlap | None] = []
 
     def program(self, output_shape: tuple[int, ...]) -> Program:
         offsets, scratch_bytes = self.arena.place()
-        return Program(tuple(self.steps), offsets, scratch_bytes, output_shape)
+        return Program(tuple(self.steps), offsets, scratch_bytes, output_shape).counting(link(self.overlaps, offsets))
 
-    def add(self, kernel: str, grid: Grid, flops: int, launch: Callable[[Memory], None], tuned: Tuned | None = None) -> None:
+    def add(
+        self, kernel: str, grid: Grid, flops: int, launch: Callable[[Memory], None], tuned: Tuned | None = None,
+        overlap: Overlap | None = None,
+    ) -> None:  # fmt: skip
         self.tuned.append(tuned)
+        self.overlaps.append(overlap)
+        self.arena.step()
         self.steps.append(Step(kernel, f"{grid.batch}x{grid.height}x{grid.width}", flops, launch))
 
     def layer(self, weights: ConvWeights, kind: str) -> Conv3x3 | None:
@@ -174,6 +181,9 @@ class Planner:
         kind = "conv" if weights.taps == 9 else "proj"
         config = self.tuning.conv(kind, weights, grid, device, epilogue)
         layer = self.layer(weights, kind) if head is None else None
+        overlap = None
+        if layer is not None:
+            overlap = self.overlap(layer, grid, grid, a, reads=(residual, shortcut), writes=(x, normed))
         flops = weights.flops(grid.pixels)
         if head is not None and products is not None:
             flops += 2 * grid.pixels * head.shape[0] * products.rows
@@ -183,7 +193,7 @@ class Planner:
                 layer(
                     m[a], grid, x=m.get(x), normed=m.get(normed), gamma=None if norm is None else norm.gamma,
                     silu=norm is None or norm.silu, residual=m.get(residual), shortcut=m.get(shortcut),
-                    x_scale=x_scale, n_scale=None if norm is None else norm.scale,
+                    x_scale=x_scale, n_scale=None if norm is None else norm.scale, **overlap.arguments(m),
                 )  # fmt: skip
                 return
             conv(
@@ -193,7 +203,20 @@ class Planner:
 
         side = 3 if weights.taps == 9 else 1
         name = f"conv{side}x{side} {_widths(weights)} {epilogue}"
-        self.add(name, grid, flops, launch, self.convolution(kind, weights, grid, epilogue, layer))
+        self.add(name, grid, flops, launch, self.convolution(kind, weights, grid, epilogue, layer), overlap)
+
+    def overlap(
+        self, layer: Conv3x3, grid: Grid, after: Grid, a: Slot | None, *, reads: Iterable[Slot | None] = (),
+        writes: Iterable[Slot | None],
+    ) -> Overlap:  # fmt: skip
+        """From ``grid`` to ``after``."""
+        if a is None:
+            raise ValueError("the plan reads a matrix that nothing wrote")
+
+        def on(grid: Grid, slots: Iterable[Slot | None]) -> tuple[Matrix, ...]:
+            return tuple(Matrix(slot, grid) for slot in slots if slot is not None)
+
+        return Overlap(layer, grid, Matrix(a, grid), on(grid, reads), on(after, writes))
 
     def conv_in(self, weights: SmallConvWeights, grid: Grid, norm: Norm) -> Level:
         out = weights.out_channels
@@ -295,10 +318,13 @@ class Planner:
         function = upsample_conv if kind == "up" else downsample_conv
         layer = self.layer(weights, kind)
 
+        overlap = None if layer is None else self.overlap(layer, grid, large, level.x, writes=(x, normed))
+
         def launch(m: Memory) -> None:
             if layer is not None:
                 layer(
-                    m[level.x], grid, x=m[x], normed=m[normed], gamma=norm.gamma, silu=norm.silu, n_scale=norm.scale
+                    m[level.x], grid, x=m[x], normed=m[normed], gamma=norm.gamma, silu=norm.silu, n_scale=norm.scale,
+                    **overlap.arguments(m),
                 )  # fmt: skip
                 return
             function(
@@ -307,7 +333,7 @@ class Planner:
 
         pixels = grid.pixels if kind == "up" else large.pixels
         name = f"{kind}sample {_widths(weights)}"
-        self.add(name, large, weights.flops(pixels), launch, self.convolution(kind, weights, tiled, layer=layer))
+        self.add(name, large, weights.flops(pixels), launch, self.convolution(kind, weights, tiled, layer=layer), overlap)
         self.arena.give(level.x)
         return Level(large, x, normed)
 

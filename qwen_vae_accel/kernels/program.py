@@ -1,20 +1,26 @@
 """A network for one input size, as a list of kernel launches over one scratch allocation.
 
 Buffers are planned before anything runs: a matrix lives from ``take`` to ``give``, and ``Arena.place`` gives matrices
-whose lives overlap disjoint offsets, largest first. The peak is the size of the one allocation a call makes, so calls on
+whose lives overlap disjoint offsets, largest first. Where that costs nothing, a matrix does not lie across one that the step
+before read, so that kernels may overlap (overlap.py). The peak is the size of the one allocation a call makes, so calls on
 different streams never share scratch unless they share the allocation (graphs.py, which orders them).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 ALIGNMENT = 256
+
+
+def aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +41,22 @@ class Slot:
 class Arena:
     slots: list[Slot] = field(default_factory=list)
     lives: list[list[float]] = field(default_factory=list)  # first and last event of each slot
+    before: list[int] = field(default_factory=list)  # of each slot: what was given after this event, the step before may read
     events: int = 0
+    step_before: int = 0
 
     def take(self, rows: int, columns: int, dtype: torch.dtype) -> Slot:
         """A matrix that may be written by the next step."""
         slot = Slot(len(self.slots), rows, columns, dtype)
         self.slots.append(slot)
         self.lives.append([self.events, float("inf")])
+        self.before.append(self.step_before)
         self.events += 1
         return slot
+
+    def step(self) -> None:
+        """A step has been listed."""
+        self.step_before = self.events - 1
 
     def give(self, *slots: Slot | None) -> None:
         """No step after the ones listed so far reads them."""
@@ -55,22 +68,38 @@ class Arena:
     def place(self) -> tuple[tuple[int, ...], int]:
         """Offsets by slot index, and the bytes needed in all."""
         offsets: dict[int, int] = {}
+        total = 0
         for slot in sorted(self.slots, key=lambda s: (-s.nbytes, s.index)):
-            begin, end = self.lives[slot.index]
-            size = -(-slot.nbytes // ALIGNMENT) * ALIGNMENT
-            neighbours = sorted(
-                (offset, offset + self.slots[i].nbytes)
-                for i, offset in offsets.items()
-                if self.lives[i][0] < end and begin < self.lives[i][1]
-            )
-            offset = 0
-            for low, high in neighbours:
-                if offset + size <= low:
-                    break
-                offset = max(offset, -(-high // ALIGNMENT) * ALIGNMENT)
+            size = aligned(slot.nbytes)
+            taken, nearly = self._taken(offsets, slot), self._taken(offsets, slot, self.before)
+            offset = _gap(taken, size)
+            across = (low < offset + size and offset < high and (low, high) != (offset, offset + size) for low, high in nearly)
+            if any(across) and _gap(nearly, size) + size <= total:
+                offset = _gap(nearly, size)
             offsets[slot.index] = offset
-        total = max(offset + -(-self.slots[i].nbytes // ALIGNMENT) * ALIGNMENT for i, offset in offsets.items())
+            total = max(total, offset + size)
         return tuple(offsets[i] for i in range(len(self.slots))), total
+
+    def _taken(self, offsets: dict[int, int], slot: Slot, begins: Sequence[float] | None = None) -> list[tuple[int, int]]:
+        """Where the placed slots lie that live together with ``slot``; with lives that begin at ``begins``."""
+        if begins is None:
+            begins = [begin for begin, _ in self.lives]
+        ends = [end for _, end in self.lives]
+        return sorted(
+            (offset, offset + aligned(self.slots[i].nbytes))
+            for i, offset in offsets.items()
+            if begins[i] < ends[slot.index] and begins[slot.index] < ends[i]
+        )
+
+
+def _gap(taken: Sequence[tuple[int, int]], size: int) -> int:
+    """The lowest offset at which ``size`` bytes are free, between sorted ranges that may overlap."""
+    offset = 0
+    for low, high in taken:
+        if offset + size <= low:
+            break
+        offset = max(offset, high)
+    return offset
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +110,7 @@ class Memory:
     offsets: tuple[int, ...]
     image: Tensor
     output: Tensor
+    overlapped: bool = True  # else every kernel waits for the one before it (overlap.py)
     _views: dict[int | torch.dtype, Tensor] = field(default_factory=dict)  # made once per call: launches share them
 
     def get(self, slot: Slot | None) -> Tensor | None:
@@ -115,18 +145,33 @@ class Program:
     offsets: tuple[int, ...]
     scratch_bytes: int
     output_shape: tuple[int, ...]
+    counters: Slot | None = None  # of finished tiles (overlap.py), zero when a run begins
+
+    def counting(self, slots: Sequence[Slot]) -> Program:
+        """With these, numbered after all others, in a row at the end of the scratch memory."""
+        if not slots:
+            return self
+        ends = tuple(itertools.accumulate((slot.nbytes for slot in slots), initial=self.scratch_bytes))
+        counters = Slot(len(self.offsets) + len(slots), 1, (ends[-1] - ends[0]) // slots[0].dtype.itemsize, slots[0].dtype)
+        offsets = (*self.offsets, *ends[:-1], ends[0])
+        return replace(self, offsets=offsets, scratch_bytes=aligned(ends[-1]), counters=counters)
 
     @property
     def flops(self) -> int:
         return sum(step.flops for step in self.steps)
 
-    def memory(self, image: Tensor, scratch: Tensor | None = None) -> Memory:
-        """Output, and unless given scratch, for one call, from torch's allocator on the current stream."""
+    def memory(self, image: Tensor, scratch: Tensor | None = None, *, overlapped: bool = True) -> Memory:
+        """Output, and unless given scratch, for one call, from torch's allocator on the current stream.
+
+        ``overlapped=False``: for launches out of their order, to time them.
+        """
         if scratch is None:
             scratch = torch.empty(self.scratch_bytes, dtype=torch.uint8, device=image.device)
-        return Memory(scratch, self.offsets, image, image.new_empty(self.output_shape))
+        return Memory(scratch, self.offsets, image, image.new_empty(self.output_shape), overlapped)
 
     def run(self, memory: Memory) -> None:
+        if self.counters is not None and memory.overlapped:
+            memory[self.counters].zero_()
         for step in self.steps:
             step.launch(memory)
 
@@ -139,6 +184,7 @@ class Traffic:
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
+        self.overlapped = False
         self.nbytes = 0
 
     def __getitem__(self, slot: Slot | None) -> Tensor:

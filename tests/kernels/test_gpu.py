@@ -127,6 +127,26 @@ def test_scratch_may_hold_anything(networks, part):
     assert torch.equal(*outputs) and not outputs[0].isnan().any()
 
 
+@pytest.mark.parametrize("latents", [(1, 60, 106), (1, 112, 148), (3, 33, 47), (1, 166, 166)], ids=str)
+@pytest.mark.parametrize("part", ["decoder", "encoder"])
+def test_overlapping_kernels_change_no_bit(networks, part, latents):
+    batch, height, width = latents
+    network, scale = networks[part, torch.bfloat16], 1 if part == "decoder" else 8
+    image = draw(batch, network.channels, height * scale, width * scale, dtype=torch.bfloat16)
+    program = network.program(tuple(image.shape))
+
+    def run(overlapped: bool) -> torch.Tensor:
+        memory = program.memory(image, overlapped=overlapped)
+        program.run(memory)
+        return memory.output
+
+    apart = run(False)
+    for _ in range(4):
+        assert torch.equal(run(True), apart)
+    for _ in range(6):  # by graph from the second on
+        assert torch.equal(network(image), apart)
+
+
 @pytest.mark.parametrize("part", ["decoder", "encoder"])
 def test_repeats_graphs_and_plain_launches_are_bitwise_equal(networks, part, monkeypatch):
     network = networks[part, torch.bfloat16]

@@ -18,7 +18,7 @@ from qwen_vae_accel.kernels.float8 import FLOAT8, quantize
 from qwen_vae_accel.kernels.hopper import HopperConvs
 from qwen_vae_accel.kernels.layout import Grid
 from qwen_vae_accel.kernels.program import Arena, Traffic
-from qwen_vae_accel.kernels.sm90.schedules import Mode
+from qwen_vae_accel.kernels.sm90.schedules import Mode, choose_schedule, lines_of, rounds
 from qwen_vae_accel.kernels.topology import decoder_shapes, encoder_shapes
 from qwen_vae_accel.kernels.tuning import Device, Tuning
 from qwen_vae_accel.kernels.upsample_conv import upsample_conv
@@ -43,13 +43,36 @@ def run_poisoned(network, image):
 class StandIn:
     """A layer of sm90/ by the references and the folded upsample kernel, with its signature."""
 
+    multiprocessors = 4  # few, so that small images have several rounds of tiles
+
     def __init__(self, weights, mode, device=None, schedules=(), keep=None):
         self.weights, self.mode, self.calls = weights, mode, 0
 
+    def schedule(self, grid):
+        tiled = grid.halved() if self.mode is Mode.DOWNSAMPLE else grid
+        place = tiled.batch, tiled.height, tiled.width, self.multiprocessors
+        return choose_schedule(self.mode, self.weights.in_channels, self.weights.out_channels, *place), place
+
+    def lines(self, grid):
+        schedule, (_, height, width, _) = self.schedule(grid)
+        return lines_of(schedule, self.mode, height, width)
+
+    def rounds(self, grid):
+        schedule, place = self.schedule(grid)
+        return rounds(schedule, self.mode, *place)
+
     def __call__(
-        self, a, grid, *, x=None, normed=None, gamma=None, silu=True, residual=None, shortcut=None, x_scale=None, n_scale=None
-    ):
+        self, a, grid, *, x=None, normed=None, gamma=None, silu=True, residual=None, shortcut=None, x_scale=None, n_scale=None,
+        done=None, ready=None,
+    ):  # fmt: skip
         self.calls += 1
+        if ready is not None:  # the launch before has counted all of its tiles there, and nobody else
+            counters, lines = ready
+            assert counters.numel() == grid.batch * lines.per_image and (counters == lines.count).all()
+            after = grid.doubled() if lines.rows == 32 else grid
+            assert (lines.per_image - 1) * lines.rows < after.height
+        if done is not None:
+            done += self.lines(grid).count
         norm = None if gamma is None else Norm(gamma, silu, n_scale)
         if self.mode is Mode.UPSAMPLE:
             upsample_conv(a, grid, self.weights, x=x, normed=normed, norm=norm, config=CONFIG, device=TMA)

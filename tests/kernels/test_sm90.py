@@ -430,6 +430,37 @@ def test_repeats_graphs_streams_and_threads_agree_bit_for_bit(channels, cache):
 
 @hopper
 @pytest.mark.gpu
+@pytest.mark.parametrize(("channels", "index"), [(c, i) for c in (96, 192, 384) for i in range(len(SCHEDULES[Mode.CONV, c, c]))])
+def test_launches_that_wait_for_tiles_instead_of_kernels(channels, index, cache):
+    """A chain over two matrices in turn: each launch overwrites what the one before it reads, beside it."""
+    example = Example(Mode.CONV, channels, channels, Grid(2, 150, 100), torch.bfloat16)
+    layer = Conv3x3(example.weights, schedules=(SCHEDULES[Mode.CONV, channels, channels][index],), cache=cache)
+    start, grid, length = to_flat(example.image), example.grid, 9
+    lines = layer.lines(grid)
+    counters = torch.zeros(length, grid.batch * lines.per_image, dtype=torch.int32, device="cuda")
+    matrices = [start.clone(), torch.empty_like(start)]
+
+    def run(overlapped):
+        matrices[0].copy_(start)
+        counters.zero_()
+        for i in range(length):
+            done, ready = (counters[i], (counters[i - 1], lines) if i else None) if overlapped else (None, None)
+            layer(matrices[i % 2], grid, normed=matrices[1 - i % 2], gamma=example.gamma, done=done, ready=ready)
+        return matrices[length % 2].clone()
+
+    want = run(False)
+    assert all(torch.equal(run(True), want) for _ in range(10))
+    assert (counters == lines.count).all()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run(True)
+    for _ in range(20):
+        graph.replay()
+        assert torch.equal(result, want)
+
+
+@hopper
+@pytest.mark.gpu
 def test_wrong_calls_are_refused(cache):
     example = Example(Mode.CONV, 96, 96, Grid(1, 8, 8), torch.bfloat16)
     layer, a = Conv3x3(example.weights, cache=cache), to_flat(example.image)

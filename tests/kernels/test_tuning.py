@@ -41,6 +41,7 @@ from qwen_vae_accel.kernels.tuning import (
     conv_waves,
 )
 from qwen_vae_accel.kernels.weights import ConvWeights
+from tests.kernels.test_network import StandIn
 
 H200 = Device(132, 232448, True, True)
 ADA = Device(128, 101376, False, False)
@@ -188,15 +189,8 @@ class FakeClock:
         return 0.5 if choices and dataclasses.replace(choices[0], **neutral) == best else 1.0
 
 
-class Layer:
-    """Of sm90/, never launched."""
-
-    def __init__(self, weights, mode, device, schedules, keep):
-        pass
-
-
 def hopper_layers(self, tuning: Tuning) -> HopperConvs | None:
-    return HopperConvs(torch.device("meta"), tuning, OwnSegments(torch.device("meta")), Layer) if tuning.hopper_convs else None
+    return HopperConvs(torch.device("meta"), tuning, OwnSegments(torch.device("meta")), StandIn) if tuning.hopper_convs else None
 
 
 @pytest.mark.parametrize("hopper", [False, True])

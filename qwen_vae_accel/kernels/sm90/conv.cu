@@ -6,7 +6,7 @@
 // matrix descriptors. Eight neighbouring pixels of a row are the eight rows of a descriptor's row group, so the 64 rows
 // of a matrix instruction are an 8x8 block of pixels.
 //
-// One warpgroup feeds (a thread per ring of buffers), the others compute. Two schedules:
+// One warpgroup feeds (a thread per ring of buffers) and reports, the others compute. Two schedules:
 //   RESIDENT 1  weights stay in shared memory (96 channels: 166 KB); each computing warpgroup owns every other tile, so
 //               that one multiplies while the other is in its epilogue ("ping-pong").
 //   RESIDENT 0  weights stream through a ring; the computing warpgroups share each tile, hence each weight block.
@@ -15,6 +15,9 @@
 // MODE 0  3x3, stride 1, zero padding 1; SHORTCUT > 0: plus a 1x1 convolution of a second input of that many channels
 // MODE 1  nearest 2x upsampling and 3x3, folded: one 2x2 convolution for each parity of the output; tiles of the input
 // MODE 2  3x3, stride 2, zero padding (0, 1, 0, 1); the input is read as its four parity planes
+//
+// A kernel starts while the one before it runs its last tiles. If that one counts its finished tiles ("reports"), a tile
+// here waits for the lines of tiles that its input and the input's halo lie in, instead of for the whole kernel.
 //
 // Compile-time parameters (-D): MODE, CIN, COUT, SHORTCUT, RESIDUAL, WRITE_X, NORM (0, 1: norm, 2: norm and SiLU), SPLIT,
 // KC, MB (8x8 pixel blocks per warpgroup), WARPGROUPS (computing), A_STAGES, B_STAGES, R_STAGES, RESIDENT, STAGGER, BF16,
@@ -74,7 +77,8 @@ constexpr int SUM_OFFSET = VECTOR_OFFSET + (A8 ? 3 : 2) * NB * 4;  // sums of sq
 constexpr int SUM_BYTES = WARPGROUPS * 2 * (SPLIT - 1) * MB * 64 * 4;
 constexpr int BARRIER_OFFSET = SUM_OFFSET + SUM_BYTES;
 constexpr int BARRIERS = 2 * A_STAGES + 2 * B_BUFFERS + 2 * R_BUFFERS + 2 * WARPGROUPS;
-constexpr int SMEM_BYTES = BARRIER_OFFSET + BARRIERS * 8;
+constexpr int COUNT_OFFSET = BARRIER_OFFSET + BARRIERS * 8;  // 32-bit: warps done with their tiles, of each warpgroup;
+constexpr int SMEM_BYTES = COUNT_OFFSET + (WARPGROUPS + 1) * 4;  // whether the previous kernel has ended
 static_assert(SMEM_BYTES <= 232448, "shared memory of one block");
 static_assert(SMEM_BYTES == SHARED_BYTES, "Variant.shared_bytes() in schedules.py must agree");
 static_assert(NB % 32 == 0 && CIN % 32 == 0 && KC % DEPTH == 0 && (A8 || CIN % KC == 0), "shapes");
@@ -94,6 +98,12 @@ struct Args {
   int tiles_x, tiles_y, tiles;  // tiles: in all, times PARITIES
   int halo_lines, halo_pitch, halo_period;  // outputs in the flat layout: its halo is to be zeroed (0 lines: none)
   float x_scale, n_scale;                   // X8, N8: the outputs are multiplied by these and clamped
+  // Finished blocks' shares of tiles by image and line of tiles: of the previous kernel, which wrote the input and nothing else
+  // that is read here (null: wait for all of it), and of this one (null: the next kernel does not ask).
+  const u32* ready;
+  u32* done;
+  int ready_lines, ready_rows;  // lines of an image, rows of the input in a line
+  u32 ready_count;              // of a line that is finished
 };
 
 struct Ring {  // position in a ring of buffers, and the parity its barriers are at
@@ -133,6 +143,8 @@ struct Shared {
   DEVICE u32 b_empty(u32 s) const { return bar(2 * A_STAGES + B_BUFFERS + s); }
   DEVICE u32 r_full(u32 s) const { return bar(2 * (A_STAGES + B_BUFFERS) + s); }
   DEVICE u32 r_empty(u32 s) const { return bar(2 * (A_STAGES + B_BUFFERS) + R_BUFFERS + s); }
+  DEVICE u32 warps_done(u32 wg) const { return base + COUNT_OFFSET + wg * 4; }
+  DEVICE u32 previous_ended() const { return base + COUNT_OFFSET + WARPGROUPS * 4; }
   DEVICE u32 sums_full(u32 wg, u32 p) const { return bar(2 * (A_STAGES + B_BUFFERS + R_BUFFERS) + 2 * wg + p); }
   // partial sums sent by peer number `peer` (0 .. SPLIT-2) for pixel `row` of a warpgroup
   DEVICE u32 sums(u32 wg, u32 p, u32 peer, u32 row) const {
@@ -145,11 +157,26 @@ DEVICE void prefetch_residual(const TensorMap* map, const Tile& tile, int y, u32
   for (int g = 0; g < GROUPS; ++g) tma_prefetch_4d(map, rank * NB + 32 * g, tile.x, y, tile.image);
 }
 
+// Until the previous kernel has finished the lines of tiles under the rows that `tile` reads. They are also the only ones
+// that may read what this tile overwrites: such a matrix has the same rows (overlap.py). `known`: last line waited for.
+DEVICE void wait_for_lines(const Shared& s, const Args& args, const Tile& tile, int& known) {
+  const int above = MODE == DOWNSAMPLE ? 2 * tile.y : tile.y > 0 ? tile.y - 1 : 0;
+  const int below = (MODE == DOWNSAMPLE ? 2 : 1) * (tile.y + TILE_H) / args.ready_rows;
+  const int start = tile.image * args.ready_lines, last = start + min(below, args.ready_lines - 1);
+#pragma unroll 1
+  for (int line = max(start + above / args.ready_rows, known + 1); line <= last; ++line)
+    while (!load_acquire_shared(s.previous_ended()) && load_acquire_gpu(args.ready + line) < args.ready_count) {}
+  known = last;
+  fence_before_tensor_loads();
+}
+
 DEVICE void feed_activations(const Shared& s, const TensorMap* input, const TensorMap* second, const TensorMap* addend,
                              const Args& args) {
   Ring ring;
+  int known = -1;
   for (int t = first_tile(); t < args.tiles; t += tile_step()) {
     const Tile tile = tile_at(args, t);
+    if (args.ready) wait_for_lines(s, args, tile, known);
     for (int pass = 0; pass < PASSES; ++pass) {
       const TensorMap* map = MODE == CONV && pass ? second : input;
       const int x = MODE == DOWNSAMPLE ? 2 * tile.x + pass % 2 : tile.x - 1;
@@ -184,20 +211,52 @@ DEVICE void feed_weights(const Shared& s, const Args& args, u32 rank) {
   }
 }
 
-// For one computing warpgroup, through its ring; to the L2 cache beforehand, for the ring holds only part of a tile.
+// Lane `wg` of a warp feeds that warpgroup through its ring; to the L2 cache beforehand, for the ring holds only part of a
+// tile. The lanes share a loop, so neither may wait inside it.
 DEVICE void feed_residual(const Shared& s, const TensorMap* map, const Args& args, u32 wg, u32 rank) {
   Ring ring;
-  for (int t = first_tile(); t < args.tiles; t += tile_step()) {
+  int g = 0;
+#pragma unroll 1
+  for (int t = first_tile(); t < args.tiles;) {
+    const u32 buffer = wg * R_STAGES + ring.stage;
+    if (!mbar_test(s.r_empty(buffer), ring.parity ^ 1)) {
+      pause();
+      continue;
+    }
     const Tile tile = tile_at(args, t);
     const int y = tile.y + 8 * wg;
-    prefetch_residual(map, tile, y, rank);
-    for (int g = 0; g < GROUPS; ++g) {
-      const u32 buffer = wg * R_STAGES + ring.stage;
-      mbar_wait(s.r_empty(buffer), ring.parity ^ 1);
-      mbar_expect(s.r_full(buffer), R_BYTES);
-      tma_load_4d(s.r(buffer), map, s.r_full(buffer), rank * NB + 32 * g, tile.x, y, tile.image);
-      ring.advance<R_STAGES>();
+    if (g == 0) prefetch_residual(map, tile, y, rank);
+    mbar_expect(s.r_full(buffer), R_BYTES);
+    tma_load_4d(s.r(buffer), map, s.r_full(buffer), rank * NB + 32 * g, tile.x, y, tile.image);
+    ring.advance<R_STAGES>();
+    if (++g == GROUPS) { g = 0; t += tile_step(); }
+  }
+}
+
+// Until the computing warpgroups have finished the block's first `count` tiles, with all stores.
+DEVICE void wait_for_warpgroups(const Shared& s, u32 count) {
+#pragma unroll
+  for (u32 wg = 0; wg < WARPGROUPS; ++wg) {
+    const u32 tiles = RESIDENT ? (count + WARPGROUPS - 1 - wg) / WARPGROUPS : count;  // resident: every other one is its own
+    while (load_acquire_shared(s.warps_done(wg)) < 4 * tiles) pause();
+  }
+}
+
+// Counts this block's tiles for the next kernel. Done by a thread that has nothing else to wait for: publishing stores takes as
+// long as a trip to L2 and back. The next kernel asks only when some block has no tile left, so all but the last two are
+// published together, then each of these.
+DEVICE void report(const Shared& s, const Args& args) {
+  const u32 all = (args.tiles - first_tile() + tile_step() - 1) / tile_step();
+  u32 count = 0, published = 0;
+#pragma unroll 1
+  for (int t = first_tile(); t < args.tiles; t += tile_step(), ++count) {
+    if (count == published) {
+      published = count + 2 < all ? all - 2 : count + 1;
+      wait_for_warpgroups(s, published);
+      fence_gpu();
     }
+    const Tile tile = tile_at(args, t);
+    add_relaxed_gpu(args.done + tile.image * args.tiles_y + tile.y / TILE_H, 1);
   }
 }
 

@@ -30,11 +30,14 @@ from qwen_vae_accel.kernels.sm90.packing import pack
 from qwen_vae_accel.kernels.sm90.schedules import (
     FLOAT8_SCHEDULES,
     SCHEDULES,
+    Lines,
     Mode,
     Schedule,
     Variant,
     choose_schedule,
     grid_blocks,
+    lines_of,
+    rounds,
     tile_count,
 )
 from qwen_vae_accel.kernels.sm90.source import conv_source
@@ -87,6 +90,9 @@ class _Args(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("height", "width", "tiles_x", "tiles_y", "tiles")),
         *((name, ctypes.c_int) for name in ("halo_lines", "halo_pitch", "halo_period")),
         *((name, ctypes.c_float) for name in ("x_scale", "n_scale")),
+        *((name, ctypes.c_void_p) for name in ("ready", "done")),
+        *((name, ctypes.c_int) for name in ("ready_lines", "ready_rows")),
+        ("ready_count", ctypes.c_uint32),
     ]
 
 
@@ -152,14 +158,32 @@ class Conv3x3:
     ) -> Variant:  # fmt: skip
         """The kernel that such a call on ``grid`` (of the input) will use, ``x8`` and ``n8`` being the outputs in float8:
         to compile it early."""
-        a8 = self.dtype == FLOAT8
-        tiled = grid.halved() if self.mode == Mode.DOWNSAMPLE else grid
-        schedule = choose_schedule(
-            self.mode, self.channels, self.out, grid.batch, tiled.height, tiled.width, self._multiprocessors, a8,
-            self._schedules,
-        )  # fmt: skip
         level = (2 if silu else 1) if norm else 0
-        return Variant(self.mode, self.channels, self.out, self.shortcut, residual, write_x, level, schedule, a8, x8, n8)
+        return Variant(
+            self.mode, self.channels, self.out, self.shortcut, residual, write_x, level, self._schedule(grid),
+            self.dtype == FLOAT8, x8, n8,
+        )  # fmt: skip
+
+    def lines(self, grid: Grid) -> Lines:
+        """What a call on ``grid`` (of the input) counts in ``done``, for each image."""
+        tiled = self._tiled(grid)
+        return lines_of(self._schedule(grid), self.mode, tiled.height, tiled.width)
+
+    def rounds(self, grid: Grid) -> float:
+        """Tiles that a block of such a call computes on average."""
+        tiled = self._tiled(grid)
+        schedule = self._schedule(grid)
+        return rounds(schedule, self.mode, tiled.batch, tiled.height, tiled.width, self._multiprocessors)
+
+    def _tiled(self, grid: Grid) -> Grid:
+        return grid.halved() if self.mode == Mode.DOWNSAMPLE else grid
+
+    def _schedule(self, grid: Grid) -> Schedule:
+        tiled = self._tiled(grid)
+        return choose_schedule(
+            self.mode, self.channels, self.out, grid.batch, tiled.height, tiled.width, self._multiprocessors,
+            self.dtype == FLOAT8, self._schedules,
+        )  # fmt: skip
 
     def __call__(
         self,
@@ -175,6 +199,8 @@ class Conv3x3:
         flat: bool = True,
         x_scale: float | None = None,
         n_scale: float | None = None,
+        done: Tensor | None = None,
+        ready: tuple[Tensor, Lines] | None = None,
     ) -> None:
         """Launch on the current stream of the layer's device; into a CUDA graph only what was launched before.
 
@@ -185,6 +211,9 @@ class Conv3x3:
             residual: ``[rows, N]``; may be ``x``.
             shortcut: ``[rows, S]``, if the weights have a shortcut.
             x_scale, n_scale: ``x``, ``normed`` are float8, times this and clamped.
+            done: int32 ``[batch * lines]``; counts the finished tiles of every line (:meth:`lines`) from what it holds.
+            ready: ``done`` and the lines of the launch before this one on the stream, for whose tiles this one's wait instead
+                of for all of it. The caller has made sure that they may overlap (overlap.py).
 
         Raises:
             ValueError: a tensor of the wrong shape, dtype or device, or a combination that has no meaning.
@@ -199,20 +228,23 @@ class Conv3x3:
             tasks.setdefault(kernel, functools.partial(_kernel, *kernel))
             return
         tensors = (a, x, normed, gamma, residual, shortcut)
+        counters = (done, None if ready is None else ready[0])
         where = (grid.batch, grid.height, grid.width, flat, silu, x_scale, n_scale)
-        key = (where, *(None if t is None else t.data_ptr() for t in tensors))
+        key = (where, *(None if t is None else t.data_ptr() for t in (*tensors, *counters)))
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plan(grid, flat, silu, x_scale, n_scale, *tensors)
+            plan = self._plan(grid, flat, silu, x_scale, n_scale, done, ready, *tensors)
             with self._lock:
                 if len(self._plans) >= _PLANS:
                     self._plans.clear()
                 self._plans[key] = plan
         plan()
 
-    def _plan(self, grid, flat, silu, x_scale, n_scale, a, x, normed, gamma, residual, shortcut) -> driver.Launch:
-        after = {Mode.CONV: grid, Mode.UPSAMPLE: grid.doubled(), Mode.DOWNSAMPLE: grid.halved()}[self.mode]
-        tiled = grid if self.mode == Mode.UPSAMPLE else after
+    def _plan(
+        self, grid, flat, silu, x_scale, n_scale, done, ready, a, x, normed, gamma, residual, shortcut
+    ) -> driver.Launch:  # fmt: skip
+        tiled = self._tiled(grid)
+        after = grid.doubled() if self.mode == Mode.UPSAMPLE else tiled
         plain = self._plain(residual, x, normed)
         dtypes = {"x": plain if x_scale is None else FLOAT8, "normed": plain if n_scale is None else FLOAT8}
         dtypes |= {"input": self.dtype, "shortcut": plain, "residual": plain}
@@ -229,8 +261,11 @@ class Conv3x3:
             rescale=None if self._rescale is None else self._rescale.data_ptr(), x_scale=x_scale or 1.0, n_scale=n_scale or 1.0,
             height=tiled.height, width=tiled.width, tiles_x=tiles_x, tiles_y=tiles_y, tiles=tiles,
             halo_lines=grid.batch * (after.height + 1) + 1 if flat else 0,
-            halo_pitch=after.pitch, halo_period=after.height + 1,
+            halo_pitch=after.pitch, halo_period=after.height + 1, done=None if done is None else done.data_ptr(),
         )  # fmt: skip
+        if ready is not None:
+            counters, lines = ready
+            args.ready, args.ready_lines, args.ready_rows, args.ready_count = counters.data_ptr(), *lines
         start, row, image = _strides(after, self.out, flat)
         for name, tensor in (("residual", residual), ("x", x), ("n", normed)):
             if tensor is not None:

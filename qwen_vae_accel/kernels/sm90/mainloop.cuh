@@ -89,6 +89,8 @@ DEVICE void compute(const Shared& s, const Args& args, const float* vectors, int
     // the compiler cannot spread that over the epilogue's arithmetic.
     if constexpr (R_RING) place = place_of(args, tile_at(args, t), s, wg, rank);
     epilogue(acc, residual, rr, place, args, s, vectors, wg, rank, count);
+    __syncwarp();
+    if (leader) add_release_shared(s.warps_done(wg), 1);
     if (RESIDENT) at.a.advance<A_STAGES>((WARPGROUPS - 1) * CHUNKS);
   }
 }
@@ -96,7 +98,7 @@ DEVICE void compute(const Shared& s, const Args& args, const float* vectors, int
 // Registers move from the feeding warpgroup to the others; wide accumulators need every one of them.
 constexpr bool WIDE = MB * NB / 2 > 128;
 constexpr int FEED_REGISTERS = WARPGROUPS == 2 && !WIDE ? 40 : 24;
-constexpr u32 WEIGHTS_WARP = 1;
+constexpr u32 ACTIVATIONS_WARP = 0, WEIGHTS_WARP = 1, RESIDUAL_WARP = 2, REPORTING_WARP = 3;
 constexpr int COMPUTE_REGISTERS = WARPGROUPS == 2 ? (WIDE ? 240 : 232) : 160;
 
 // `second`: the shortcut's input; `addend`: the residual. Absent tensors: any map, it is not touched.
@@ -117,6 +119,7 @@ conv(const __grid_constant__ TensorMap input, const __grid_constant__ TensorMap 
     for (int i = 0; i < R_BUFFERS; ++i) { mbar_init(s.r_full(i), 1); mbar_init(s.r_empty(i), 4); }
     for (int i = 0; i < 2 * WARPGROUPS; ++i) mbar_init(s.sums_full(i / 2, i % 2), 1);
     mbar_init_fence();
+    for (int i = 0; i <= WARPGROUPS; ++i) reinterpret_cast<u32*>(memory + COUNT_OFFSET)[i] = 0;
   }
   for (int i = threadIdx.x; i < NB; i += blockDim.x) {
     vectors[i] = args.bias[rank * NB + i];
@@ -125,24 +128,29 @@ conv(const __grid_constant__ TensorMap input, const __grid_constant__ TensorMap 
   }
   if constexpr (SPLIT > 1) cluster_sync();
   __syncthreads();
-  // So far, and to feed weights, only constants are read: the previous kernel may still be running. The next one may start once
-  // the previous one's writes are visible, not before: else three kernels could overlap, and the third not see the first's.
-  if (warp != WEIGHTS_WARP) wait_for_previous_kernel();
-  if (threadIdx.x == 0) let_next_kernel_start();
-
+  // So far, and to feed weights, only constants are read: the previous kernel may still be running, and if it reports, only
+  // what feeds activations has to wait. The next kernel may start once the previous one's writes are visible, not before: else
+  // three kernels could overlap, and the third not see the first's.
   if (wg == 0) {
-    registers_decrease<FEED_REGISTERS>();
-    if (warp == 3 && args.halo_lines) {
+    registers_decrease<FEED_REGISTERS>();  // before any wait: the other warpgroups cannot begin without these registers
+    if (warp == REPORTING_WARP || (warp != WEIGHTS_WARP && !args.ready)) wait_for_previous_kernel();
+    if (threadIdx.x == 32 * REPORTING_WARP) {
+      store_release_shared(s.previous_ended(), 1);
+      let_next_kernel_start();
+    }
+    if (warp == REPORTING_WARP && args.halo_lines) {
       if (WRITE_X) zero_halo<COUT * (X8 ? 1 : 2)>(args.x, args);
       if (NORM) zero_halo<COUT * (N8 ? 1 : 2)>(args.n, args);
     }
+    if (R_RING && warp == RESIDUAL_WARP && s.lane < WARPGROUPS) feed_residual(s, &addend, args, s.lane, rank);
     if (s.lane == 0) {
-      if (warp == 0) feed_activations(s, &input, &second, &addend, args);
+      if (warp == ACTIVATIONS_WARP) feed_activations(s, &input, &second, &addend, args);
       else if (warp == WEIGHTS_WARP) feed_weights(s, args, rank);
-      else if (R_RING) feed_residual(s, &addend, args, warp - 2, rank);
+      else if (warp == REPORTING_WARP && args.done) report(s, args);
     }
   } else {
     registers_increase<COMPUTE_REGISTERS>();
+    if (!args.ready) wait_for_previous_kernel();
     compute(s, args, vectors, wg - 1, rank);
   }
   if constexpr (SPLIT > 1) cluster_sync();  // no block leaves while a peer may still write into it

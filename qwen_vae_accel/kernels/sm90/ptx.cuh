@@ -39,6 +39,13 @@ DEVICE bool mbar_try_wait(u32 bar, u32 parity) {
       : "=r"(done) : "r"(bar), "r"(parity) : "memory");
   return done;
 }
+DEVICE bool mbar_test(u32 bar, u32 parity) {  // returns at once
+  u32 done;
+  asm volatile(
+      "{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+      : "=r"(done) : "r"(bar), "r"(parity) : "memory");
+  return done;
+}
 DEVICE bool mbar_try_wait_cluster(u32 bar, u32 parity) {
   u32 done;
   asm volatile(
@@ -56,6 +63,31 @@ DEVICE void mbar_wait_cluster(u32 bar, u32 parity) {
 // Orders this thread's shared-memory reads before the copy engine's next write to the same bytes. Without it a load still
 // in flight behind stores may return the refill of a buffer that was already handed back.
 DEVICE void fence_before_refill() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- counters -----------------------------------------------------------------------------------------------------
+DEVICE u32 load_acquire_gpu(const u32* p) {
+  u32 r;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(r) : "l"(p) : "memory");
+  return r;
+}
+DEVICE void add_relaxed_gpu(u32* p, u32 value) {
+  asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
+}
+DEVICE void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+DEVICE u32 load_acquire_shared(u32 address) {
+  u32 r;
+  asm volatile("ld.acquire.cta.shared::cta.u32 %0, [%1];" : "=r"(r) : "r"(address) : "memory");
+  return r;
+}
+DEVICE void store_release_shared(u32 address, u32 value) {
+  asm volatile("st.release.cta.shared::cta.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+DEVICE void add_release_shared(u32 address, u32 value) {
+  asm volatile("red.release.cta.shared::cta.add.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+DEVICE void pause() { asm volatile("nanosleep.u32 64;"); }
+// Orders what other threads stored and this one has acquired before its copy-engine loads.
+DEVICE void fence_before_tensor_loads() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // ---- bulk copies (the copy engine) --------------------------------------------------------------------------------
 DEVICE void tma_load_4d(u32 dst, const TensorMap* map, u32 bar, int c0, int c1, int c2, int c3) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import NamedTuple
 
 SHARED_LIMIT = 232448  # bytes one block may use on compute capability 9.0
 
@@ -90,7 +91,7 @@ class Variant:
         sums = s.warpgroups * 2 * (s.split - 1) * s.mb * 64 * 4
         barriers = 2 * (s.a_stages + b_stages + r_stages + s.warpgroups)
         buffers = s.a_stages * a + (self.steps() if s.resident else b_stages) * b + r_stages * 8 * width * 64
-        return buffers + (12 if self.a8 else 8) * self.columns + sums + 8 * barriers
+        return buffers + (12 if self.a8 else 8) * self.columns + sums + 8 * barriers + 4 * (s.warpgroups + 1)
 
     def defines(self) -> dict[str, int]:
         """The ``-D`` options of the compilation, without the dtype's."""
@@ -157,6 +158,21 @@ def tile_count(schedule: Schedule, mode: Mode, batch: int, height: int, width: i
     return tiles_x, tiles_y, batch * tiles_y * tiles_x * (4 if mode == Mode.UPSAMPLE else 1)
 
 
+class Lines(NamedTuple):
+    """Lines of tiles of a kernel's output, whose finished tiles it counts."""
+
+    per_image: int
+    rows: int  # of pixels in a line
+    count: int  # of a line that is finished
+
+
+def lines_of(schedule: Schedule, mode: Mode, height: int, width: int) -> Lines:
+    """For a tiled grid of ``height`` x ``width``, see :func:`tile_count`."""
+    tiles_x, tiles_y, tiles = tile_count(schedule, mode, 1, height, width)
+    scale = 2 if mode == Mode.UPSAMPLE else 1
+    return Lines(tiles_y, scale * schedule.tile()[0], tiles // tiles_y * schedule.split)
+
+
 def grid_blocks(schedule: Schedule, mode: Mode, tiles: int, multiprocessors: int) -> int:
     """Blocks to launch. Resident weights belong to one parity: then every parity has as many blocks."""
     clusters = min(tiles, multiprocessors // schedule.split)
@@ -165,18 +181,23 @@ def grid_blocks(schedule: Schedule, mode: Mode, tiles: int, multiprocessors: int
     return clusters * schedule.split
 
 
-def busiest_block(schedule: Schedule, mode: Mode, batch: int, height: int, width: int, multiprocessors: int) -> float:
-    """Pixels, times its share of the channels, that the busiest block has to do: whole rounds of tiles, not fractions."""
+def rounds(schedule: Schedule, mode: Mode, batch: int, height: int, width: int, multiprocessors: int) -> float:
+    """Tiles that a block computes on average."""
     tiles = tile_count(schedule, mode, batch, height, width)[2]
-    clusters = grid_blocks(schedule, mode, tiles, multiprocessors) // schedule.split
+    return tiles * schedule.split / grid_blocks(schedule, mode, tiles, multiprocessors)
+
+
+def load(schedule: Schedule, mode: Mode, batch: int, height: int, width: int, multiprocessors: int) -> float:
+    """Pixels, times its share of the channels, that a block has to do: what is missing from the last round of tiles is the
+    next kernel's (kernels/overlap.py)."""
     rows, columns = schedule.tile()
-    return -(-tiles // clusters) * rows * columns / schedule.split
+    return rounds(schedule, mode, batch, height, width, multiprocessors) * rows * columns / schedule.split
 
 
 def choose_schedule(
     mode: Mode, channels: int, out: int, batch: int, height: int, width: int, multiprocessors: int, float8: bool = False,
     schedules: tuple[Schedule, ...] = (),
 ) -> Schedule:  # fmt: skip
-    """The one of ``schedules`` (default: of the table) whose busiest block takes least."""
+    """The one of ``schedules`` (default: of the table) whose blocks take least."""
     choices = schedules or (FLOAT8_SCHEDULES if float8 else SCHEDULES)[mode, channels, out]
-    return min(choices, key=lambda s: s.cost * busiest_block(s, mode, batch, height, width, multiprocessors))
+    return min(choices, key=lambda s: s.cost * load(s, mode, batch, height, width, multiprocessors))

@@ -1,0 +1,98 @@
+"""Which convolutions run their first tiles beside the last ones of the convolution in front of them.
+
+A kernel of sm90/ starts where a multiprocessor falls free while the kernel before it still runs. Usually it then waits for
+all of that. Of two convolutions in a row the first may count its finished tiles instead, line of tiles by line of tiles, and
+a tile of the second wait for the lines that it reads: so the last wave of tiles of a layer, which rarely fills the GPU, is
+filled by the next layer. That is right for a pair (*first*, *second*) if
+
+- *second* reads nothing that *first* writes but its own input, of which a tile waits for every row it reads, and
+- what *second* writes does not overlap what *first* reads or writes; or is exactly the same matrix over the same grid. Then
+  a row is overwritten by a tile that has waited for all tiles of *first* that write it or read it as a neighbour.
+
+No more than two kernels ever overlap: a kernel lets the next one start only when the one before itself has ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qwen_vae_accel.kernels.layout import Grid
+from qwen_vae_accel.kernels.program import Memory, Slot
+from qwen_vae_accel.kernels.sm90.schedules import Lines
+
+if TYPE_CHECKING:
+    from qwen_vae_accel.kernels.sm90.conv3x3 import Conv3x3
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A matrix in the arena and the pixels it is of."""
+
+    slot: Slot
+    grid: Grid
+
+
+@dataclass(slots=True, eq=False)
+class Overlap:
+    """What one convolution touches and, once :func:`link` has seen its neighbours, how it overlaps with them."""
+
+    layer: Conv3x3
+    grid: Grid  # of its input
+    input: Matrix
+    others: tuple[Matrix, ...]  # it reads
+    outputs: tuple[Matrix, ...]
+    done: Slot | None = None  # its own counters, if the next kernel asks for them
+    before: Overlap | None = None  # the kernel whose counters it asks for
+
+    def lines(self) -> Lines:
+        return self.layer.lines(self.grid)
+
+    def arguments(self, memory: Memory) -> dict[str, Any]:
+        """For the launch of the layer."""
+        if not memory.overlapped:
+            return {}
+        ready = None if self.before is None else (memory[self.before.done], self.before.lines())
+        return {"done": memory.get(self.done), "ready": ready}
+
+
+def link(steps: Sequence[Overlap | None], offsets: Sequence[int]) -> list[Slot]:
+    """Decide for every two neighbours among ``steps`` (None: another kind of kernel) whether they overlap.
+
+    ``offsets``: of every slot in the arena. Returns the counters of those that report, numbered after these.
+    """
+    slots: list[Slot] = []
+    for first, second in zip(steps[:-1], steps[1:], strict=True):
+        if first is not None and second is not None and overlaps(first, second, offsets):
+            count = first.grid.batch * first.lines().per_image
+            first.done, second.before = Slot(len(offsets) + len(slots), 1, count, torch.int32), first
+            slots.append(first.done)
+    return slots
+
+
+def overlaps(first: Overlap, second: Overlap, offsets: Sequence[int]) -> bool:
+    """Whether a tile of ``second`` may run once the tiles of ``first`` around it have."""
+    written = {matrix.slot.index for matrix in first.outputs}
+    if second.input.slot.index not in written or any(matrix.slot.index in written for matrix in second.others):
+        return False
+    if not all(matrix.grid.pixels for matrix in second.outputs):  # too small an image, which is refused later
+        return False
+    if first.layer.rounds(first.grid) <= 1:  # all of its tiles end together
+        return False
+    touched = (first.input, *first.others, *first.outputs)
+    return all(_apart(a, b, offsets) or _same(a, b, offsets) for a in second.outputs for b in touched)
+
+
+def _apart(a: Matrix, b: Matrix, offsets: Sequence[int]) -> bool:
+    start, other = offsets[a.slot.index], offsets[b.slot.index]
+    return start + a.slot.nbytes <= other or other + b.slot.nbytes <= start
+
+
+def _same(a: Matrix, b: Matrix, offsets: Sequence[int]) -> bool:
+    def shape(m: Matrix) -> tuple[Any, ...]:
+        return offsets[m.slot.index], m.slot.rows, m.slot.columns, m.slot.dtype, m.grid
+
+    return shape(a) == shape(b)
