@@ -181,16 +181,14 @@ class Planner:
         kind = "conv" if weights.taps == 9 else "proj"
         config = self.tuning.conv(kind, weights, grid, device, epilogue)
         layer = self.layer(weights, kind) if head is None else None
-        overlap = None
-        if layer is not None:
-            overlap = self.overlap(layer, grid, grid, a, reads=(residual, shortcut), writes=(x, normed))
+        overlap = None if layer is None else self.overlap(layer, grid, grid, a, (residual, shortcut), (x, normed))
         flops = weights.flops(grid.pixels)
         if head is not None and products is not None:
             flops += 2 * grid.pixels * head.shape[0] * products.rows
 
         def launch(m: Memory) -> None:
-            if layer is not None:
-                layer(
+            if overlap is not None:
+                overlap.layer(
                     m[a], grid, x=m.get(x), normed=m.get(normed), gamma=None if norm is None else norm.gamma,
                     silu=norm is None or norm.silu, residual=m.get(residual), shortcut=m.get(shortcut),
                     x_scale=x_scale, n_scale=None if norm is None else norm.scale, **overlap.arguments(m),
@@ -206,17 +204,17 @@ class Planner:
         self.add(name, grid, flops, launch, self.convolution(kind, weights, grid, epilogue, layer), overlap)
 
     def overlap(
-        self, layer: Conv3x3, grid: Grid, after: Grid, a: Slot | None, *, reads: Iterable[Slot | None] = (),
-        writes: Iterable[Slot | None],
+        self, layer: Conv3x3, grid: Grid, after: Grid, a: Slot | None, others: Iterable[Slot | None],
+        outputs: Iterable[Slot | None],
     ) -> Overlap:  # fmt: skip
-        """From ``grid`` to ``after``."""
+        """Of a convolution of ``a`` and ``others`` on ``grid`` to ``outputs`` on ``after``."""
         if a is None:
             raise ValueError("the plan reads a matrix that nothing wrote")
 
         def on(grid: Grid, slots: Iterable[Slot | None]) -> tuple[Matrix, ...]:
             return tuple(Matrix(slot, grid) for slot in slots if slot is not None)
 
-        return Overlap(layer, grid, Matrix(a, grid), on(grid, reads), on(after, writes))
+        return Overlap(layer, grid, Matrix(a, grid), on(grid, others), on(after, outputs))
 
     def conv_in(self, weights: SmallConvWeights, grid: Grid, norm: Norm) -> Level:
         out = weights.out_channels
@@ -318,11 +316,11 @@ class Planner:
         function = upsample_conv if kind == "up" else downsample_conv
         layer = self.layer(weights, kind)
 
-        overlap = None if layer is None else self.overlap(layer, grid, large, level.x, writes=(x, normed))
+        overlap = None if layer is None else self.overlap(layer, grid, large, level.x, (), (x, normed))
 
         def launch(m: Memory) -> None:
-            if layer is not None:
-                layer(
+            if overlap is not None:
+                overlap.layer(
                     m[level.x], grid, x=m[x], normed=m[normed], gamma=norm.gamma, silu=norm.silu, n_scale=norm.scale,
                     **overlap.arguments(m),
                 )  # fmt: skip

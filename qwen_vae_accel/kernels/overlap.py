@@ -80,7 +80,7 @@ def overlaps(first: Overlap, second: Overlap, offsets: Sequence[int]) -> bool:
         return False
     if not all(matrix.grid.pixels for matrix in second.outputs):  # too small an image, which is refused later
         return False
-    if first.layer.rounds(first.grid) <= 1:  # all of its tiles end together
+    if not first.layer.ends_early(first.grid):
         return False
     touched = (first.input, *first.others, *first.outputs)
     return all(_apart(a, b, offsets) or _same(a, b, offsets) for a in second.outputs for b in touched)

@@ -190,7 +190,8 @@ class FakeClock:
 
 
 def hopper_layers(self, tuning: Tuning) -> HopperConvs | None:
-    return HopperConvs(torch.device("meta"), tuning, OwnSegments(torch.device("meta")), StandIn) if tuning.hopper_convs else None
+    meta = torch.device("meta")
+    return HopperConvs(meta, tuning, OwnSegments(meta), StandIn) if tuning.hopper_convs else None
 
 
 @pytest.mark.parametrize("hopper", [False, True])

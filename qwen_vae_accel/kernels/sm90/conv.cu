@@ -157,26 +157,31 @@ DEVICE void prefetch_residual(const TensorMap* map, const Tile& tile, int y, u32
   for (int g = 0; g < GROUPS; ++g) tma_prefetch_4d(map, rank * NB + 32 * g, tile.x, y, tile.image);
 }
 
+constexpr int EVERY_LINE = 0x7fffffff;
+
 // Until the previous kernel has finished the lines of tiles under the rows that `tile` reads. They are also the only ones
-// that may read what this tile overwrites: such a matrix has the same rows (overlap.py). `known`: last line waited for.
-DEVICE void wait_for_lines(const Shared& s, const Args& args, const Tile& tile, int& known) {
+// that may read what this tile overwrites: such a matrix has the same rows (overlap.py). `next`: first line not waited for
+// yet; beyond all of them once the previous kernel has ended.
+DEVICE void wait_for_lines(const Shared& s, const Args& args, const Tile& tile, int& next) {
   const int above = MODE == DOWNSAMPLE ? 2 * tile.y : tile.y > 0 ? tile.y - 1 : 0;
   const int below = (MODE == DOWNSAMPLE ? 2 : 1) * (tile.y + TILE_H) / args.ready_rows;
   const int start = tile.image * args.ready_lines, last = start + min(below, args.ready_lines - 1);
-#pragma unroll 1
-  for (int line = max(start + above / args.ready_rows, known + 1); line <= last; ++line)
-    while (!load_acquire_shared(s.previous_ended()) && load_acquire_gpu(args.ready + line) < args.ready_count) {}
-  known = last;
+  next = max(next, start + above / args.ready_rows);
+  if (next > last) return;
+  while (next <= last) {
+    if (load_acquire_shared(s.previous_ended())) next = EVERY_LINE;
+    else if (load_acquire_gpu(args.ready + next) >= args.ready_count) ++next;
+  }
   fence_before_tensor_loads();
 }
 
 DEVICE void feed_activations(const Shared& s, const TensorMap* input, const TensorMap* second, const TensorMap* addend,
                              const Args& args) {
   Ring ring;
-  int known = -1;
+  int next = args.ready ? 0 : EVERY_LINE;
   for (int t = first_tile(); t < args.tiles; t += tile_step()) {
     const Tile tile = tile_at(args, t);
-    if (args.ready) wait_for_lines(s, args, tile, known);
+    if (next != EVERY_LINE) wait_for_lines(s, args, tile, next);
     for (int pass = 0; pass < PASSES; ++pass) {
       const TensorMap* map = MODE == CONV && pass ? second : input;
       const int x = MODE == DOWNSAMPLE ? 2 * tile.x + pass % 2 : tile.x - 1;

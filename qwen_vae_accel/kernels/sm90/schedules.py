@@ -163,7 +163,7 @@ class Lines(NamedTuple):
 
     per_image: int
     rows: int  # of pixels in a line
-    count: int  # of a line that is finished
+    finished: int  # count of a line that is
 
 
 def lines_of(schedule: Schedule, mode: Mode, height: int, width: int) -> Lines:
