@@ -137,7 +137,7 @@ class Tuner:
         for network, shape in self._inputs:
             program, tuned = network.tuned_program(shape, tuning)
             device = network.device if where is None else where
-            memory = program.memory(torch.randn(shape, device=device).to(network.dtype), overlapped=False)
+            memory = program.memory(torch.randn(shape, device=device).to(network.dtype))
             if prepare:
                 self._clock.prepare(program, memory)
             for step, by in zip(program.steps, tuned, strict=True):

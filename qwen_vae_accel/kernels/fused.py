@@ -211,7 +211,7 @@ class _Fused:
         Sums and residuals accumulate over the repeats, so only the times mean anything.
         """
         program = self.program(tuple(image.shape))
-        memory = program.memory(image, overlapped=False)
+        memory = program.memory(image)
         program.run(memory)
         times = []
         for step in program.steps:

@@ -1,9 +1,9 @@
 """A network for one input size, as a list of kernel launches over one scratch allocation.
 
 Buffers are planned before anything runs: a matrix lives from ``take`` to ``give``, and ``Arena.place`` gives matrices
-whose lives overlap disjoint offsets, largest first. Where that costs nothing, a matrix does not lie across one that the step
-before read, so that kernels may overlap (overlap.py). The peak is the size of the one allocation a call makes, so calls on
-different streams never share scratch unless they share the allocation (graphs.py, which orders them).
+whose lives overlap disjoint offsets, largest first. Where it fits under those placed so far, a matrix does not lie across
+one that the step before read, so that kernels may overlap (overlap.py). The peak is the size of the one allocation a call
+makes, so calls on different streams never share scratch unless they share the allocation (graphs.py, which orders them).
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Memory:
     offsets: tuple[int, ...]
     image: Tensor
     output: Tensor
-    overlapped: bool = True  # else every kernel waits for the one before it (overlap.py)
+    overlapped: bool = False  # launched in order after zeroing the counters (overlap.py); else every kernel waits for the last
     _views: dict[int | torch.dtype, Tensor] = field(default_factory=dict)  # made once per call: launches share them
 
     def get(self, slot: Slot | None) -> Tensor | None:
@@ -160,18 +160,17 @@ class Program:
     def flops(self) -> int:
         return sum(step.flops for step in self.steps)
 
-    def memory(self, image: Tensor, scratch: Tensor | None = None, *, overlapped: bool = True) -> Memory:
-        """Output, and unless given scratch, for one call, from torch's allocator on the current stream.
-
-        ``overlapped=False``: for launches out of their order, to time them.
-        """
+    def memory(self, image: Tensor, scratch: Tensor | None = None) -> Memory:
+        """Output, and unless given scratch, for one call, from torch's allocator on the current stream."""
         if scratch is None:
             scratch = torch.empty(self.scratch_bytes, dtype=torch.uint8, device=image.device)
-        return Memory(scratch, self.offsets, image, image.new_empty(self.output_shape), overlapped)
+        return Memory(scratch, self.offsets, image, image.new_empty(self.output_shape))
 
-    def run(self, memory: Memory) -> None:
-        if self.counters is not None and memory.overlapped:
+    def run(self, memory: Memory, *, overlapped: bool = True) -> None:
+        """``overlapped=False``: every kernel after the one before it, to compare."""
+        if self.counters is not None and overlapped:
             memory[self.counters].zero_()
+            memory = replace(memory, overlapped=True)
         for step in self.steps:
             step.launch(memory)
 

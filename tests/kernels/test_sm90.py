@@ -437,7 +437,7 @@ def test_launches_that_wait_for_tiles_instead_of_kernels(channels, index, cache)
     layer = Conv3x3(example.weights, schedules=(SCHEDULES[Mode.CONV, channels, channels][index],), cache=cache)
     start, grid, length = to_flat(example.image), example.grid, 9
     lines = layer.lines(grid)
-    counters = torch.zeros(length, grid.batch * lines.per_image, dtype=torch.int32, device="cuda")
+    counters = torch.zeros(length, 1, grid.batch * lines.per_image, dtype=torch.int32, device="cuda")
     matrices = [start.clone(), torch.empty_like(start)]
 
     def run(overlapped):
@@ -472,3 +472,8 @@ def test_wrong_calls_are_refused(cache):
         layer(a[:-1], example.grid, x=example.poisoned())
     with pytest.raises(ValueError, match="shortcut"):
         layer(a, example.grid, x=example.poisoned(), shortcut=a)
+    counters = torch.zeros(1, 3, dtype=torch.int32, device="cuda")
+    with pytest.raises(ValueError, match="done: expected"):
+        layer(a, example.grid, x=example.poisoned(), done=counters)
+    with pytest.raises(ValueError, match="ready: expected"):
+        layer(a, example.grid, x=example.poisoned(), ready=(counters, layer.lines(example.grid)))

@@ -171,6 +171,7 @@ DEVICE void wait_for_lines(const Shared& s, const Args& args, const Tile& tile, 
   while (next <= last) {
     if (load_acquire_shared(s.previous_ended())) next = EVERY_LINE;
     else if (load_acquire_gpu(args.ready + next) >= args.ready_count) ++next;
+    else pause();
   }
   fence_before_tensor_loads();
 }
@@ -221,6 +222,10 @@ DEVICE void feed_weights(const Shared& s, const Args& args, u32 rank) {
 DEVICE void feed_residual(const Shared& s, const TensorMap* map, const Args& args, u32 wg, u32 rank) {
   Ring ring;
   int g = 0;
+  if (args.ready) {  // an older kernel wrote the residual: it has ended, nothing else orders it
+    fence_gpu();
+    fence_before_tensor_loads();
+  }
 #pragma unroll 1
   for (int t = first_tile(); t < args.tiles;) {
     const u32 buffer = wg * R_STAGES + ring.stage;

@@ -18,6 +18,7 @@ import functools
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,6 +97,24 @@ class _Args(ctypes.Structure):
     ]
 
 
+class _Call(NamedTuple):
+    """Arguments of one call of a layer."""
+
+    a: Tensor
+    x: Tensor | None
+    normed: Tensor | None
+    gamma: Tensor | None
+    residual: Tensor | None
+    shortcut: Tensor | None
+    done: Tensor | None
+    ready: tuple[Tensor, Lines] | None
+    grid: Grid
+    flat: bool
+    silu: bool
+    x_scale: float | None
+    n_scale: float | None
+
+
 def _strides(grid: Grid, channels: int, flat: bool) -> tuple[int, int, int]:
     """Elements before pixel (0, 0, 0), from row to row, from image to image."""
     if not flat:
@@ -152,18 +171,6 @@ class Conv3x3:
         """Bytes of GPU memory of the packed weights."""
         return sum(packed.nbytes for packed in self._packed.values())
 
-    def variant(
-        self, grid: Grid, *, residual: bool = False, write_x: bool = False, norm: bool = False, silu: bool = True,
-        x8: bool = False, n8: bool = False,
-    ) -> Variant:  # fmt: skip
-        """The kernel that such a call on ``grid`` (of the input) will use, ``x8`` and ``n8`` being the outputs in float8:
-        to compile it early."""
-        level = (2 if silu else 1) if norm else 0
-        return Variant(
-            self.mode, self.channels, self.out, self.shortcut, residual, write_x, level, self._schedule(grid),
-            self.dtype == FLOAT8, x8, n8,
-        )  # fmt: skip
-
     def lines(self, grid: Grid) -> Lines:
         """What a call on ``grid`` (of the input) counts in ``done``, for each image."""
         tiled = self._tiled(grid)
@@ -215,63 +222,65 @@ class Conv3x3:
             residual: ``[rows, N]``; may be ``x``.
             shortcut: ``[rows, S]``, if the weights have a shortcut.
             x_scale, n_scale: ``x``, ``normed`` are float8, times this and clamped.
-            done: int32 ``[batch * lines]``; counts the finished tiles of every line (:meth:`lines`) from what it holds.
+            done: int32 ``[1, batch * lines]``; counts the finished tiles of every line (:meth:`lines`) from what it holds.
             ready: ``done`` and the lines of the launch before this one on the stream, for whose tiles this one's wait instead
                 of for all of it. The caller has made sure that they may overlap (overlap.py).
 
         Raises:
             ValueError: a tensor of the wrong shape, dtype or device, or a combination that has no meaning.
         """
+        call = _Call(a, x, normed, gamma, residual, shortcut, done, ready, grid, flat, silu, x_scale, n_scale)
         tasks = listed()
         if tasks is not None:
-            wanted = self.variant(
-                grid, residual=residual is not None, write_x=x is not None, norm=normed is not None, silu=silu,
-                x8=x_scale is not None, n8=n_scale is not None,
-            )  # fmt: skip
-            kernel = (wanted, self._plain(residual, x, normed), self._index, self._cache)
+            kernel = self._kernel(call)
             tasks.setdefault(kernel, functools.partial(_kernel, *kernel))
             return
-        tensors = (a, x, normed, gamma, residual, shortcut)
-        counters = (done, None if ready is None else ready[0])
-        where = (grid.batch, grid.height, grid.width, flat, silu, x_scale, n_scale)
-        key = (where, *(None if t is None else t.data_ptr() for t in (*tensors, *counters)))
+        counters, lines = ready or (None, None)
+        tensors = (a, x, normed, gamma, residual, shortcut, done, counters)
+        where = (grid.batch, grid.height, grid.width, flat, silu, x_scale, n_scale, lines)
+        key = (where, *(None if t is None else t.data_ptr() for t in tensors))
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plan(grid, flat, silu, x_scale, n_scale, done, ready, *tensors)
+            plan = self._plan(call)
             with self._lock:
                 if len(self._plans) >= _PLANS:
                     self._plans.clear()
                 self._plans[key] = plan
         plan()
 
-    def _plan(
-        self, grid, flat, silu, x_scale, n_scale, done, ready, a, x, normed, gamma, residual, shortcut
-    ) -> driver.Launch:  # fmt: skip
+    def _kernel(self, call: _Call) -> tuple[Variant, torch.dtype, int, Path | None]:
+        """The one that the call needs: arguments of :func:`_kernel`."""
+        norm = 0 if call.normed is None else 2 if call.silu else 1
+        variant = Variant(
+            self.mode, self.channels, self.out, self.shortcut, call.residual is not None, call.x is not None, norm,
+            self._schedule(call.grid), self.dtype == FLOAT8, call.x_scale is not None, call.n_scale is not None,
+        )  # fmt: skip
+        return variant, self._plain(call), self._index, self._cache
+
+    def _plan(self, call: _Call) -> driver.Launch:
+        grid, flat, x, normed, gamma = call.grid, call.flat, call.x, call.normed, call.gamma
         tiled = self._tiled(grid)
         after = grid.doubled() if self.mode == Mode.UPSAMPLE else tiled
-        plain = self._plain(residual, x, normed)
-        dtypes = {"x": plain if x_scale is None else FLOAT8, "normed": plain if n_scale is None else FLOAT8}
-        dtypes |= {"input": self.dtype, "shortcut": plain, "residual": plain}
-        self._check_call(grid, after, flat, dtypes, a, x, normed, gamma, residual, shortcut)
-        variant = self.variant(
-            grid, residual=residual is not None, write_x=x is not None, norm=normed is not None, silu=silu,
-            x8=x_scale is not None, n8=n_scale is not None,
-        )  # fmt: skip
+        self._check(call, after)
+        kernel = self._kernel(call)
+        variant = kernel[0]
         schedule = variant.schedule
         tiles_x, tiles_y, tiles = tile_count(schedule, self.mode, grid.batch, tiled.height, tiled.width)
         packed = self._weights(schedule)
         args = _Args(
             weights=packed.data_ptr(), bias=self._bias.data_ptr(), gamma=None if gamma is None else gamma.data_ptr(),
-            rescale=None if self._rescale is None else self._rescale.data_ptr(), x_scale=x_scale or 1.0, n_scale=n_scale or 1.0,
+            rescale=None if self._rescale is None else self._rescale.data_ptr(),
+            x_scale=call.x_scale or 1.0, n_scale=call.n_scale or 1.0,
             height=tiled.height, width=tiled.width, tiles_x=tiles_x, tiles_y=tiles_y, tiles=tiles,
             halo_lines=grid.batch * (after.height + 1) + 1 if flat else 0,
-            halo_pitch=after.pitch, halo_period=after.height + 1, done=None if done is None else done.data_ptr(),
+            halo_pitch=after.pitch, halo_period=after.height + 1, done=None if call.done is None else call.done.data_ptr(),
         )  # fmt: skip
-        if ready is not None:
-            counters, lines = ready
-            args.ready, args.ready_lines, args.ready_rows, args.ready_count = counters.data_ptr(), *lines
+        if call.ready is not None:
+            counters, lines = call.ready
+            args.ready = counters.data_ptr()
+            args.ready_lines, args.ready_rows, args.ready_count = lines
         start, row, image = _strides(after, self.out, flat)
-        for name, tensor in (("residual", residual), ("x", x), ("n", normed)):
+        for name, tensor in (("residual", call.residual), ("x", x), ("n", normed)):
             if tensor is not None:
                 setattr(args, name, tensor.data_ptr() + tensor.element_size() * start)
                 setattr(args, f"{name}_row", row)
@@ -279,18 +288,19 @@ class Conv3x3:
         driver.bind_context(self._index)  # describing tensors needs one too, and this thread may be new to CUDA
         rows, columns = schedule.tile()
         box = (schedule.kc, columns + variant.halo, rows + variant.halo)
-        maps = [self._map(a, grid, self.channels, flat, box, 2 if self.mode == Mode.DOWNSAMPLE else 1)]
-        maps.append(maps[0] if shortcut is None else self._map(shortcut, grid, self.shortcut, flat, box))
-        maps.append(maps[0] if residual is None else self._map(residual, after, self.out, flat, (32, columns, 8)))
+        a = self._map(call.a, grid, self.channels, flat, box, 2 if self.mode == Mode.DOWNSAMPLE else 1)
+        second = a if call.shortcut is None else self._map(call.shortcut, grid, self.shortcut, flat, box)
+        addend = a if call.residual is None else self._map(call.residual, after, self.out, flat, (32, columns, 8))
         with torch.cuda.device(self._index):
-            kernel = _kernel(variant, plain, self._index, self._cache)
+            loaded = _kernel(*kernel)
         blocks = grid_blocks(schedule, self.mode, tiles, self._multiprocessors)
-        return driver.Launch(kernel, (blocks, 1, 1), schedule.threads, (*maps, args), (packed, gamma))
+        return driver.Launch(loaded, (blocks, 1, 1), schedule.threads, (a, second, addend, args), (packed, gamma))
 
-    def _plain(self, *tensors: Tensor | None) -> torch.dtype:
+    def _plain(self, call: _Call) -> torch.dtype:
         """The 16-bit dtype of a call: that of any such matrix; where all are float8 it makes no difference."""
         if self.dtype != FLOAT8:
             return self.dtype
+        tensors = (call.residual, call.x, call.normed)
         return next((t.dtype for t in tensors if t is not None and t.dtype != FLOAT8), torch.bfloat16)
 
     def _map(self, matrix: Tensor, grid: Grid, channels: int, flat: bool, box: tuple[int, int, int], step: int = 1):
@@ -311,26 +321,39 @@ class Conv3x3:
             packed = self._packed.setdefault(schedule.kc, packed)
         return packed
 
-    def _check_call(self, grid, after, flat, dtypes, a, x, normed, gamma, residual, shortcut) -> None:
-        if x is None and normed is None:
+    def _check(self, call: _Call, after: Grid) -> None:
+        if call.x is None and call.normed is None:
             raise ValueError("nothing to write: give x, normed or both")
-        if (shortcut is not None) != (self.shortcut > 0):
+        if (call.shortcut is not None) != (self.shortcut > 0):
             raise ValueError("a shortcut's input is needed with, and only with, weights packed with a shortcut")
-        if residual is not None and self.mode != Mode.CONV:
+        if call.residual is not None and self.mode != Mode.CONV:
             raise ValueError(f"{self.mode.name.lower()} takes no residual")
-        if normed is not None and (gamma is None or gamma.dtype != torch.float32 or gamma.shape != (self.out,)):
+        gamma = call.gamma
+        if call.normed is not None and (gamma is None or gamma.dtype != torch.float32 or gamma.shape != (self.out,)):
             raise ValueError(f"normed needs gamma: fp32 [{self.out}]")
+        plain = self._plain(call)
+        before, batch = call.grid, call.grid.batch
+        counters, lines = call.ready or (None, self.lines(before))
+
+        def matrix(grid: Grid, channels: int) -> tuple[int, int]:
+            return (grid.rows if call.flat else grid.pixels, channels)
+
         wanted = (
-            ("input", a, grid, self.channels), ("shortcut", shortcut, grid, self.shortcut),
-            ("x", x, after, self.out), ("normed", normed, after, self.out), ("residual", residual, after, self.out),
-        )  # fmt: skip
-        for name, tensor, where, channels in wanted:
+            ("input", call.a, self.dtype, matrix(before, self.channels)),
+            ("shortcut", call.shortcut, plain, matrix(before, self.shortcut)),
+            ("x", call.x, plain if call.x_scale is None else FLOAT8, matrix(after, self.out)),
+            ("normed", call.normed, plain if call.n_scale is None else FLOAT8, matrix(after, self.out)),
+            ("residual", call.residual, plain, matrix(after, self.out)),
+            ("done", call.done, torch.int32, (1, batch * self.lines(before).per_image)),
+            ("ready", counters, torch.int32, (1, batch * lines.per_image)),
+        )
+        for name, tensor, dtype, shape in wanted:
             if tensor is None:
                 continue
-            shape = (where.rows if flat else where.pixels, channels)
-            good = tuple(tensor.shape) == shape and tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
-            if not good or tensor.dtype != dtypes[name] or tensor.device != self.device:
+            aligned = tensor.data_ptr() % (4 if dtype == torch.int32 else 16) == 0
+            good = tuple(tensor.shape) == shape and tensor.is_contiguous() and aligned
+            if not good or tensor.dtype != dtype or tensor.device != self.device:
                 raise ValueError(
-                    f"{name}: expected contiguous {dtypes[name]} {list(shape)} on {self.device}, "
+                    f"{name}: expected contiguous {dtype} {list(shape)} on {self.device}, "
                     f"got {tensor.dtype} {list(tensor.shape)}, strides {list(tensor.stride())}, on {tensor.device}"
                 )

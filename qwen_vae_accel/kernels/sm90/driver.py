@@ -151,8 +151,9 @@ def _overlaps() -> bool:
 class Kernel:
     """One function of a cubin, loaded on ``device``, which must be the current one.
 
-    It must execute ``griddepcontrol.wait`` before it touches what other kernels write or read. What it reads before that
-    (weights and other parameters) must be complete when the launch is made.
+    A thread of every block must execute ``griddepcontrol.wait`` before it lets the next kernel start and before the block ends;
+    and whoever touches what the kernel before touches must wait in the same way, or for what kernels/overlap.py says. What is
+    read before that (weights and other parameters) must be complete when the launch is made.
     """
 
     def __init__(self, cubin: bytes, name: str, shared_bytes: int, device: int) -> None:

@@ -150,8 +150,9 @@ conv(const __grid_constant__ TensorMap input, const __grid_constant__ TensorMap 
     }
   } else {
     registers_increase<COMPUTE_REGISTERS>();
-    if (!args.ready) wait_for_previous_kernel();
+    if (!args.ready || (RESIDUAL && RESIDENT)) wait_for_previous_kernel();  // the latter read the residual themselves
     compute(s, args, vectors, wg - 1, rank);
   }
+  __syncwarp();  // lanes with work of their own come back
   if constexpr (SPLIT > 1) cluster_sync();  // no block leaves while a peer may still write into it
 }
