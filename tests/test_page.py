@@ -152,14 +152,14 @@ def test_the_page_goes_to_a_file_of_its_own(cli: Cli, own: Path, tmp_path: Path,
     assert list(page.parent.iterdir()) == [page]
 
 
-@pytest.mark.parametrize("name", ["cpu_512_fp32", "h200_methods"])
+@pytest.mark.parametrize("name", ["cpu_512_fp32", "h200"])
 def test_a_stored_benchmark_is_read_as_it_was_written(name: str) -> None:
     document = json.loads((BENCH.parent / f"{name}.json").read_text())
     assert BenchReport.from_dict(document).as_dict() == document
 
 
 def test_a_roofline_is_drawn_without_formulas() -> None:
-    (section,) = read_all([BENCH.parent / "h200_methods.json"])
+    (section,) = read_all([BENCH.parent / "h200.json"])
     chart, roofline = section.charts
     assert "Roofline" in roofline and "mathdefault" not in roofline
     assert [table.title for table in section.tables][2] == "Kernels of fused decode, 1024x1024 bf16"
