@@ -7,7 +7,6 @@ decode before keeps that block's whole gigabyte from being given back, and its n
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -18,22 +17,23 @@ T = TypeVar("T")
 # Held while something is allocated apart or captured: torch's allocator does either for one thread at a time.
 APART = threading.RLock()
 
-# Pools of networks that are gone, by device. Destroying a pool while any thread captures a graph aborts the process
-# (the allocator asserts it in a destructor), so the next network takes over a pool with what memory it has.
-_left: dict[int, list[torch.cuda.MemPool]] = {}
+# By device, for as long as the process lives: destroying a pool while any thread captures a graph aborts the process (the
+# allocator asserts it in a destructor).
+_pools: dict[int, torch.cuda.MemPool] = {}
 
 
 class OwnSegments:
-    """Allocations on ``device`` apart from all others. What is freed there serves this object, and later ones."""
+    """Allocations on ``device`` apart from all others. What is freed there is not given back: it serves later ones."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool: torch.cuda.MemPool | None = None
         if device.type == "cuda" and torch.cuda.get_allocator_backend() == "native":
             with torch.cuda.device(device), APART:  # a pool belongs to the device that is current when it is made
-                left = _left.setdefault(torch.cuda.current_device(), [])
-                self._pool = left.pop() if left else torch.cuda.MemPool()
-                weakref.finalize(self, left.append, self._pool)
+                index = torch.cuda.current_device()
+                if index not in _pools:
+                    _pools[index] = torch.cuda.MemPool()
+                self._pool = _pools[index]
 
     def allocate(self, make: Callable[[], T]) -> T:
         """What ``make`` returns; what it allocates is what stays.

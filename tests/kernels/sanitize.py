@@ -10,11 +10,27 @@ import torch
 
 from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder
 from qwen_vae_accel.kernels.float8 import calibrated_layers, input_scales
+from qwen_vae_accel.kernels.layout import Grid
+from qwen_vae_accel.kernels.sm90.conv3x3 import Conv3x3
+from qwen_vae_accel.kernels.sm90.schedules import Mode
 from qwen_vae_accel.kernels.tuning import AttentionConfig, Tuning
 from tests.kernels.cases import image_state, random_vae
+from tests.kernels.test_sm90 import Chain, Example
+
+
+def overlapping_kernels() -> None:
+    """Images as small as below have one round of tiles, and their kernels do not overlap: here they are told to."""
+    for channels in (192, 384):
+        example = Example(Mode.CONV, channels, channels, Grid(2, 33, 41), torch.bfloat16)
+        chain = Chain(example, Conv3x3(example.weights), 4)
+        if not torch.equal(chain.run(overlapped=True), chain.run(overlapped=False)):
+            raise SystemExit(f"{channels} channels: launches that overlap differ")
+        print(f"launches that overlap, {channels} channels: done", flush=True)
 
 
 def main() -> None:
+    if torch.cuda.get_device_capability() == (9, 0):
+        overlapping_kernels()
     vae = random_vae()
     decoder, encoder = image_state(vae, "decoder"), image_state(vae, "encoder")
     scales = input_scales(decoder, dict.fromkeys(calibrated_layers().values(), 20.0))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 
 import pytest
 import torch
@@ -29,7 +28,7 @@ def calls(monkeypatch):
     monkeypatch.setattr(torch.cuda, "MemPool", object)
     monkeypatch.setattr(torch.cuda, "use_mem_pool", use)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: seen.append("empty cache"))
-    monkeypatch.setattr(segments, "_left", {})
+    monkeypatch.setattr(segments, "_pools", {})
     return seen
 
 
@@ -74,13 +73,11 @@ def test_no_room_anywhere_is_an_error(calls):
         OwnSegments(torch.device("cuda")).allocate(make)
 
 
-def test_a_pool_is_never_destroyed_but_taken_over(calls):
+def test_a_device_has_one_pool_for_all_networks(calls, monkeypatch):
     first = OwnSegments(torch.device("cuda"))
     pool = first._pool
-    assert OwnSegments(torch.device("cuda"))._pool is not pool
-    gc.collect()
+    assert OwnSegments(torch.device("cuda"))._pool is pool
     del first
-    gc.collect()
-    assert pool in segments._left[0]
-    later = [OwnSegments(torch.device("cuda")) for _ in range(2)]
-    assert pool in [own._pool for own in later]
+    assert OwnSegments(torch.device("cuda"))._pool is pool
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert OwnSegments(torch.device("cuda", 1))._pool is not pool

@@ -313,6 +313,27 @@ def assert_matches(got: torch.Tensor, want: torch.Tensor, grid: Grid) -> None:
     assert relative_error(from_flat(got, grid), want) < TOLERANCE[got.dtype]
 
 
+class Chain:
+    """Launches over two matrices in turn: each overwrites what the one before it reads, beside it."""
+
+    def __init__(self, example: Example, layer: Conv3x3, length: int):
+        self.example, self.layer, self.length = example, layer, length
+        self.start, self.lines = to_flat(example.image), layer.lines(example.grid)
+        self.matrices = [self.start.clone(), torch.empty_like(self.start)]
+        count = example.grid.batch * self.lines.per_image
+        self.counters = torch.zeros(length, 1, count, dtype=torch.int32, device="cuda")
+
+    def run(self, overlapped: bool) -> torch.Tensor:
+        self.matrices[0].copy_(self.start)
+        self.counters.zero_()
+        for i in range(self.length):
+            a, normed = self.matrices[i % 2], self.matrices[1 - i % 2]
+            done = self.counters[i] if overlapped else None
+            ready = (self.counters[i - 1], self.lines) if overlapped and i else None
+            self.layer(a, self.example.grid, normed=normed, gamma=self.example.gamma, done=done, ready=ready)
+        return self.matrices[self.length % 2].clone()
+
+
 @pytest.fixture(autouse=True)
 def exact_fp32_reference(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
@@ -432,28 +453,15 @@ def test_repeats_graphs_streams_and_threads_agree_bit_for_bit(channels, cache):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("channels", "index"), [(n, i) for mode, c, n, i in CASES if mode == Mode.CONV and c == n])
 def test_launches_that_wait_for_tiles_instead_of_kernels(channels, index, cache):
-    """A chain over two matrices in turn: each launch overwrites what the one before it reads, beside it."""
     example = Example(Mode.CONV, channels, channels, Grid(2, 150, 100), torch.bfloat16)
     layer = Conv3x3(example.weights, schedules=(SCHEDULES[Mode.CONV, channels, channels][index],), cache=cache)
-    start, grid, length = to_flat(example.image), example.grid, 9
-    lines = layer.lines(grid)
-    counters = torch.zeros(length, 1, grid.batch * lines.per_image, dtype=torch.int32, device="cuda")
-    matrices = [start.clone(), torch.empty_like(start)]
-
-    def run(overlapped):
-        matrices[0].copy_(start)
-        counters.zero_()
-        for i in range(length):
-            done, ready = (counters[i], (counters[i - 1], lines) if i else None) if overlapped else (None, None)
-            layer(matrices[i % 2], grid, normed=matrices[1 - i % 2], gamma=example.gamma, done=done, ready=ready)
-        return matrices[length % 2].clone()
-
-    want = run(False)
-    assert all(torch.equal(run(True), want) for _ in range(10))
-    assert (counters == lines.finished).all()
+    chain = Chain(example, layer, 9)
+    want = chain.run(overlapped=False)
+    assert all(torch.equal(chain.run(overlapped=True), want) for _ in range(10))
+    assert (chain.counters == chain.lines.finished).all()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        result = run(True)
+        result = chain.run(overlapped=True)
     for _ in range(20):
         graph.replay()
         assert torch.equal(result, want)

@@ -148,7 +148,7 @@ def test_what_failed_anywhere_is_not_chosen():
     assert choose(KEY, {WIDE: {}}, H200) == ()
 
 
-def test_schedules_are_chosen_by_the_busiest_block():
+def test_schedules_are_chosen_by_their_load():
     wide, narrow = candidates(("sm90 conv", 384, 384), H200)[:2]
     large, small = CASES[2], CASES[0]
     spent = {wide: {large: 1.0, small: 0.1}, narrow: {large: 1.4, small: 0.06}}
