@@ -132,7 +132,7 @@ class _Fused:
         raise NotImplementedError
 
     def program(self, shape: tuple[int, ...]) -> Program:
-        """The launches for inputs of ``shape``; planning takes about a millisecond and no GPU work."""
+        """The launches for inputs of ``shape``; planning takes one or two milliseconds and no GPU work."""
         from qwen_vae_accel.kernels.network import Planner
 
         with self._lock:

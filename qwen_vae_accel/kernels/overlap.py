@@ -46,16 +46,13 @@ class Overlap:
     others: tuple[Matrix, ...]  # it reads
     outputs: tuple[Matrix, ...]
     done: Slot | None = None  # its own counters, if the next kernel asks for them
-    before: Overlap | None = None  # the kernel whose counters it asks for
-
-    def lines(self) -> Lines:
-        return self.layer.lines(self.grid)
+    ready: tuple[Slot, Lines] | None = None  # the counters of the kernel before, which it asks for
 
     def arguments(self, memory: Memory) -> dict[str, Any]:
         """For the launch of the layer."""
         if not memory.overlapped:
             return {}
-        ready = None if self.before is None else (memory[self.before.done], self.before.lines())
+        ready = None if self.ready is None else (memory[self.ready[0]], self.ready[1])
         return {"done": memory.get(self.done), "ready": ready}
 
 
@@ -67,9 +64,10 @@ def link(steps: Sequence[Overlap | None], offsets: Sequence[int]) -> list[Slot]:
     slots: list[Slot] = []
     for first, second in zip(steps[:-1], steps[1:], strict=True):
         if first is not None and second is not None and overlaps(first, second, offsets):
-            count = first.grid.batch * first.lines().per_image
-            first.done, second.before = Slot(len(offsets) + len(slots), 1, count, torch.int32), first
-            slots.append(first.done)
+            lines = first.layer.lines(first.grid)
+            slot = Slot(len(offsets) + len(slots), 1, first.grid.batch * lines.per_image, torch.int32)
+            first.done, second.ready = slot, (slot, lines)
+            slots.append(slot)
     return slots
 
 

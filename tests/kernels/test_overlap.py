@@ -82,8 +82,9 @@ def test_counters_are_numbered_after_the_matrices():
     steps = [FIRST, second, None, third, convolution(matrix(0), matrix(1))]
     slots = link(steps, at(0, 2, 4))
     assert [(slot.index, slot.columns, slot.dtype) for slot in slots] == [(3, 3, torch.int32), (4, 3, torch.int32)]
-    assert (FIRST.done, second.before, second.done, third.before) == (slots[0], FIRST, None, None)
-    assert (third.done, steps[-1].before) == (slots[1], third)
+    lines = Layer().lines(GRID)
+    assert (FIRST.done, second.ready, second.done, third.ready) == (slots[0], (slots[0], lines), None, None)
+    assert (third.done, steps[-1].ready) == (slots[1], (slots[1], lines))
 
 
 @pytest.mark.parametrize("key", SCHEDULES, ids=str)
