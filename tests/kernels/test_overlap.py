@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+
 import pytest
 import torch
 
@@ -97,20 +100,80 @@ def test_lines_hold_every_tile_once(key):
         assert lines.finished == -(-43 // width) * schedule.split * scale**2 and lines.rows == scale * height
 
 
+def planned(cls, shape, monkeypatch):
+    """A program of the published network on a GPU of few multiprocessors; what ``link`` was given and returned."""
+    seen = []
+    monkeypatch.setattr(network_module, "link", lambda *given: seen.append((*given, link(*given))) or seen[-1][-1])
+    monkeypatch.setattr(HopperConvs, "to_host", lambda self, weights: weights)
+    monkeypatch.setattr(cls, "_hopper_convs", lambda self, tuning: HopperConvs(self.device, tuning, self._segments, StandIn))
+    network = cls(
+        meta(decoder_shapes(3) if cls is FusedDecoder else encoder_shapes(3)), dtype=torch.bfloat16,
+        device=torch.device("meta"), config=FusedConfig(device=Device(132, 232448, True, True)),
+    )  # fmt: skip
+    return network.program(shape), *seen[-1]
+
+
 @pytest.mark.parametrize("cls", [FusedDecoder, FusedEncoder])
 @pytest.mark.parametrize("size", [(128, 128), (116, 208), (60, 106)])
 def test_most_convolutions_of_the_networks_overlap(cls, size, monkeypatch):
-    linked = []
-    monkeypatch.setattr(network_module, "link", lambda *steps: linked.extend(found := link(*steps)) or found)
-    monkeypatch.setattr(HopperConvs, "to_host", lambda self, weights: weights)
-    monkeypatch.setattr(cls, "_hopper_convs", lambda self, tuning: HopperConvs(self.device, tuning, self._segments, StandIn))
     decodes = cls is FusedDecoder
-    network = cls(
-        meta(decoder_shapes(3) if decodes else encoder_shapes(3)), dtype=torch.bfloat16, device=torch.device("meta"),
-        config=FusedConfig(device=Device(132, 232448, True, True)),
-    )  # fmt: skip
-    program = network.program((2, 16, *size) if decodes else (2, 3, 8 * size[0], 8 * size[1]))
-    assert len(linked) >= (20 if decodes else 13)  # of 31 and 23 convolutions, 8 and 5 of them with resident weights
-    assert program.counters is not None and program.counters.columns == sum(slot.columns for slot in linked)
+    shape = (2, 16, *size) if decodes else (2, 3, 8 * size[0], 8 * size[1])
+    program, _, _, slots = planned(cls, shape, monkeypatch)
+    assert len(slots) >= (20 if decodes else 13)  # of 31 and 23 convolutions, 8 and 5 of them with resident weights
+    assert program.counters is not None and program.counters.columns == sum(slot.columns for slot in slots)
     start, counted = program.offsets[program.counters.index], program.counters.nbytes
     assert program.scratch_bytes - 256 < start + counted <= program.scratch_bytes
+
+
+Spans = list[tuple[int, int]]
+
+
+def rows_of(matrix: Matrix, offsets, image: int, first: int, last: int) -> Spans:
+    """Bytes of the pixels of each of these rows that is in the image."""
+    grid, pixel = matrix.grid, matrix.slot.columns * matrix.slot.dtype.itemsize
+    rows = range(max(first, 0), min(last, grid.height - 1) + 1)
+    starts = [offsets[matrix.slot.index] + ((image * (grid.height + 1) + y + 1) * grid.pitch + 1) * pixel for y in rows]
+    return [(start, start + grid.width * pixel) for start in starts]
+
+
+def touched_by(step: Overlap, offsets, image: int, line: int) -> tuple[tuple[int, int], Spans, Spans]:
+    """Of the tiles of a line: first and last row of the input, bytes they read, bytes they write."""
+    mode, height = step.layer.mode, step.layer.schedule(step.grid)[0].tile()[0]
+    top, bottom = line * height, (line + 1) * height - 1
+    needed = (2 * top, 2 * bottom + 2) if mode == Mode.DOWNSAMPLE else (top - 1, bottom + 1)
+    reads = rows_of(step.input, offsets, image, *needed)
+    reads += [span for other in step.others for span in rows_of(other, offsets, image, top, bottom)]
+    scale = 2 if mode == Mode.UPSAMPLE else 1
+    place = offsets, image, scale * top, scale * bottom + scale - 1
+    return needed, reads, [span for output in step.outputs for span in rows_of(output, *place)]
+
+
+def meet(a: Spans, b: Spans) -> bool:
+    return any(low < other_high and other_low < high for low, high in a for other_low, other_high in b)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("cls", [FusedDecoder, FusedEncoder])
+def test_no_tile_touches_what_a_tile_it_does_not_wait_for_may_still_use(cls, seed, monkeypatch):
+    """Every pair of lines of tiles of two kernels that overlap, byte by byte, with the lines that conv.cu waits for."""
+    monkeypatch.setattr(StandIn, "ends_early", lambda self, grid: True)
+    draw = random.Random(seed)
+    batch, height, width = draw.randint(1, 3), draw.randint(1, 12), draw.randint(1, 9)
+    decodes = cls is FusedDecoder
+    shape = (batch, 16, height, width) if decodes else (batch, 3, 8 * height + draw.randint(0, 7), 8 * width + seed)
+    _, steps, offsets, slots = planned(cls, shape, monkeypatch)
+    pairs = [(a, b) for a, b in zip(steps[:-1], steps[1:], strict=True) if b is not None and b.ready is not None]
+    assert len(pairs) == len(slots) >= 15
+    for first, second in pairs:
+        lines = second.ready[1]
+        before = {
+            (image, line): touched_by(first, offsets, image, line)[1:]
+            for image in range(batch)
+            for line in range(lines.per_image)
+        }
+        for image, line in itertools.product(range(batch), range(second.layer.lines(second.grid).per_image)):
+            (top, bottom), reads, writes = touched_by(second, offsets, image, line)
+            waited = range(max(top, 0) // lines.rows, min(bottom // lines.rows, lines.per_image - 1) + 1)
+            for place, (read_before, written_before) in before.items():
+                if place[0] != image or place[1] not in waited:
+                    assert not meet(writes, read_before + written_before) and not meet(reads, written_before)
