@@ -100,18 +100,18 @@ class _Fused:
         self.config = config or FusedConfig()
         self._traits = self.config.device or describe_device(self.device)
         self.float8 = bool(float8)
-        self._segments = OwnSegments(self.device)
+        segments = OwnSegments(self.device)
         weights = self._pack(Packer(state, dtype, self.device, float8 or {}))
         self._hopper = self._hopper_convs(self.config.tuning)
         if self._hopper is not None:
             weights = self._hopper.to_host(weights)
-        self._weights = with_each(Tensor, self._segments.keep, weights)
+        self._weights = with_each(Tensor, segments.keep, weights)
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # other threads use them on other streams
         self._programs: OrderedDict[tuple, Program] = OrderedDict()
         self._lock = threading.Lock()
         use_graphs = self.config.graphs > 0 and self.device.type == "cuda"
-        self._graphs = GraphCache(self._segments, self.config.graphs, self.config.graph_after) if use_graphs else None
+        self._graphs = GraphCache(segments, self.config.graphs, self.config.graph_after) if use_graphs else None
 
     @property
     def nbytes(self) -> int:
@@ -123,7 +123,7 @@ class _Fused:
             return None
         from qwen_vae_accel.kernels.hopper import HopperConvs
 
-        return HopperConvs(self.device, tuning, self._segments)
+        return HopperConvs(self.device, tuning)
 
     def _pack(self, pack: Packer):
         raise NotImplementedError

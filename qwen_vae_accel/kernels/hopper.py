@@ -21,10 +21,9 @@ MODES = {"conv": Mode.CONV, "up": Mode.UPSAMPLE, "down": Mode.DOWNSAMPLE}
 class HopperConvs:
     """Makes a layer the first time it is planned, and keeps it: it holds its weights packed another way."""
 
-    def __init__(
-        self, device: torch.device, tuning: Tuning, segments: OwnSegments, make: Callable[..., Conv3x3] = Conv3x3
-    ) -> None:
-        self._device, self._tuning, self._segments, self._make = device, tuning, segments, make
+    def __init__(self, device: torch.device, tuning: Tuning, make: Callable[..., Conv3x3] = Conv3x3) -> None:
+        self._device, self._tuning, self._make = device, tuning, make
+        self._segments = OwnSegments(device)
         self._layers: dict[int, tuple[ConvWeights, Conv3x3]] = {}
 
     @property

@@ -214,7 +214,7 @@ class Planner:
         def on(grid: Grid, slots: Iterable[Slot | None]) -> tuple[Matrix, ...]:
             return tuple(Matrix(slot, grid) for slot in slots if slot is not None)
 
-        return Overlap(layer, grid, Matrix(a, grid), on(grid, others), on(after, outputs))
+        return Overlap(layer, Matrix(a, grid), on(grid, others), on(after, outputs))
 
     def conv_in(self, weights: SmallConvWeights, grid: Grid, norm: Norm) -> Level:
         out = weights.out_channels
@@ -315,7 +315,6 @@ class Planner:
         config = self.tuning.conv(kind, weights, tiled, device, "")
         function = upsample_conv if kind == "up" else downsample_conv
         layer = self.layer(weights, kind)
-
         overlap = None if layer is None else self.overlap(layer, grid, large, level.x, (), (x, normed))
 
         def launch(m: Memory) -> None:

@@ -41,7 +41,6 @@ class Overlap:
     """What one convolution touches and, once :func:`link` has seen its neighbours, how it overlaps with them."""
 
     layer: Conv3x3
-    grid: Grid  # of its input
     input: Matrix
     others: tuple[Matrix, ...]  # it reads
     outputs: tuple[Matrix, ...]
@@ -64,8 +63,9 @@ def link(steps: Sequence[Overlap | None], offsets: Sequence[int]) -> list[Slot]:
     slots: list[Slot] = []
     for first, second in zip(steps[:-1], steps[1:], strict=True):
         if first is not None and second is not None and overlaps(first, second, offsets):
-            lines = first.layer.lines(first.grid)
-            slot = Slot(len(offsets) + len(slots), 1, first.grid.batch * lines.per_image, torch.int32)
+            grid = first.input.grid
+            lines = first.layer.lines(grid)
+            slot = Slot(len(offsets) + len(slots), 1, grid.batch * lines.per_image, torch.int32)
             first.done, second.ready = slot, (slot, lines)
             slots.append(slot)
     return slots
@@ -78,7 +78,7 @@ def overlaps(first: Overlap, second: Overlap, offsets: Sequence[int]) -> bool:
         return False
     if not all(matrix.grid.pixels for matrix in second.outputs):  # too small an image, which is refused later
         return False
-    if not first.layer.ends_early(first.grid):
+    if not first.layer.ends_early(first.input.grid):
         return False
     touched = (first.input, *first.others, *first.outputs)
     return all(_apart(a, b, offsets) or _same(a, b, offsets) for a in second.outputs for b in touched)

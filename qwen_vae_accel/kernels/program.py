@@ -9,6 +9,7 @@ makes, so calls on different streams never share scratch unless they share the a
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -40,8 +41,9 @@ class Slot:
 @dataclass(slots=True)
 class Arena:
     slots: list[Slot] = field(default_factory=list)
-    lives: list[list[float]] = field(default_factory=list)  # first and last event of each slot
-    before: list[int] = field(default_factory=list)  # of each slot: what was given after this event, the step before may read
+    begins: list[int] = field(default_factory=list)  # of each slot: its first event,
+    ends: list[float] = field(default_factory=list)  # its last,
+    before: list[int] = field(default_factory=list)  # and one such that the step before may read what was given after it
     events: int = 0
     step_before: int = 0
 
@@ -49,7 +51,8 @@ class Arena:
         """A matrix that may be written by the next step."""
         slot = Slot(len(self.slots), rows, columns, dtype)
         self.slots.append(slot)
-        self.lives.append([self.events, float("inf")])
+        self.begins.append(self.events)
+        self.ends.append(math.inf)
         self.before.append(self.step_before)
         self.events += 1
         return slot
@@ -62,7 +65,7 @@ class Arena:
         """No step after the ones listed so far reads them."""
         for slot in slots:
             if slot is not None:
-                self.lives[slot.index][1] = self.events
+                self.ends[slot.index] = self.events
         self.events += 1
 
     def place(self) -> tuple[tuple[int, ...], int]:
@@ -71,24 +74,22 @@ class Arena:
         total = 0
         for slot in sorted(self.slots, key=lambda s: (-s.nbytes, s.index)):
             size = aligned(slot.nbytes)
-            taken, nearly = self._taken(offsets, slot), self._taken(offsets, slot, self.before)
-            offset = _gap(taken, size)
-            across = (low < offset + size and offset < high and (low, high) != (offset, offset + size) for low, high in nearly)
-            if any(across) and _gap(nearly, size) + size <= total:
-                offset = _gap(nearly, size)
+            offset = _gap(self._taken(offsets, slot, self.begins), size)
+            nearly = self._taken(offsets, slot, self.before)
+            if any(low < offset + size and offset < high and (low, high) != (offset, offset + size) for low, high in nearly):
+                elsewhere = _gap(nearly, size)
+                if elsewhere + size <= total:
+                    offset = elsewhere
             offsets[slot.index] = offset
             total = max(total, offset + size)
         return tuple(offsets[i] for i in range(len(self.slots))), total
 
-    def _taken(self, offsets: dict[int, int], slot: Slot, begins: Sequence[float] | None = None) -> list[tuple[int, int]]:
-        """Where the placed slots lie that live together with ``slot``; with lives that begin at ``begins``."""
-        if begins is None:
-            begins = [begin for begin, _ in self.lives]
-        ends = [end for _, end in self.lives]
+    def _taken(self, offsets: dict[int, int], slot: Slot, begins: Sequence[int]) -> list[tuple[int, int]]:
+        """Where the placed slots lie that live together with ``slot``, if lives begin at ``begins``."""
         return sorted(
             (offset, offset + aligned(self.slots[i].nbytes))
             for i, offset in offsets.items()
-            if begins[i] < ends[slot.index] and begins[slot.index] < ends[i]
+            if begins[i] < self.ends[slot.index] and begins[slot.index] < self.ends[i]
         )
 
 

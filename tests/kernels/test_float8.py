@@ -225,7 +225,7 @@ def test_decoder_of_float8(published, dtype, hopper):
         source.state("decode"), dtype=dtype, device=CPU, float8=scales, config=FusedConfig(tuning=SMALL_TUNING, device=TMA)
     )
     if hopper:
-        network._hopper = HopperConvs(torch.device("cpu"), SMALL_TUNING, network._segments, StandIn)
+        network._hopper = HopperConvs(torch.device("cpu"), SMALL_TUNING, StandIn)
     z = torch.randn(1, 16, 1, 2, generator=torch.Generator().manual_seed(1)).to(dtype)
     out = run_poisoned(network, z).float()
     with torch.no_grad():

@@ -18,7 +18,7 @@ from qwen_vae_accel.kernels.float8 import FLOAT8, quantize
 from qwen_vae_accel.kernels.hopper import HopperConvs
 from qwen_vae_accel.kernels.layout import Grid
 from qwen_vae_accel.kernels.program import Arena, Traffic
-from qwen_vae_accel.kernels.sm90.schedules import Mode, choose_schedule, lines_of, rounds
+from qwen_vae_accel.kernels.sm90.schedules import Mode, choose_schedule, ends_early, lines_of
 from qwen_vae_accel.kernels.topology import decoder_shapes, encoder_shapes
 from qwen_vae_accel.kernels.tuning import Device, Tuning
 from qwen_vae_accel.kernels.upsample_conv import upsample_conv
@@ -59,7 +59,7 @@ class StandIn:
 
     def ends_early(self, grid):
         schedule, place = self.schedule(grid)
-        return not schedule.resident and rounds(schedule, self.mode, *place) > 1
+        return ends_early(schedule, self.mode, *place)
 
     def __call__(
         self, a, grid, *, x=None, normed=None, gamma=None, silu=True, residual=None, shortcut=None, x_scale=None, n_scale=None,
@@ -95,7 +95,7 @@ def test_network_with_hopper_layers(part, shape):
         image_state(vae, part), dtype=torch.float16, device=torch.device("cpu"),
         config=FusedConfig(tuning=SMALL_TUNING, device=TMA),
     )  # fmt: skip
-    network._hopper = HopperConvs(torch.device("cpu"), SMALL_TUNING, network._segments, StandIn)
+    network._hopper = HopperConvs(torch.device("cpu"), SMALL_TUNING, StandIn)
     image = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     out = run_poisoned(network, image.half()).float()
     if part == "decoder":

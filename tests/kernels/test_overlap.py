@@ -36,7 +36,7 @@ def matrix(index: int, grid: Grid = GRID, rows: int = GRID.rows) -> Matrix:
 
 
 def convolution(a: Matrix, *outputs: Matrix, others: tuple[Matrix, ...] = ()) -> Overlap:
-    return Overlap(Layer(), GRID, a, others, outputs)
+    return Overlap(Layer(), a, others, outputs)
 
 
 def at(*places: int) -> tuple[int, ...]:
@@ -75,8 +75,8 @@ def test_a_residual_of_the_first_is_not_overwritten():
 
 
 def test_nothing_waits_for_tiles_that_end_together():
-    first = Overlap(Layer(), OTHER, matrix(0, OTHER), (), (matrix(1, OTHER),))
-    second = Overlap(Layer(), OTHER, matrix(1, OTHER), (), (matrix(2, OTHER),))
+    first = Overlap(Layer(), matrix(0, OTHER), (), (matrix(1, OTHER),))
+    second = Overlap(Layer(), matrix(1, OTHER), (), (matrix(2, OTHER),))
     assert not overlaps(first, second, at(0, 2, 4))
 
 
@@ -105,7 +105,7 @@ def planned(cls, shape, monkeypatch):
     seen = []
     monkeypatch.setattr(network_module, "link", lambda *given: seen.append((*given, link(*given))) or seen[-1][-1])
     monkeypatch.setattr(HopperConvs, "to_host", lambda self, weights: weights)
-    monkeypatch.setattr(cls, "_hopper_convs", lambda self, tuning: HopperConvs(self.device, tuning, self._segments, StandIn))
+    monkeypatch.setattr(cls, "_hopper_convs", lambda self, tuning: HopperConvs(self.device, tuning, StandIn))
     network = cls(
         meta(decoder_shapes(3) if cls is FusedDecoder else encoder_shapes(3)), dtype=torch.bfloat16,
         device=torch.device("meta"), config=FusedConfig(device=Device(132, 232448, True, True)),
@@ -138,7 +138,7 @@ def rows_of(matrix: Matrix, offsets, image: int, first: int, last: int) -> Spans
 
 def touched_by(step: Overlap, offsets, image: int, line: int) -> tuple[tuple[int, int], Spans, Spans]:
     """Of the tiles of a line: first and last row of the input, bytes they read, bytes they write."""
-    mode, height = step.layer.mode, step.layer.schedule(step.grid)[0].tile()[0]
+    mode, height = step.layer.mode, step.layer.schedule(step.input.grid)[0].tile()[0]
     top, bottom = line * height, (line + 1) * height - 1
     needed = (2 * top, 2 * bottom + 2) if mode == Mode.DOWNSAMPLE else (top - 1, bottom + 1)
     reads = rows_of(step.input, offsets, image, *needed)
@@ -171,7 +171,7 @@ def test_no_tile_touches_what_a_tile_it_does_not_wait_for_may_still_use(cls, see
             for image in range(batch)
             for line in range(lines.per_image)
         }
-        for image, line in itertools.product(range(batch), range(second.layer.lines(second.grid).per_image)):
+        for image, line in itertools.product(range(batch), range(second.layer.lines(second.input.grid).per_image)):
             (top, bottom), reads, writes = touched_by(second, offsets, image, line)
             waited = range(max(top, 0) // lines.rows, min(bottom // lines.rows, lines.per_image - 1) + 1)
             for place, (read_before, written_before) in before.items():

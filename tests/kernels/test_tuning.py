@@ -25,7 +25,6 @@ from qwen_vae_accel.kernels.float8 import calibrated_layers
 from qwen_vae_accel.kernels.fused import describe_device
 from qwen_vae_accel.kernels.hopper import MODES, HopperConvs
 from qwen_vae_accel.kernels.layout import Grid
-from qwen_vae_accel.kernels.segments import OwnSegments
 from qwen_vae_accel.kernels.sm90 import attention as attention_sm90
 from qwen_vae_accel.kernels.sm90.schedules import SHARED_LIMIT, Mode, Schedule, Variant, choose_schedule
 from qwen_vae_accel.kernels.topology import decoder_shapes, encoder_shapes
@@ -191,7 +190,7 @@ class FakeClock:
 
 def hopper_layers(self, tuning: Tuning) -> HopperConvs | None:
     meta = torch.device("meta")
-    return HopperConvs(meta, tuning, OwnSegments(meta), StandIn) if tuning.hopper_convs else None
+    return HopperConvs(meta, tuning, StandIn) if tuning.hopper_convs else None
 
 
 @pytest.mark.parametrize("hopper", [False, True])
@@ -382,7 +381,7 @@ def test_measured_schedules_reach_the_layers():
     def make(weights, mode, device, schedules, keep):
         made[weights.in_channels] = schedules
 
-    layers = HopperConvs(torch.device("cpu"), tuning, OwnSegments(torch.device("cpu")), make)
+    layers = HopperConvs(torch.device("cpu"), tuning, make)
     for channels in (192, 384):
         matrix = torch.empty(channels, 9 * channels, dtype=torch.bfloat16)
         layers.layer(ConvWeights(matrix, torch.empty(channels), channels, 9), "conv")

@@ -164,8 +164,8 @@ constexpr int EVERY_LINE = 0x7fffffff;
 // yet; beyond all of them once the previous kernel has ended.
 DEVICE void wait_for_lines(const Shared& s, const Args& args, const Tile& tile, int& next) {
   const int above = MODE == DOWNSAMPLE ? 2 * tile.y : tile.y > 0 ? tile.y - 1 : 0;
-  const int below = (MODE == DOWNSAMPLE ? 2 : 1) * (tile.y + TILE_H) / args.ready_rows;
-  const int start = tile.image * args.ready_lines, last = start + min(below, args.ready_lines - 1);
+  const int below = (MODE == DOWNSAMPLE ? 2 : 1) * (tile.y + TILE_H);
+  const int start = tile.image * args.ready_lines, last = start + min(below / args.ready_rows, args.ready_lines - 1);
   next = max(next, start + above / args.ready_rows);
   if (next > last) return;
   while (next <= last) {

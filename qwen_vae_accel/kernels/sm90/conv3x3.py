@@ -36,9 +36,9 @@ from qwen_vae_accel.kernels.sm90.schedules import (
     Schedule,
     Variant,
     choose_schedule,
+    ends_early,
     grid_blocks,
     lines_of,
-    rounds,
     tile_count,
 )
 from qwen_vae_accel.kernels.sm90.source import conv_source
@@ -177,14 +177,10 @@ class Conv3x3:
         return lines_of(self._schedule(grid), self.mode, tiled.height, tiled.width)
 
     def ends_early(self, grid: Grid) -> bool:
-        """Whether blocks of such a call end long enough before others for the next kernel to use that.
-
-        They do not where each has one tile. With resident weights a tile takes 4 us, no more than the reports do and the
-        loading of the next kernel's weights.
-        """
-        tiled, schedule = self._tiled(grid), self._schedule(grid)
+        """Whether blocks of such a call end long enough before others for the next kernel to use that."""
+        tiled = self._tiled(grid)
         place = tiled.batch, tiled.height, tiled.width, self._multiprocessors
-        return not schedule.resident and rounds(schedule, self.mode, *place) > 1
+        return ends_early(self._schedule(grid), self.mode, *place)
 
     def _tiled(self, grid: Grid) -> Grid:
         return grid.halved() if self.mode == Mode.DOWNSAMPLE else grid
@@ -232,7 +228,7 @@ class Conv3x3:
         call = _Call(a, x, normed, gamma, residual, shortcut, done, ready, grid, flat, silu, x_scale, n_scale)
         tasks = listed()
         if tasks is not None:
-            kernel = self._kernel(call)
+            kernel = self._wanted(call)
             tasks.setdefault(kernel, functools.partial(_kernel, *kernel))
             return
         counters, lines = ready or (None, None)
@@ -248,8 +244,8 @@ class Conv3x3:
                 self._plans[key] = plan
         plan()
 
-    def _kernel(self, call: _Call) -> tuple[Variant, torch.dtype, int, Path | None]:
-        """The one that the call needs: arguments of :func:`_kernel`."""
+    def _wanted(self, call: _Call) -> tuple[Variant, torch.dtype, int, Path | None]:
+        """The kernel that the call needs: arguments of :func:`_kernel`."""
         norm = 0 if call.normed is None else 2 if call.silu else 1
         variant = Variant(
             self.mode, self.channels, self.out, self.shortcut, call.residual is not None, call.x is not None, norm,
@@ -262,8 +258,8 @@ class Conv3x3:
         tiled = self._tiled(grid)
         after = grid.doubled() if self.mode == Mode.UPSAMPLE else tiled
         self._check(call, after)
-        kernel = self._kernel(call)
-        variant = kernel[0]
+        wanted = self._wanted(call)
+        variant = wanted[0]
         schedule = variant.schedule
         tiles_x, tiles_y, tiles = tile_count(schedule, self.mode, grid.batch, tiled.height, tiled.width)
         packed = self._weights(schedule)
@@ -292,9 +288,9 @@ class Conv3x3:
         second = a if call.shortcut is None else self._map(call.shortcut, grid, self.shortcut, flat, box)
         addend = a if call.residual is None else self._map(call.residual, after, self.out, flat, (32, columns, 8))
         with torch.cuda.device(self._index):
-            loaded = _kernel(*kernel)
+            kernel = _kernel(*wanted)
         blocks = grid_blocks(schedule, self.mode, tiles, self._multiprocessors)
-        return driver.Launch(loaded, (blocks, 1, 1), schedule.threads, (a, second, addend, args), (packed, gamma))
+        return driver.Launch(kernel, (blocks, 1, 1), schedule.threads, (a, second, addend, args), (packed, gamma))
 
     def _plain(self, call: _Call) -> torch.dtype:
         """The 16-bit dtype of a call: that of any such matrix; where all are float8 it makes no difference."""
@@ -332,8 +328,8 @@ class Conv3x3:
         if call.normed is not None and (gamma is None or gamma.dtype != torch.float32 or gamma.shape != (self.out,)):
             raise ValueError(f"normed needs gamma: fp32 [{self.out}]")
         plain = self._plain(call)
-        before, batch = call.grid, call.grid.batch
-        counters, lines = call.ready or (None, self.lines(before))
+        before, own = call.grid, self.lines(call.grid)
+        counters, lines = call.ready or (None, own)
 
         def matrix(grid: Grid, channels: int) -> tuple[int, int]:
             return (grid.rows if call.flat else grid.pixels, channels)
@@ -344,8 +340,8 @@ class Conv3x3:
             ("x", call.x, plain if call.x_scale is None else FLOAT8, matrix(after, self.out)),
             ("normed", call.normed, plain if call.n_scale is None else FLOAT8, matrix(after, self.out)),
             ("residual", call.residual, plain, matrix(after, self.out)),
-            ("done", call.done, torch.int32, (1, batch * self.lines(before).per_image)),
-            ("ready", counters, torch.int32, (1, batch * lines.per_image)),
+            ("done", call.done, torch.int32, (1, before.batch * own.per_image)),
+            ("ready", counters, torch.int32, (1, before.batch * lines.per_image)),
         )
         for name, tensor, dtype, shape in wanted:
             if tensor is None:

@@ -187,6 +187,15 @@ def rounds(schedule: Schedule, mode: Mode, batch: int, height: int, width: int, 
     return tiles * schedule.split / grid_blocks(schedule, mode, tiles, multiprocessors)
 
 
+def ends_early(schedule: Schedule, mode: Mode, batch: int, height: int, width: int, multiprocessors: int) -> bool:
+    """Whether blocks end long enough before others for the next kernel to use that.
+
+    They do not where each has one tile. With resident weights a tile takes 4 us, no more than the reports do and the
+    loading of the next kernel's weights.
+    """
+    return not schedule.resident and rounds(schedule, mode, batch, height, width, multiprocessors) > 1
+
+
 def load(schedule: Schedule, mode: Mode, batch: int, height: int, width: int, multiprocessors: int) -> float:
     """Pixels, times its share of the channels, that a block has to do: what is missing from the last round of tiles is the
     next kernel's (kernels/overlap.py)."""
