@@ -76,9 +76,9 @@ constexpr int VECTOR_OFFSET = R_OFFSET + R_BUFFERS * R_BYTES;    // bias, gamma,
 constexpr int SUM_OFFSET = VECTOR_OFFSET + (A8 ? 3 : 2) * NB * 4;  // sums of squares of the peers
 constexpr int SUM_BYTES = WARPGROUPS * 2 * (SPLIT - 1) * MB * 64 * 4;
 constexpr int BARRIER_OFFSET = SUM_OFFSET + SUM_BYTES;
-constexpr int BARRIERS = 2 * A_STAGES + 2 * B_BUFFERS + 2 * R_BUFFERS + 2 * WARPGROUPS;
-constexpr int COUNT_OFFSET = BARRIER_OFFSET + BARRIERS * 8;  // 32-bit: warps done with their tiles, of each warpgroup;
-constexpr int SMEM_BYTES = COUNT_OFFSET + (WARPGROUPS + 1) * 4;  // whether the previous kernel has ended
+constexpr int BARRIERS = 2 * A_STAGES + 2 * B_BUFFERS + 2 * R_BUFFERS + 2 * WARPGROUPS + 1;
+constexpr int COUNT_OFFSET = BARRIER_OFFSET + BARRIERS * 8;  // 32-bit: warps done with their tiles, of each warpgroup
+constexpr int SMEM_BYTES = COUNT_OFFSET + WARPGROUPS * 4;
 static_assert(SMEM_BYTES <= 232448, "shared memory of one block");
 static_assert(SMEM_BYTES == SHARED_BYTES, "Variant.shared_bytes() in schedules.py must agree");
 static_assert(NB % 32 == 0 && CIN % 32 == 0 && KC % DEPTH == 0 && (A8 || CIN % KC == 0), "shapes");
@@ -143,9 +143,9 @@ struct Shared {
   DEVICE u32 b_empty(u32 s) const { return bar(2 * A_STAGES + B_BUFFERS + s); }
   DEVICE u32 r_full(u32 s) const { return bar(2 * (A_STAGES + B_BUFFERS) + s); }
   DEVICE u32 r_empty(u32 s) const { return bar(2 * (A_STAGES + B_BUFFERS) + R_BUFFERS + s); }
-  DEVICE u32 warps_done(u32 wg) const { return base + COUNT_OFFSET + wg * 4; }
-  DEVICE u32 previous_ended() const { return base + COUNT_OFFSET + WARPGROUPS * 4; }
   DEVICE u32 sums_full(u32 wg, u32 p) const { return bar(2 * (A_STAGES + B_BUFFERS + R_BUFFERS) + 2 * wg + p); }
+  DEVICE u32 previous_ended() const { return bar(BARRIERS - 1); }
+  DEVICE u32 warps_done(u32 wg) const { return base + COUNT_OFFSET + wg * 4; }
   // partial sums sent by peer number `peer` (0 .. SPLIT-2) for pixel `row` of a warpgroup
   DEVICE u32 sums(u32 wg, u32 p, u32 peer, u32 row) const {
     return base + SUM_OFFSET + (((wg * 2 + p) * (SPLIT - 1) + peer) * MB * 64 + row) * 4;
@@ -169,7 +169,7 @@ DEVICE void wait_for_lines(const Shared& s, const Args& args, const Tile& tile, 
   next = max(next, start + above / args.ready_rows);
   if (next > last) return;
   while (next <= last) {
-    if (load_acquire_shared(s.previous_ended())) next = EVERY_LINE;
+    if (mbar_test(s.previous_ended(), 0)) next = EVERY_LINE;
     else if (load_acquire_gpu(args.ready + next) >= args.ready_count) ++next;
     else pause();
   }

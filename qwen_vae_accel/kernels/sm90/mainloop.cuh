@@ -118,8 +118,9 @@ conv(const __grid_constant__ TensorMap input, const __grid_constant__ TensorMap 
     for (int i = 0; i < B_BUFFERS; ++i) { mbar_init(s.b_full(i), 1); mbar_init(s.b_empty(i), 4 * WARPGROUPS); }
     for (int i = 0; i < R_BUFFERS; ++i) { mbar_init(s.r_full(i), 1); mbar_init(s.r_empty(i), 4); }
     for (int i = 0; i < 2 * WARPGROUPS; ++i) mbar_init(s.sums_full(i / 2, i % 2), 1);
+    mbar_init(s.previous_ended(), 1);
     mbar_init_fence();
-    for (int i = 0; i <= WARPGROUPS; ++i) reinterpret_cast<u32*>(memory + COUNT_OFFSET)[i] = 0;
+    for (int i = 0; i < WARPGROUPS; ++i) reinterpret_cast<u32*>(memory + COUNT_OFFSET)[i] = 0;
   }
   for (int i = threadIdx.x; i < NB; i += blockDim.x) {
     vectors[i] = args.bias[rank * NB + i];
@@ -134,13 +135,15 @@ conv(const __grid_constant__ TensorMap input, const __grid_constant__ TensorMap 
   if (wg == 0) {
     registers_decrease<FEED_REGISTERS>();  // before any wait: the other warpgroups cannot begin without these registers
     if (warp == REPORTING_WARP || (warp != WEIGHTS_WARP && !args.ready)) wait_for_previous_kernel();
-    if (threadIdx.x == 32 * REPORTING_WARP) {
-      store_release_shared(s.previous_ended(), 1);
-      let_next_kernel_start();
-    }
-    if (warp == REPORTING_WARP && args.halo_lines) {
-      if (WRITE_X) zero_halo<COUT * (X8 ? 1 : 2)>(args.x, args);
-      if (NORM) zero_halo<COUT * (N8 ? 1 : 2)>(args.n, args);
+    if (warp == REPORTING_WARP) {
+      if (s.lane == 0) {
+        mbar_arrive(s.previous_ended());
+        let_next_kernel_start();
+      }
+      if (args.halo_lines) {
+        if (WRITE_X) zero_halo<COUT * (X8 ? 1 : 2)>(args.x, args);
+        if (NORM) zero_halo<COUT * (N8 ? 1 : 2)>(args.n, args);
+      }
     }
     if (R_RING && warp == RESIDUAL_WARP && s.lane < WARPGROUPS) feed_residual(s, &addend, args, s.lane, rank);
     if (s.lane == 0) {

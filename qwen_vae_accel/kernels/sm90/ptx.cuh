@@ -79,9 +79,6 @@ DEVICE u32 load_acquire_shared(u32 address) {
   asm volatile("ld.acquire.cta.shared::cta.u32 %0, [%1];" : "=r"(r) : "r"(address) : "memory");
   return r;
 }
-DEVICE void store_release_shared(u32 address, u32 value) {
-  asm volatile("st.release.cta.shared::cta.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
-}
 DEVICE void add_release_shared(u32 address, u32 value) {
   asm volatile("red.release.cta.shared::cta.add.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }

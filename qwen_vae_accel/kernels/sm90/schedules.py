@@ -89,9 +89,9 @@ class Variant:
         r_stages = s.r_stages * s.warpgroups if self.residual and not s.resident else 0
         b_stages = 1 if s.resident else s.b_stages
         sums = s.warpgroups * 2 * (s.split - 1) * s.mb * 64 * 4
-        barriers = 2 * (s.a_stages + b_stages + r_stages + s.warpgroups)
+        barriers = 2 * (s.a_stages + b_stages + r_stages + s.warpgroups) + 1
         buffers = s.a_stages * a + (self.steps() if s.resident else b_stages) * b + r_stages * 8 * width * 64
-        return buffers + (12 if self.a8 else 8) * self.columns + sums + 8 * barriers + 4 * (s.warpgroups + 1)
+        return buffers + (12 if self.a8 else 8) * self.columns + sums + 8 * barriers + 4 * s.warpgroups
 
     def defines(self) -> dict[str, int]:
         """The ``-D`` options of the compilation, without the dtype's."""
