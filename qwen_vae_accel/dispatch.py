@@ -1,4 +1,4 @@
-"""Who serves a request: an engine of the plan where one can, else the best backend that needs none."""
+"""Who serves a request: an engine of the plan where one can, else the first backend that needs none and can."""
 
 from __future__ import annotations
 
@@ -103,13 +103,13 @@ class Dispatcher:
         self.plan = config.plan(source.topology.scale, source.topology.multiple)
         self._environments: dict[torch.device, Environment] = {}
         self._routes: dict[tuple[Job, bool, tuple[str, ...]], _Route] = {}
-        self._misses: dict[tuple[str, Job, Size, str], str] = {}
+        self._misses: dict[tuple[str, Job, Size, str], tuple[object, str]] = {}  # with the directory's state at the time
         self._adopted: dict[tuple[str, str], Plan] = {}
         self._lock = threading.RLock()
         self._engines = self._engine_candidates(device)
         self._direct = self._direct_candidates(device)
         self.runtime: EngineRuntime | None = None
-        if config.engine_dir is not None:
+        if config.engine_dir is not None and self._engines:
             store = EngineStore(config.engine_dir)
             if not store.root.exists() and config.miss_policy != "build":
                 raise EngineError(
@@ -142,7 +142,7 @@ class Dispatcher:
         backend = get_backend(name)
         if not isinstance(backend, EngineBackend):
             if self._config.engine_dir is not None:
-                logger.info("backend %r needs no engines; engine_dir is not used", name)
+                logger.info("backend %r needs no engines; engine_dir is not searched for any", name)
             return ()
         if self._config.engine_dir is None:
             raise ConfigError(f"backend {name!r} runs engines from a folder: give engine_dir")
@@ -171,9 +171,9 @@ class Dispatcher:
         jobs = [job for job in self._jobs(device) if job.method in methods]
         reasons = [text for job in jobs for text in backend.reasons(self.environment(device), job)]
         if reasons:
-            hint = "backend='auto' takes the best that can run."
+            hint = "backend='auto' takes one that can run."
             if self._config.float8("decode"):
-                hint = "Without decode_dtype='float8_e4m3fn', backend='auto' takes the best that can run."
+                hint = "Without decode_dtype='float8_e4m3fn', backend='auto' takes one that can run."
             raise BackendUnavailableError(backend.name, dict.fromkeys(reasons), hint)
 
     # Serving.
@@ -231,16 +231,18 @@ class Dispatcher:
             return None
         wanted = self.wanted(backend, request.job, choice.key)
         memory = (backend.name, request.job, choice.profile.optimum, wanted.weights)
+        assert self.runtime is not None
+        store = self.runtime.store
         known = self._misses.get(memory)
-        if known is not None:
-            reasons.append(known)
+        if known is not None and known[0] == store.stamp():
+            reasons.append(known[1])
             return None
         try:
             output = self._with_engine(wanted, choice, x)
         except EngineError as error:
             text = f"{backend.name}: {error}"
             if not _is_out_of_memory(error):  # there may be room at the next request
-                self._misses[memory] = text
+                self._misses[memory] = store.stamp(), text
             reasons.append(text)
             return None
         self._journal.call(request.job.method, backend.name)
@@ -313,7 +315,7 @@ class Dispatcher:
                         raise
                     raise _NoRoomError(backend.name) from None
                 else:
-                    # Under "auto" the next best backend is what was asked for, and no fallback.
+                    # Under "auto" the next backend is what was asked for, and no fallback.
                     told = refused if self._config.backend == backend.name or backend not in self._direct else []
                     return _Route(request.generation, backend, program, tuple(told), backend is last)
             refused += [f"{backend.name}: {text}" for text in why]

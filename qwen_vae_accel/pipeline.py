@@ -18,8 +18,10 @@ from qwen_vae_accel.config import AccelConfig
 from qwen_vae_accel.dispatch import Dispatcher, Request
 from qwen_vae_accel.errors import HandleError, InvalidInputError, UnsupportedVAEError
 from qwen_vae_accel.model import ModelSource
+from qwen_vae_accel.model.custom import custom_method
 from qwen_vae_accel.model.offload import execution_device, run_pre_forward
 from qwen_vae_accel.model.parking import Parking
+from qwen_vae_accel.model.topology import METHODS
 from qwen_vae_accel.plan import MIN_SIDE, Size
 from qwen_vae_accel.processing import PostProcessing, PreProcessing, Replacement, processors_of
 from qwen_vae_accel.progress import progress_bar
@@ -96,11 +98,12 @@ class Handle:
         self._source = ModelSource(vae, config.engine_dir)
         self._dispatcher = Dispatcher(config, self._source, self._journal, execution_device(vae))
         self._active = True
-        self._calls = 0
+        self._callers: list[int] = []  # threads that are inside a call
         self._requests: dict[tuple[Any, ...], Request] = {}
         self._changed = threading.Condition()
         self._one_original = threading.RLock()
         _remove_leftovers(vae)
+        self._custom = {method: custom_method(vae, method) for method in METHODS}
         self._before = {name: vae.__dict__[name] for name in _PATCHED if name in vae.__dict__}
         self._original: dict[str, Callable[..., Any]] = {name: getattr(vae, name) for name in _PATCHED}
         for name, function in _replacements(type(vae)).items():
@@ -150,10 +153,14 @@ class Handle:
         """Give the VAE back its own methods and release every engine; calls under way in other threads finish first.
 
         Raises:
-            HandleError: if that was done before, or if something else patched the VAE since.
+            HandleError: if that was done before, if something else patched the VAE since, or inside a call of the VAE.
         """
         if not self._active:
             raise HandleError("this VAE was restored already; accelerate() makes a new handle")
+        if threading.get_ident() in self._callers:
+            raise HandleError(
+                "restore() inside a call of the VAE (from a hook or a signal handler) would wait for itself; call it later"
+            )
         for name in _PATCHED:
             patch = self.vae.__dict__.get(name)
             if getattr(patch, "__qwen_vae_accel__", False) is False:
@@ -170,7 +177,7 @@ class Handle:
         del self.vae.__dict__[_HANDLE]
         with self._changed:
             self._active = False
-            self._changed.wait_for(lambda: self._calls == 0)
+            self._changed.wait_for(lambda: not self._callers)
         self._dispatcher.forget()
         self._unpark()
         if self._dispatcher.runtime is not None:
@@ -214,16 +221,18 @@ class Handle:
     # What the patched methods do.
 
     def _call(self, method: str, x: Tensor, return_dict: bool) -> Any:
+        thread = threading.get_ident()
         with self._changed:
             active = self._active
-            self._calls += active
+            if active:
+                self._callers.append(thread)
         if not active:  # restored since this thread looked the method up
             return self._original[method](x, return_dict=return_dict)
         try:
             return self._serve(method, x, return_dict)
         finally:
             with self._changed:
-                self._calls -= 1
+                self._callers.remove(thread)
                 if not self._active:  # restore() waits for the last call
                     self._changed.notify_all()
 
@@ -231,11 +240,11 @@ class Handle:
         run_pre_forward(self.vae)
         generation, dtype, device = self._source.glance(method)
         request = self._request(method, x, generation, dtype, device)
-        reason = self._original_reason(x)
+        reason = self._original_reason(method, x)
         if reason:
             self._journal.call(method, ORIGINAL)
             if self._journal.fallback(method, ORIGINAL, reason):
-                logger.warning("%s runs as diffusers wrote it: %s", method, reason)
+                logger.warning("%s is not accelerated: %s", method, reason)
             with self._one_original:  # diffusers keeps the state of a call in the VAE itself
                 self._unpark()
                 return self._original[method](x, return_dict=return_dict)
@@ -288,14 +297,14 @@ class Handle:
         if x.device != device:
             raise InvalidInputError(f"{method} was given a tensor on {x.device}, but the VAE is on {device}")
 
-    def _original_reason(self, x: Tensor) -> str:
+    def _original_reason(self, method: str, x: Tensor) -> str:
         if x.shape[2] != 1:
             return f"{x.shape[2]} frames: only single images are accelerated"
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.vae.parameters())):
             return "gradients are asked for; call it under torch.no_grad() or torch.inference_mode() to have it fast"
         if torch.is_autocast_enabled(x.device.type):
             return "autocast is on, which chooses dtypes itself"
-        return ""
+        return self._custom[method] or self._source.custom(method)
 
     def _moved(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._dispatcher.forget()

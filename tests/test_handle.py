@@ -116,7 +116,7 @@ def test_restore_twice(micro):
 
 @pytest.mark.usefixtures("no_grad")
 def test_the_patch_of_somebody_else_is_kept(micro):
-    """Patched before: it comes back. Patched after: restore() says so and changes nothing."""
+    """Patched before: it serves, and comes back. Patched after: restore() says so and changes nothing."""
     plain = micro.decode
     mine = lambda z, return_dict=True: plain(z, return_dict=return_dict)  # noqa: E731
     micro.decode = mine
@@ -126,7 +126,7 @@ def test_the_patch_of_somebody_else_is_kept(micro):
     micro.decode = lambda *args, **kwargs: theirs(*args, **kwargs)
     with pytest.raises(HandleError, match="patched again"):
         handle.restore()
-    assert calls(handle)["decode"] == {"eager": 1}
+    assert calls(handle)["decode"] == {"diffusers": 1}
     micro.decode = theirs
     handle.restore()
     assert vars(micro)["decode"] is mine

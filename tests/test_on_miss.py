@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,22 @@ def test_an_engine_that_appears_is_taken_at_the_next_warmup(micro, fake, engines
     handle.warmup(progress=False)
     decoded(micro, latents("32x32"))
     assert handle.report().as_dict()["calls"]["decode"] == {"eager": 1, "tensorrt": 1}
+
+
+def test_an_engine_that_somebody_builds_is_taken(micro, fake, engines, tmp_path):
+    """Another process builds into the directory, and its manifest changes."""
+    complete = tmp_path / "complete"
+    shutil.copytree(engines, complete)
+    (engines / "32x32" / "vae_decoder.fake").unlink()
+    manifest = json.loads((engines / NAME).read_text())
+    del manifest["engines"]["32x32/vae_decoder.fake"]
+    (engines / NAME).write_text(json.dumps(manifest))
+    handle = open_engines(micro, engines, on_miss="fallback", sizes=["32x32"])
+    decoded(micro, latents("32x32"))
+    decoded(micro, latents("32x32"))
+    shutil.copytree(complete, engines, dirs_exist_ok=True)
+    decoded(micro, latents("32x32"))
+    assert handle.report().as_dict()["calls"]["decode"] == {"eager": 2, "tensorrt": 1}
 
 
 @pytest.mark.parametrize("on_miss", ["fallback", "error", "build"])

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from qwen_vae_accel import accelerate
+from qwen_vae_accel.errors import HandleError, UnsupportedVAEError
 from tests.conftest import random_vae
 from tests.contract import X, Z, assert_same, calls, exact, fast
-from tests.helpers import decoded, distance, moments, picture, randn
+from tests.helpers import EXACT, decoded, distance, moments, picture, randn
 
 
 def test_gradients(micro):
@@ -91,3 +92,120 @@ def test_forward_goes_through_the_image_model(micro):
     handle = accelerate(micro)
     assert distance(micro(X).sample, before, "decode") <= 1e-5
     assert calls(handle) == fast(encode=1, decode=1)
+
+
+def observe(vae: nn.Module) -> None:
+    vae.decoder.mid_block.register_forward_hook(lambda module, inputs, output: output * 0.5)
+
+
+def patch_module(vae: nn.Module) -> None:
+    own = vae.decoder.conv_out.forward
+    vae.decoder.conv_out.forward = lambda x, *rest: own(x, *rest) * 0.5
+
+
+def patch_method(vae: nn.Module) -> None:
+    own = vae.decode
+    vae.decode = lambda z, return_dict=True: own(z * 0.5, return_dict=return_dict)
+
+
+def subclass(vae: nn.Module) -> None:
+    class Watermarked(type(vae)):
+        def _decode(self, z, return_dict=True):
+            return super()._decode(z * 0.5, return_dict=return_dict)
+
+    vae.__class__ = Watermarked
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("change", [observe, patch_module, patch_method, subclass])
+def test_what_somebody_changed_is_kept(micro, change):
+    plain = random_vae()
+    change(plain)
+    before = exact(plain)
+    change(micro)
+    handle = accelerate(micro)
+    assert torch.equal(decoded(micro, Z), before[1])
+    (fallback,) = handle.report().as_dict()["fallbacks"]
+    assert fallback["method"] == "decode"
+    what = {observe: "decoder.mid_block has hooks", patch_module: "decoder.conv_out has a forward() of its own",
+            patch_method: "vae.decode was patched before accelerate()", subclass: "Watermarked overrides _decode"}  # fmt: skip
+    assert what[change] in fallback["reason"]
+    moments(micro, X)
+    assert calls(handle) == {"encode": {"eager": 1}, "decode": {"diffusers": 1}}
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_hooks_come_and_go(micro):
+    before = decoded(micro, Z)
+    handle = accelerate(micro)
+    decoded(micro, Z)
+    hook = micro.decoder.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 0.5, *inputs[1:]))
+    assert distance(decoded(micro, Z), before, "decode") > 0.01
+    hook.remove()
+    torch.nn.Conv2d(1, 1, 1).register_forward_hook(print)  # somebody else's
+    assert distance(decoded(micro, Z), before, "decode") <= EXACT
+    assert calls(handle)["decode"] == {"eager": 2, "diffusers": 1}
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("compiled", ["decode", "decoder.forward", "decoder"])
+def test_what_torch_compiled_is_no_change(micro, compiled):
+    """``vae.decode = torch.compile(vae.decode)``, as diffusers' documents have it."""
+    before = decoded(micro, Z)
+    if compiled == "decode":
+        micro.decode = torch.compile(micro.decode)
+    elif compiled == "decoder":
+        micro.decoder.compile()
+    else:
+        micro.decoder.forward = torch.compile(micro.decoder.forward)
+    handle = accelerate(micro)
+    assert distance(decoded(micro, Z), before, "decode") <= EXACT
+    assert calls(handle)["decode"] == {"eager": 1}
+
+
+def compile_decoder(vae: nn.Module) -> None:
+    vae.decoder = torch.compile(vae.decoder, backend="eager")
+
+
+def normalise_weights(vae: nn.Module) -> None:
+    nn.utils.parametrizations.weight_norm(vae.decoder.conv_in)
+
+
+def drop_decoder(vae: nn.Module) -> None:
+    vae.decoder.mid_block = nn.Identity()
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("change", [compile_decoder, normalise_weights, drop_decoder])
+def test_a_network_that_becomes_another(micro, change):
+    plain = random_vae()
+    change(plain)
+    expected = plain.decode
+    handle = accelerate(micro)
+    decoded(micro, Z)
+    change(micro)
+    try:
+        wanted = expected(Z).sample
+    except TypeError as error:  # diffusers' own way does not work either
+        with pytest.raises(type(error)):
+            decoded(micro, Z)
+    else:
+        assert torch.equal(decoded(micro, Z), wanted)
+    moments(micro, X)
+    assert calls(handle) == {"encode": {"eager": 1}, "decode": {"eager": 1, "diffusers": 1}}
+    assert "was changed after accelerate(): it lacks parameters" in handle.report().as_dict()["fallbacks"][0]["reason"]
+    with pytest.raises(UnsupportedVAEError, match="was changed after accelerate"):
+        handle.warmup(progress=False)
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_restore_inside_a_call(micro):
+    handle = accelerate(micro)
+    network = handle._source.model("decode", torch.float32, torch.device("cpu"))
+    inside = network.conv_out.register_forward_pre_hook(lambda *_: handle.restore())
+    with pytest.raises(HandleError, match="inside a call"):
+        decoded(micro, Z)
+    inside.remove()
+    assert calls(handle)["decode"] == {}
+    decoded(micro, Z)
+    handle.restore()

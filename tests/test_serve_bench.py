@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -238,3 +239,10 @@ def test_bad_input_is_refused_before_anything_runs(cli: Cli, arguments: list[str
     result = cli("serve-bench", "--device", "cpu", *arguments)
     assert result.code in (1, 2)
     assert message in " ".join(result.stderr.split())
+
+
+def test_without_transformers_it_says_what_to_install(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    result = cli("serve-bench", "--device", "cpu", "--transformer", "tiny", "--sizes", "32x32", "--json")
+    assert result.code == 2
+    assert json.loads(result.stdout)["error"]["message"].startswith("a pipeline needs transformers: pip install")

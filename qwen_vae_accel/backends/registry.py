@@ -9,12 +9,12 @@ from qwen_vae_accel.backends.inductor import InductorBackend
 from qwen_vae_accel.backends.tensorrt import TensorRTBackend
 from qwen_vae_accel.errors import BackendUnavailableError
 
-# In the order of preference of backend="auto", fastest first.
+# In the order of preference of backend="auto": engines, which somebody made on purpose, then the fastest.
 _BACKENDS: tuple[Backend, ...] = (TensorRTBackend(), InductorBackend(), FusedBackend(), EagerBackend())
 
 
 def engine_backends() -> tuple[EngineBackend, ...]:
-    """Backends that need engine files, fastest first."""
+    """Backends that need engine files, in the order of preference."""
     return tuple(backend for backend in _BACKENDS if isinstance(backend, EngineBackend))
 
 

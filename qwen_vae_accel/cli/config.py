@@ -93,7 +93,7 @@ def _view(document: dict[str, Any]) -> Group:
     for engine in document["plan"]["engines"]:
         sizes = [p["opt"] if p["min"] == p["max"] else f"{p['min']}..{p['opt']}..{p['max']}" for p in engine["profiles"]]
         plan.add_row(engine["stem"], "\n".join(sizes))
-    backends = Table(title="backends, fastest first", title_justify="left")
+    backends = Table(title="backends, in the order of auto", title_justify="left")
     for column in ("backend", "engines", "can run here"):
         backends.add_column(column, overflow="fold")
     for backend in document["backends"]:

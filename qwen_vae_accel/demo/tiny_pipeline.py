@@ -75,17 +75,22 @@ def _text_encoder(tokenizer: Any) -> nn.Module:
     return Qwen2_5_VLForConditionalGeneration(config).eval()
 
 
+def require_pipelines() -> None:
+    """Raise ConfigError if transformers or tokenizers, without which diffusers has no pipelines, is not installed."""
+    try:
+        import tokenizers  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"a pipeline needs {error.name}: pip install 'qwen-vae-accel[pipelines]'") from error
+
+
 def tiny_pipeline(vae: Any, seed: int = 0) -> Any:
     """A ``QwenImagePipeline`` with ``vae`` in it, on the VAE's device and in its dtype.
 
     Raises:
         ConfigError: if transformers or tokenizers is not installed.
     """
-    try:
-        import tokenizers  # noqa: F401
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(f"a pipeline needs {error.name}: pip install 'qwen-vae-accel[pipelines]'") from error
+    require_pipelines()
     from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
 
     tokenizer = _tokenizer()

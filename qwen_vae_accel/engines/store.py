@@ -153,6 +153,14 @@ class EngineStore:
         """The records, as they are on disk now."""
         return Manifest.read(self.root)
 
+    def stamp(self) -> tuple[int, int] | None:
+        """Time of writing and size of the manifest, which change with every engine; None where there is none."""
+        try:
+            status = (self.root / NAME).stat()
+        except OSError:
+            return None
+        return status.st_mtime_ns, status.st_size
+
     def find(self, expected: Expected) -> tuple[Path, EngineRecord]:
         """The file and record of a usable engine.
 

@@ -17,7 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from qwen_vae_accel.errors import UnsupportedVAEError
+from qwen_vae_accel.model.custom import custom_module
 from qwen_vae_accel.model.image_vae import ImageDecoder, ImageEncoder
 from qwen_vae_accel.model.layers import State, under
 from qwen_vae_accel.model.offload import execution_device, is_hooked, values
@@ -89,10 +92,13 @@ class _Seen:
     dtypes: list[torch.dtype]
     vae_dtype: torch.dtype
     device: torch.device
+    change: str = ""  # that made it another network
+    custom: str = ""  # see custom_module,
+    hooks: int = -1  # and how many hooks torch had made by then
 
     @classmethod
     def look(cls, vae: nn.Module, method: str) -> _Seen:
-        children = [(vae._modules, part, getattr(vae, part)) for part in _PARTS[method]]
+        children = [(vae._modules, part, child) for part in _PARTS[method] if (child := getattr(vae, part, None)) is not None]
         for _, _, module in children:
             # The list grows while it is walked: children of children, to the leaves.
             children += [(module._modules, name, child) for name, child in module._modules.items() if child is not None]
@@ -117,6 +123,10 @@ class _Seen:
             vae_dtype=_vae_dtype(vae),
             device=execution_device(vae),
         )
+
+    def structure(self) -> tuple[Any, ...]:
+        """What parts and parameters there are."""
+        return self.names, self.slot_names, [p.shape for p in self.parameters]
 
     def same_values(self, now: _Seen) -> bool:
         """Whether ``now`` differs from this in device and address only."""
@@ -147,10 +157,11 @@ class ModelSource:
 
     def __init__(self, vae: nn.Module, folder: str | Path | None = None) -> None:
         self.vae = vae
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else Path(folder).expanduser().absolute()
         self.topology: Topology = inspect_vae(vae)
         self._lock = threading.RLock()
         self._seen: dict[str, _Seen] = {}
+        self._structures = {method: _Seen.look(vae, method).structure() for method in _PARTS}
         self._generation = {"encode": 0, "decode": 0}
         self._models: dict[tuple[str, torch.dtype, torch.device], ImageEncoder | ImageDecoder] = {}
         self._fingerprints: dict[tuple[str, torch.dtype], str] = {}
@@ -170,7 +181,7 @@ class ModelSource:
         seen = self._seen.get(method)
         if seen is None or not seen.current():
             with self._lock:
-                self._seen[method] = _Seen.look(self.vae, method)
+                self._look(method)
                 self._forget(method)
         return self._generation[method]
 
@@ -183,13 +194,24 @@ class ModelSource:
         generation, seen = self.generation(method), self._seen[method]
         return generation, seen.vae_dtype, execution_device(self.vae) if is_hooked(self.vae) else seen.device
 
+    def custom(self, method: str) -> str:
+        """Why the network of ``method`` is no longer the one that is known, or does more than that; empty if it is.
+
+        Weights are as :meth:`generation` saw them last. Every hook that torch makes moves a counter, so hooks cost nothing to
+        look for. A ``forward`` that is patched later is found when either changes.
+        """
+        seen = self._seen[method]
+        if seen.custom or seen.hooks != RemovableHandle.next_id:
+            seen.hooks = RemovableHandle.next_id
+            seen.custom = custom_module(self.vae, seen.modules)
+        return seen.change or seen.custom
+
     def moved(self) -> None:
         """Tell that the VAE's parameters were replaced by ``.to()``; a change of device alone is no new generation."""
         with self._lock:
             self._models.clear()
             for method, before in list(self._seen.items()):
-                self._seen[method] = now = _Seen.look(self.vae, method)
-                if not before.same_values(now):
+                if not before.same_values(self._look(method)):
                     self._forget(method)
 
     def model(self, method: str, dtype: torch.dtype, device: torch.device) -> ImageEncoder | ImageDecoder:
@@ -205,7 +227,15 @@ class ModelSource:
             return self._models[key]
 
     def state(self, method: str) -> dict[str, Tensor]:
-        """The current 2-D weights of ``method``, as views where the VAE's parameters are present."""
+        """The current 2-D weights of ``method``, as views where the VAE's parameters are present.
+
+        Raises:
+            UnsupportedVAEError: if the VAE was changed into another network since.
+        """
+        self.generation(method)
+        change = self._seen[method].change
+        if change:
+            raise UnsupportedVAEError(type(self.vae).__name__, [change])
         return image_state(values(self.vae), method)
 
     def fingerprint(self, method: str, dtype: torch.dtype) -> str:
@@ -221,6 +251,19 @@ class ModelSource:
         """Drop the networks, which pin the VAE's memory; the next use makes them again."""
         with self._lock:
             self._models.clear()
+
+    def _look(self, method: str) -> _Seen:
+        seen = _Seen.look(self.vae, method)
+        if seen.structure() != self._structures[method]:
+            try:
+                topology = inspect_vae(self.vae)
+            except UnsupportedVAEError as error:
+                seen.change = f"the VAE was changed after accelerate(): {'; '.join(error.reasons)}"
+            else:
+                if topology != self.topology:
+                    seen.change = f"the VAE was changed after accelerate(): from {self.topology} to {topology}"
+        self._seen[method] = seen
+        return seen
 
     def _forget(self, method: str) -> None:
         self._generation[method] += 1

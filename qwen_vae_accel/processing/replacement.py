@@ -109,7 +109,7 @@ class Replacement:
         result = original()
         self._journal.call(self.METHOD, ORIGINAL)
         if self._journal.fallback(self.METHOD, ORIGINAL, reason):
-            logger.warning("%s runs as diffusers wrote it: %s", self.METHOD, reason)
+            logger.warning("%s is not accelerated: %s", self.METHOD, reason)
         return result
 
     @classmethod

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 from qwen_vae_accel.bench.cases import BenchError
-from qwen_vae_accel.demo.tiny_pipeline import TINY_TRANSFORMER
+from qwen_vae_accel.demo.tiny_pipeline import TINY_TRANSFORMER, require_pipelines
 from qwen_vae_accel.errors import ConfigError, UnsupportedVAEError
 from qwen_vae_accel.loading import load_vae, random_vae
 from qwen_vae_accel.plan import GUIDE_STATIC, STATIC_MULTIPLE, Size
@@ -95,11 +95,12 @@ class Service:
         dtype: of everything.
 
     Raises:
-        ConfigError: if ``transformer`` is neither, or is None and ``model`` has none.
+        ConfigError: if ``transformer`` is neither, or is None and ``model`` has none, or transformers is not installed.
         UnsupportedVAEError: if ``model`` cannot be loaded.
     """
 
     def __init__(self, model: Path | None, transformer: str | None, device: torch.device, dtype: torch.dtype) -> None:
+        require_pipelines()
         stored = None if model is None else model / "transformer"
         if transformer not in (None, *TRANSFORMERS):
             raise ConfigError(f"transformer must be full or tiny, not {transformer!r}")

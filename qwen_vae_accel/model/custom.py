@@ -1,0 +1,43 @@
+"""What somebody has changed about how a VAE computes, of which the image networks know nothing: hooks, patches, subclasses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+
+def custom_method(vae: nn.Module, method: str) -> str:
+    """Why ``encode`` or ``decode`` of ``vae`` is not the one of its diffusers class; empty if it is."""
+    for name in (method, f"_{method}", f"tiled_{method}"):
+        if not _is_own(vae, name):
+            return f"vae.{name} was patched before accelerate()"
+        owners = [cls for cls in type(vae).__mro__ if name in vars(cls)]
+        if len(owners) > 1 and not owners[0].__module__.startswith("diffusers."):
+            return f"{owners[0].__name__} overrides {name}"
+    return ""
+
+
+def custom_module(vae: nn.Module, modules: Iterable[nn.Module]) -> str:
+    """Which of ``modules``, parts of ``vae``, does more than its class says; empty if none does.
+
+    Offloading and storage in another dtype, by accelerate's and diffusers' hooks, change no result.
+    """
+    for module in modules:
+        what = "hooks" if module._forward_hooks or module._forward_pre_hooks else ""
+        if not what and not {"_hf_hook", "_diffusers_hook"} & module.__dict__.keys() and not _is_own(module, "forward"):
+            what = "a forward() of its own"
+        if what:
+            path = next((name for name, part in vae.named_modules() if part is module), type(module).__name__)
+            return f"{path} has {what}, which only diffusers' path runs"
+    return ""
+
+
+def _is_own(module: nn.Module, name: str) -> bool:
+    """Whether ``module.name`` is the method of its class, compiled or not."""
+    value: Any = module.__dict__.get(name)
+    if value is None:
+        return True
+    method = getattr(value, "_torchdynamo_orig_callable", value)
+    return getattr(method, "__func__", None) is getattr(type(module), name, None)
