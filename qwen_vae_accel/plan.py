@@ -113,25 +113,25 @@ def parse_size(text: str) -> Size:
         near = get_close_matches(text, names, n=1)
         meant = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"size {text!r} is neither WIDTHxHEIGHT nor one of {', '.join(names)}.{meant}")
-    size = Size(int(match[1]), int(match[2]))
-    if not all(MIN_SIDE <= side <= MAX_SIDE for side in (size.width, size.height)):
+    width, height = map(float, match.groups())  # int() refuses thousands of digits
+    if not all(MIN_SIDE <= side <= MAX_SIDE for side in (width, height)):
         raise ConfigError(f"size {text!r}: sides must be between {MIN_SIDE} and {MAX_SIDE} pixels")
-    return size
+    return Size(int(width), int(height))
 
 
-def _default_range(name: str, optimum: Size) -> Profile:
-    """The range of a profile given by its optimum alone: half of it to one and a half, sides up to 1920."""
+def _default_range(name: str, optimum: Size, least: int) -> Profile:
+    """The range of a profile given by its optimum alone: half of it to one and a half, sides from ``least`` up to 1920."""
     limit = max(GUIDE_MAX_SIDE, optimum.width, optimum.height)
-    low = Size(max(MIN_SIDE, optimum.width // 2), max(MIN_SIDE, optimum.height // 2)).floor(LATENT_SCALE)
+    low = Size(max(least, optimum.width // 2), max(least, optimum.height // 2)).floor(LATENT_SCALE)
     high = Size(min(limit, optimum.width * 3 // 2), min(limit, optimum.height * 3 // 2))
     return Profile(name, low, optimum, high)
 
 
-def _ranges(text: str) -> Profile:
+def _ranges(text: str, least: int) -> Profile:
     parts = text.split(":")
     if len(parts) == 1:
         optimum = parse_size(text)
-        return _default_range(text if text in GUIDE_PROFILES else str(optimum), optimum)
+        return _default_range(text if text in GUIDE_PROFILES else str(optimum), optimum, least)
     if len(parts) != 3:
         raise ConfigError(f"range {text!r} must be MIN:OPT:MAX, three sizes such as 256x256:512x512:1024x1024")
     low, optimum, high = map(parse_size, parts)
@@ -140,14 +140,12 @@ def _ranges(text: str) -> Profile:
     return Profile(str(optimum), low, optimum, high)
 
 
-def _profile(text: str, multiple: int) -> Profile:
-    profile = _ranges(text)
-    if multiple == 1:
-        return profile
+def _profile(text: str, scale: int, multiple: int) -> Profile:
+    least = 2 * scale  # torch.export tells a side of one latent pixel from all others
+    profile = _ranges(text, least)
     low, optimum, high = (size.floor(multiple) for size in (profile.minimum, profile.optimum, profile.maximum))
-    low = Size(max(multiple, low.width), max(multiple, low.height))
-    if min(optimum.width, optimum.height) < multiple:
-        raise ConfigError(f"range {text!r}: this VAE takes multiples of {multiple}, and rounded down nothing is left")
+    if min(low.width, low.height, optimum.width, optimum.height) < least:
+        raise ConfigError(f"range {text!r}: sides must be at least {least} pixels, which are two latent pixels of the VAE")
     return Profile(profile.name if profile.name in GUIDE_PROFILES else str(optimum), low, optimum, high)
 
 
@@ -242,7 +240,8 @@ class Plan:
             opened = not multi_profile
         else:
             opened = False
-        profiles = tuple(dict.fromkeys(_profile(text, multiple) if multi_profile else _static(text, scale) for text in sizes))
+        found = (_profile(text, scale, multiple) if multi_profile else _static(text, scale) for text in sizes)
+        profiles = tuple(dict.fromkeys(found))
         if not profiles:
             raise ConfigError("sizes is empty: name at least one size, or leave it out for the guide's")
         names = [profile.name for profile in profiles]

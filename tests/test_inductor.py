@@ -56,6 +56,20 @@ def test_real_engines_dynamic(tiny, inductor_dir):
 
 
 @pytest.mark.slow
+def test_real_engines_of_ranges_with_a_fixed_side_and_of_the_least_size(micro, tmp_path):
+    config = {"backend": "inductor", "on_miss": "build", "task": "i2i", "multi_profile": True}
+    for sizes, shapes in ((["64x64:64x128:64x256"], ((64, 64), (256, 64))), (["16x16"], ((16, 16), (23, 24)))):
+        with accelerate(micro, sizes=sizes, engine_dir=tmp_path / sizes[0][:5], **config) as handle:
+            for height, width in shapes:
+                x, z = picture(1, 3, 1, height, width), randn(1, 4, 1, height // 8, width // 8)
+                exact = handle._original["encode"](x).latent_dist.parameters
+                assert distance(moments(micro, x), exact, "encode") <= 2e-5
+                assert distance(decoded(micro, z), handle._original["decode"](z, return_dict=False)[0], "decode") <= 2e-5
+            report = handle.report().as_dict()
+        assert report["calls"] == {"encode": {"inductor": 2}, "decode": {"inductor": 2}}
+
+
+@pytest.mark.slow
 def test_real_engines_are_refused_when_damaged(tiny, inductor_dir, tmp_path):
     folder = tmp_path / "engines"
     shutil.copytree(inductor_dir / "static", folder)

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, AutoencoderKLWan
 from torch import nn
 
 from qwen_vae_accel import accelerate
-from qwen_vae_accel.backends.base import export_range
+from qwen_vae_accel.backends.base import export_network
 from qwen_vae_accel.errors import UnsupportedVAEError
 from qwen_vae_accel.model import ModelSource, inspect_vae
 from qwen_vae_accel.model.source import build_model, image_state
@@ -432,18 +432,23 @@ def test_export_static(name, method):
     assert distance(exported(x), reference(vae, method, x), method) <= EXACT
 
 
-@pytest.mark.parametrize("name", ["micro", "2.1"])
+@pytest.mark.parametrize("name", ["micro", "two halvings", "2.1"])
 @pytest.mark.parametrize("method", METHODS)
-def test_export_dynamic(name, method):
+@pytest.mark.parametrize(
+    "ranges",
+    [((32, 96, 128), (32, 64, 128)), ((64, 64, 64), (32, 64, 128)), ((32, 32, 48), (32, 32, 32)), ((64, 64, 64),) * 2],
+    ids=str,
+)
+def test_export_dynamic(name, method, ranges):
     vae = random_vae(name)
-    model, topology = network(vae, method), inspect_vae(vae)
-    low, high, step = (16, 128, topology.multiple) if method == "encode" else (16 // topology.scale, 16, 1)
-    dims = ({2: export_range("height", low, high, step), 3: export_range("width", low, high, step)},)
-    program = torch.export.export(model, (sample(vae, method, 96, 64),), dynamic_shapes=dims)
-    exported = program.module()
-    for height, width in ((32, 32), (128, 128), (48, 112), (128, 32)):
-        x = sample(vae, method, height, width)
-        assert distance(exported(x), reference(vae, method, x), method) <= EXACT
+    topology = inspect_vae(vae)
+    low, optimum, high = (sample(vae, method, *sides) for sides in zip(*ranges, strict=True))
+    step = topology.multiple if method == "encode" else 1
+    exported = export_network(network(vae, method), optimum, low.shape[2:], high.shape[2:], step).module()
+    for height in ranges[0]:
+        for width in ranges[1]:
+            x = sample(vae, method, height, width)
+            assert distance(exported(x), reference(vae, method, x), method) <= EXACT
 
 
 # Tiling.

@@ -180,6 +180,17 @@ def test_another_scale():
     plan = Plan.make(["100x100:150x150:203x203"], True, scale=4)
     assert isinstance(plan.select("decode", Size(100, 200)), Choice)
     assert isinstance(plan.select("decode", Size(96, 200)), Miss)
+    assert Plan.make(["8x8:64x64:96x96"], True, scale=4).profiles[0].minimum == Size(8, 8)
+
+
+@pytest.mark.parametrize("text", ["16x16", "20x24", "24x512", "40x40"])
+@pytest.mark.parametrize(("scale", "multiple"), [(4, 1), (8, 1)])
+def test_default_ranges_begin_at_two_latent_pixels(text, scale, multiple):
+    """``torch.export`` takes a side of one for a constant."""
+    (profile,) = Plan.make([text], True, scale, multiple).profiles
+    low, optimum = profile.minimum, profile.optimum
+    for side, best in ((low.width, optimum.width), (low.height, optimum.height)):
+        assert side == max(2 * scale, best // 2 // 8 * 8) <= best
 
 
 def test_engines_of_a_plan():
@@ -214,6 +225,10 @@ def test_engines_of_a_plan():
         (["512x512:256x256:1024x1024"], True, "must not decrease"),
         (["256x256:512x512:1024x400"], True, "must not decrease"),
         (["256x256:512x512:9000x9000"], True, "between 8 and 8192"),
+        (["8x8:64x64:96x96"], True, "range '8x8:64x64:96x96': sides must be at least 16 pixels"),
+        (["64x15:64x64:96x96"], True, "at least 16"),
+        (["8x8"], True, "at least 16"),
+        ([f"{'9' * 5000}x512"], False, "between 8 and 8192"),
         (["256x256:512x512:1024x1024", "128x128:512x512:1024x1024"], True, "two different ranges"),
     ],
 )

@@ -150,12 +150,12 @@ def test_ranges_are_of_sizes_that_its_encoder_takes():
         for side in (size.width, size.height)
     )
     assert [p.name for p in plan.profiles] == [p.name for p in Plan.make(None, True).profiles]
-    (profile,) = Plan.make(["10x10:50x50:100x70"], True, scale=16, multiple=16).profiles
-    assert [str(s) for s in (profile.minimum, profile.optimum, profile.maximum)] == ["16x16", "48x48", "96x64"]
+    (profile,) = Plan.make(["40x40:50x50:100x70"], True, scale=16, multiple=16).profiles
+    assert [str(s) for s in (profile.minimum, profile.optimum, profile.maximum)] == ["32x32", "48x48", "96x64"]
     assert profile.name == "48x48"
     assert isinstance(plan.select("encode", Size(2048, 2048)), Miss)
-    with pytest.raises(ConfigError, match="takes multiples of 16"):
-        Plan.make(["8x8:12x12:100x70"], True, scale=16, multiple=16)
+    with pytest.raises(ConfigError, match="at least 32 pixels"):
+        Plan.make(["31x64:64x64:100x70"], True, scale=16, multiple=16)
 
 
 # Backends.

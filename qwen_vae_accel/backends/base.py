@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import platform
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -213,10 +213,24 @@ class EngineBackend(Backend):
         return None
 
 
-def export_range(name: str, low: int, high: int, multiple: int = 1) -> Any:
-    """A side of an input for ``torch.export``: from ``low`` to ``high`` in steps of ``multiple``, which divides both."""
-    steps = torch.export.Dim(name, min=low // multiple, max=high // multiple)
-    return steps if multiple == 1 else multiple * steps
+def export_network(
+    network: nn.Module, x: Tensor, low: Sequence[int], high: Sequence[int], multiple: int
+) -> torch.export.ExportedProgram:
+    """Export ``network`` for inputs like ``x [1, C, H, W]`` of any height and width from ``low`` to ``high``.
+
+    Both are ``(height, width)`` and go in steps of ``multiple``, which divides them.
+    """
+
+    def side(name: str, least: int, most: int) -> Any:
+        # A side of one size gets a second one: conditions on a single symbol torch.export solves, and so loses sizes.
+        steps = torch.export.Dim(name, min=least // multiple, max=max(most, least + multiple) // multiple)
+        return steps if multiple == 1 else multiple * steps
+
+    varies = tuple(low) != tuple(high)
+    sides = ({2: side("height", low[0], high[0]), 3: side("width", low[1], high[1])},) if varies else None
+    with torch.no_grad():
+        # Stride comparisons of a one-channel tensor would otherwise end up as conditions on the sides.
+        return torch.export.export(network, (x,), dynamic_shapes=sides, prefer_deferred_runtime_asserts_over_guards=True)
 
 
 def default_device() -> torch.device:

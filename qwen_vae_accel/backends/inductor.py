@@ -11,12 +11,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from qwen_vae_accel.backends.base import NO_FLOAT8, EngineBackend, Environment, Job, export_range
+from qwen_vae_accel.backends.base import NO_FLOAT8, EngineBackend, Environment, Job, export_network
 from qwen_vae_accel.model.spelling import QUERY_LIMIT, query_chunks, spell
 from qwen_vae_accel.plan import EngineKey
 
@@ -80,18 +80,13 @@ class InductorBackend(EngineBackend):
             scale = job.topology.scale if job.method == "encode" else 1
             most = max(math.prod(job.input_hw(profile.maximum)) for profile in key.profiles) // scale**2
             model = spell(model, query_chunks(most, QUERY_LIMIT))
-        dynamic = None if key.is_static else ({2: self._range("height", 0, job, key), 3: self._range("width", 1, job, key)},)
+        low = tuple(map(min, zip(*(job.input_hw(profile.minimum) for profile in key.profiles), strict=True)))
+        high = tuple(map(max, zip(*(job.input_hw(profile.maximum) for profile in key.profiles), strict=True)))
+        program = export_network(model, example, low, high, job.multiple)
         with torch.no_grad():
-            program = torch.export.export(model, (example,), dynamic_shapes=dynamic)
             torch._inductor.aoti_compile_and_package(program, package_path=str(path))
         _load_elsewhere(path)
         return None
-
-    @staticmethod
-    def _range(name: str, axis: int, job: Job, key: EngineKey) -> Any:
-        low = min(job.input_hw(profile.minimum)[axis] for profile in key.profiles)
-        high = max(job.input_hw(profile.maximum)[axis] for profile in key.profiles)
-        return export_range(name, low, high, job.multiple)
 
     def load(self, path: Path, job: Job, key: EngineKey) -> InductorProgram:
         return InductorProgram(path, job.device)

@@ -106,6 +106,20 @@ def test_the_exported_program_is_exact_at_every_size_of_its_profiles(tiny: nn.Mo
         assert difference <= 4 * EXACT * max(1.0, reference.abs().max().item()), str(size)
 
 
+@pytest.mark.parametrize("sizes", ["64x64:64x96:64x128", "16x16"])
+@pytest.mark.parametrize("method", ["encode", "decode"])
+def test_fixed_sides_and_the_least_size_are_exported(method: str, sizes: str) -> None:
+    source = ModelSource(random_vae())
+    key, job = key_of(method, sizes, multi_profile=True), job_of(source, method)
+    exact = source.model(method, torch.float32, CPU)
+    with torch.device("meta"):  # the default device has no say
+        program, _ = export(source.model(method, torch.float32, CPU), job, input_shapes(job, key), 10)
+    for size in (key.profiles[0].minimum, key.profiles[0].optimum, key.profiles[0].maximum):
+        x = _input(method, source, *job.input_hw(size))
+        with torch.no_grad():
+            assert (program.module()(x) - exact(x)).abs().max() <= 1e-5, str(size)
+
+
 # Engines.
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qwen_vae_accel.backends.base import Job, export_range
+from qwen_vae_accel.backends.base import Job, export_network
 from qwen_vae_accel.backends.tensorrt.logs import activation_memory, make_recorder
 from qwen_vae_accel.backends.tensorrt.settings import BuildSettings, Capability, capability_text
 from qwen_vae_accel.errors import BuildError
@@ -89,27 +89,15 @@ def export(network: nn.Module, job: Job, shapes: Sequence[Shapes], limit: int) -
     chunks = query_chunks(max((high[2] // scale) * (high[3] // scale) for _, _, high in shapes), limit)
     low = tuple(min(sides) for sides in zip(*(shape[0] for shape in shapes), strict=True))
     high = tuple(max(sides) for sides in zip(*(shape[2] for shape in shapes), strict=True))
-    dims = {
-        axis: export_range(name, low[axis], high[axis], job.multiple)
-        for axis, name in ((2, "height"), (3, "width"))
-        if low[axis] < high[axis]
-    }
     # Any size in the range will do; 0 and 1 would be taken for constants, and equal sides for one symbol.
     example = list(shapes[0][1])
-    for axis in dims:
+    for axis in (2, 3):
         step = job.multiple
         example[axis] = max(low[axis], min(high[axis], max(2 * step, example[axis]) + (axis == 3) * step))
-    x = torch.zeros(example, dtype=job.dtype)
-    with torch.no_grad(), warnings.catch_warnings():
+    x = torch.zeros(example, dtype=job.dtype, device="cpu")
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.export.export(
-            spell(network.cpu(), chunks),
-            (x,),
-            dynamic_shapes=(dims,) if dims else None,
-            # Stride comparisons of a one-channel tensor would otherwise end up as conditions on the sides.
-            prefer_deferred_runtime_asserts_over_guards=True,
-        )
-    return program, chunks
+        return export_network(spell(network.cpu(), chunks), x, low[2:], high[2:], job.multiple), chunks
 
 
 def build_engine(
