@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from qwen_vae_accel.errors import ConfigError
+from qwen_vae_accel.files import is_path
 from qwen_vae_accel.plan import LATENT_SCALE, Plan
 
 logger = logging.getLogger(__name__)
@@ -40,10 +42,10 @@ def parse_bytes(value: int | str) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
     match = _BYTES.fullmatch(value.strip()) if isinstance(value, str) else None
-    size = int(float(match[1]) * _UNITS[match[2].lower()]) if match else 0
-    if size <= 0:
+    size = float(match[1]) * _UNITS[match[2].lower()] if match else 0
+    if not 1 <= size < math.inf:
         raise ConfigError(f"vram_budget {value!r} must be a positive number of bytes, or text such as '4GiB'")
-    return size
+    return int(size)
 
 
 def dtype_name(value: str | torch.dtype) -> str:
@@ -57,9 +59,9 @@ def dtype_name(value: str | torch.dtype) -> str:
     return name
 
 
-def unknown_key(key: str, allowed: tuple[str, ...]) -> str:
+def unknown_key(key: object, allowed: tuple[str, ...]) -> str:
     """The error text for a key that nothing reads."""
-    near = get_close_matches(key, allowed, n=1, cutoff=0.5)
+    near = get_close_matches(str(key), allowed, n=1, cutoff=0.5)
     return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(allowed)}")
 
 
@@ -124,7 +126,7 @@ class AccelConfig:
         if self.decode_dtype == FLOAT8:
             self._check_float8()
         if self.engine_dir is not None:
-            if not isinstance(self.engine_dir, (str, Path)) or not str(self.engine_dir).strip():
+            if not isinstance(self.engine_dir, (str, Path)) or not is_path(str(self.engine_dir)):
                 raise ConfigError(f"engine_dir must be a folder's path, not {self.engine_dir!r}")
             object.__setattr__(self, "engine_dir", str(self.engine_dir))
         limit = self.max_resident
@@ -132,9 +134,10 @@ class AccelConfig:
             raise ConfigError(f"max_resident must be a whole number from 1 to 1024, not {limit!r}")
         object.__setattr__(self, "vram_budget", parse_bytes(self.vram_budget))
         if self.sizes is not None:
-            if isinstance(self.sizes, str) or not all(isinstance(size, str) for size in self._listed("sizes")):
+            sizes = self._listed("sizes")
+            if isinstance(self.sizes, str) or not all(isinstance(size, str) for size in sizes):
                 raise ConfigError(f"sizes must be a list of names or WIDTHxHEIGHT texts, not {self.sizes!r}")
-            object.__setattr__(self, "sizes", tuple(self.sizes))
+            object.__setattr__(self, "sizes", sizes)
         self.plan()
         if self.on_miss == "build" and self.engine_dir is None:
             raise ConfigError("on_miss='build' needs an engine_dir to build into")
@@ -154,10 +157,10 @@ class AccelConfig:
                 f"with decode_dtype {FLOAT8!r} the other layers compute in dtype: bfloat16 or float16, not 'float32'"
             )
 
-    def _listed(self, name: str) -> list[Any]:
+    def _listed(self, name: str) -> tuple[Any, ...]:
         value = getattr(self, name)
         try:
-            return list(value)
+            return tuple(value)
         except TypeError:
             raise ConfigError(f"{name} must be a list, not {value!r}") from None
 
@@ -218,7 +221,7 @@ class AccelConfig:
                 raise ConfigError(f"cannot read the config {str(path_or_text)!r}: {error}") from error
         try:
             document = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
             raise ConfigError(f"the config is not JSON: {error}") from error
         return cls.from_dict(document)
 
@@ -271,7 +274,7 @@ def _from_guide(document: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"trt_vae_config: {unknown_key(key, allowed)}")
     if "trt_engine_path" not in section:
         raise ConfigError("trt_vae_config has no trt_engine_path")
-    ignored = sorted(set(document) - {"task", "vae_type", "trt_vae_config"})
+    ignored = sorted(map(str, set(document) - {"task", "vae_type", "trt_vae_config"}))
     if ignored:
         logger.info("keys of the guide's pipelines are ignored: %s", ", ".join(ignored))
     return {

@@ -7,6 +7,14 @@ import uuid
 from pathlib import Path
 
 
+def is_path(text: str) -> bool:
+    """Whether a file system can be asked for ``text``: it is not blank, can be encoded and holds no NUL."""
+    try:
+        return bool(text.strip()) and b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
 def write_atomically(path: Path, data: str | bytes | memoryview) -> None:
     """Put ``data`` (text as UTF-8) into ``path``; its folder is made if need be, and what was there stays until then.
 

@@ -38,7 +38,7 @@ def vae_folder(path: str | Path) -> Path:
 def _class_name(folder: Path) -> str:
     try:
         name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UnsupportedVAEError(str(folder), [f"its config.json cannot be read: {error}"]) from error
     if name not in _CLASSES:
         raise UnsupportedVAEError(str(folder), [f"its config.json says it is {name!r}, not one of {', '.join(_CLASSES)}"])
@@ -78,8 +78,8 @@ def load_vae(path: str | Path, device: torch.device, dtype: torch.dtype | None =
         raise UnsupportedVAEError(str(path), [f"diffusers {diffusers.__version__} has no {name}: install a newer release"])
     try:
         vae: nn.Module = getattr(diffusers, name).from_pretrained(str(folder), torch_dtype=dtype or stored_dtype(folder))
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UnsupportedVAEError(str(path), [f"diffusers cannot load it: {error}"]) from error
+    except Exception as error:  # whatever diffusers makes of a config.json that anybody may have written
+        raise UnsupportedVAEError(str(path), [f"diffusers cannot load it: {type(error).__name__}: {error}"]) from error
     return vae.eval().requires_grad_(False).to(device)
 
 
@@ -91,7 +91,7 @@ def random_vae(seed: int = 0, **config: Any) -> nn.Module:
     """
     import diffusers
 
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
         vae: nn.Module = diffusers.AutoencoderKLQwenImage(**config)
         with torch.no_grad():

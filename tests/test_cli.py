@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -13,10 +14,11 @@ import torch
 from filelock import FileLock
 
 from qwen_vae_accel import AccelConfig, __version__
+from qwen_vae_accel.engines.manifest import NAME
 from qwen_vae_accel.engines.store import EngineStore
 from qwen_vae_accel.errors import UnsupportedVAEError
-from qwen_vae_accel.loading import load_vae, stored_dtype, vae_folder
-from tests.conftest import SIZES
+from qwen_vae_accel.loading import load_vae, random_vae, stored_dtype, vae_folder
+from tests.conftest import MICRO, SIZES
 from tests.helpers import CPU, ROOT, TINY_VAE, FakeBackend
 
 if TYPE_CHECKING:
@@ -193,6 +195,19 @@ def test_prune_removes_what_is_not_planned(cli: Cli, engines: Path, fake: FakeBa
     assert set(EngineStore(engines).manifest().engines) == {DECODER, "48x32/vae_decoder.fake"}
 
 
+def test_prune_touches_nothing_outside(cli: Cli, engines: Path, fake: FakeBackend) -> None:
+    victim = engines.parent / "victim.txt"
+    victim.write_text("mine")
+    document = json.loads((engines / NAME).read_text())
+    document["engines"] |= {"../victim.txt": document["engines"][DECODER], str(victim): document["engines"][DECODER]}
+    (engines / NAME).write_text(json.dumps(document))
+    result = cli("prune", "--engine-dir", engines, "--yes")
+    assert result.code == 1
+    assert "adopt --trust --engine-dir" in result.stderr
+    assert victim.exists()
+    assert (engines / DECODER).exists()
+
+
 # adopt
 
 
@@ -296,7 +311,23 @@ def test_weights_are_read_in_the_dtype_they_are_stored_in(micro_folder: Path) ->
     assert next(load_vae(micro_folder, CPU, torch.float16).parameters()).dtype is torch.float16
 
 
-@pytest.mark.parametrize("text", ["{}", "[1]", "not JSON", '{"_class_name": "AutoencoderKL"}'])
+def test_a_vae_with_random_weights_is_on_the_cpu_whatever_the_default_device() -> None:
+    with torch.device("meta"):
+        made = random_vae(**MICRO)
+    assert all(torch.equal(a, b) for a, b in zip(made.parameters(), random_vae(**MICRO).parameters(), strict=True))
+
+
+@pytest.mark.parametrize("value", [{"base_dim": "x"}, {"dim_mult": []}, {"base_dim": 0}, {"num_res_blocks": None}])
+def test_a_config_that_diffusers_cannot_use_is_refused(cli: Cli, value: dict, micro_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(micro_folder / "vae", tmp_path / "vae"))
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | value))
+    result = cli("build", "--vae", folder, "--engine-dir", tmp_path / "e")
+    assert result.code == 1
+    assert "diffusers cannot load it" in result.stderr
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", "not JSON", "[" * 100_000, '{"_class_name": "AutoencoderKL"}'])
 def test_a_folder_of_something_else_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UnsupportedVAEError, match="config.json"):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from qwen_vae_accel import AccelConfig
 from qwen_vae_accel.config import BACKENDS, ON_MISS, TASKS, parse_bytes
 from qwen_vae_accel.errors import AccelError, ConfigError
+from qwen_vae_accel.files import is_path
 from qwen_vae_accel.plan import GUIDE_PROFILES, GUIDE_STATIC
 
 GUIDE_T2I = (
@@ -35,7 +36,7 @@ def configs(draw) -> AccelConfig:
     multi_profile = draw(st.booleans())
     names = st.sampled_from([*GUIDE_STATIC, *GUIDE_PROFILES])
     sizes = st.none() | st.lists(wxh | names, min_size=1, max_size=4, unique=True)
-    engine_dir = draw(st.none() | st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip))
+    engine_dir = draw(st.none() | st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(is_path))
     on_miss = draw(st.none() | st.sampled_from(ON_MISS if engine_dir else ON_MISS[1:]))
     fields = {
         "task": draw(st.sampled_from(TASKS)),
@@ -78,6 +79,10 @@ def test_configs_are_frozen_and_comparable():
     assert hash(config) == hash(AccelConfig(sizes=("16_9",), dtype="bfloat16"))
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.task = "i2i"
+
+
+def test_sizes_may_be_any_iterable():
+    assert AccelConfig(sizes=(f"{side}x{side}" for side in (64, 128))).sizes == ("64x64", "128x128")
 
 
 # The guide's documents.
@@ -164,6 +169,8 @@ def test_a_key_like_no_other_is_answered_with_all_names():
         ({"engine_dir": 1}, "engine_dir"),
         ({"engine_dir": "  "}, "engine_dir"),
         ({"engine_dir": ["e"]}, "engine_dir"),
+        ({"engine_dir": "a\0b"}, "engine_dir"),
+        ({"engine_dir": "\ud800"}, "engine_dir"),
         ({"multi_profile": 1}, "multi_profile"),
         ({"multi_profile": "true"}, "multi_profile"),
         ({"verify": None}, "verify"),
@@ -175,6 +182,8 @@ def test_a_key_like_no_other_is_answered_with_all_names():
         ({"sizes": []}, "empty"),
         ({"sizes": ["1664x-928"]}, "between"),
         ({"sizes": ["99999x928"]}, "between"),
+        ({"sizes": (1664 for _ in "a")}, "list"),
+        ({"sizes": (size for size in ())}, "empty"),
         ({"sizes": ["256x256:512x512:1024x1024"]}, "multi_profile"),
         ({"dtype": "float8"}, "float8"),
         ({"dtype": "int8"}, "int8"),
@@ -194,11 +203,14 @@ def test_a_key_like_no_other_is_answered_with_all_names():
         ({"vram_budget": "4 apples"}, "vram_budget"),
         ({"vram_budget": "-4GiB"}, "vram_budget"),
         ({"vram_budget": "0GiB"}, "vram_budget"),
+        ({"vram_budget": "9" * 400 + "GiB"}, "vram_budget"),
         ({"on_miss": "ignore"}, "on_miss"),
         ({"on_miss": "Build"}, "did you mean 'build'"),
         ({"on_miss": "build"}, "engine_dir"),
         ({"version": 2}, "version"),
         ({"version": None}, "version"),
+        ({1: 2}, "unknown key 1; known are task"),
+        ({"vae_type": "tensorrt", "trt_vae_config": {1: 2}}, "unknown key 1; known are trt_engine_path"),
     ],
 )
 def test_values_that_cannot_be_meant(fields, message):
@@ -208,7 +220,19 @@ def test_values_that_cannot_be_meant(fields, message):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[1, 2]", "{", '{"task": "t2i",}', '"t2i"', "no/such/file.json", "{}{}", "bad\0path", '{"a": ' + "[" * 100_000]
+    "text",
+    [
+        "",
+        "[1, 2]",
+        "{",
+        '{"task": "t2i",}',
+        '"t2i"',
+        "no/such/file.json",
+        "{}{}",
+        "bad\0path",
+        '{"a": ' + "[" * 100_000,
+        '{"a": ' + "1" * 5000,
+    ],
 )
 def test_texts_that_are_no_config(text):
     with pytest.raises(ConfigError):

@@ -9,9 +9,13 @@ import pytest
 import torch
 
 from qwen_vae_accel import accelerate
+from qwen_vae_accel.backends.base import Job
+from qwen_vae_accel.engines import selfcheck
 from qwen_vae_accel.engines.manifest import NAME
 from qwen_vae_accel.errors import EngineMissingError
-from tests.helpers import EXACT, decoded, distance, latents, open_engines
+from qwen_vae_accel.model import ModelSource
+from qwen_vae_accel.plan import Size
+from tests.helpers import CPU, EXACT, decoded, distance, latents, open_engines
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -41,6 +45,16 @@ def test_another_machine_checks_for_itself_once(micro, fake, engines, monkeypatc
     with open_engines(micro, engines) as handle:
         decoded(micro, latents("32x32"))
         assert handle.report().as_dict()["self_checks"] == []
+
+
+@pytest.mark.parametrize("method", ["encode", "decode"])
+def test_inputs_of_self_checks_are_made_on_the_cpu(micro, method):
+    """Whatever ``torch.set_default_device`` was given."""
+    source = ModelSource(micro)
+    job, size = Job(method, source.topology, torch.float32, CPU), Size(48, 32)
+    made = selfcheck.sample_input(job, size, source.config)
+    with torch.device("meta"):
+        assert torch.equal(selfcheck.sample_input(job, size, source.config), made)
 
 
 @pytest.mark.parametrize("error", [0.1, float("nan"), float("inf")])

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import shutil
 import threading
 from pathlib import Path
 
 import pytest
+import typer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from qwen_vae_accel.cli.app import app
 from qwen_vae_accel.config import AccelConfig
 from qwen_vae_accel.engines.manifest import NAME, Verification
 from qwen_vae_accel.engines.store import EngineStore, hash_file
@@ -195,6 +198,7 @@ def test_a_damaged_manifest_never_passes_for_another(root, data):
         ('{"version": 1, "engines": {"a": [{}]}}', "malformed"),
         ('{"version": 1, "engines": {"a": [{"sha256": 1}]}}', "malformed"),
         ("[" * 100_000, "not JSON"),
+        ('{"version": ' + "1" * 5000 + "}", "not JSON"),
     ],
 )
 def test_manifests_that_cannot_be_read_are_errors_and_kept(root, text, message):
@@ -225,9 +229,23 @@ def test_manifests_that_cannot_be_read_are_errors_and_kept(root, text, message):
         {"verification": {"m": {"passed": True}}},
         {"verification": {"m": {**dataclasses.asdict(CHECK), "tolerance": "small"}}},
         {"size": "many"},
+        {"name": 1},
+        {"dtype": None},
+        {"origin": ["built"]},
+        {"built_at": 2026},
+        {"build_seconds": "x"},
+        {"build_seconds": None},
+        {"build_seconds": 10**400},
+        {"identity": {"device_name": 1}},
+        {"environment": "GPU"},
+        {"profiles": [{"name": 1, "min": "8x8", "opt": "8x8", "max": "8x8"}]},
+        {"verification": {"m": {**dataclasses.asdict(CHECK), "passed": "no"}}},
+        {"verification": {"m": {**dataclasses.asdict(CHECK), "psnr_db": 10**400}}},
         {"scratch": 5},
         {"scratch": [1, 2]},
         {"scratch": ["much"]},
+        {"scratch": [1.5]},
+        {"scratch": "1"},
     ],
 )
 def test_malformed_records(root, change):
@@ -236,6 +254,38 @@ def test_malformed_records(root, change):
     (root / NAME).write_text(json.dumps(document))
     with pytest.raises(EngineError, match="malformed"):
         find(root)
+
+
+@pytest.mark.parametrize("name", ["../victim.txt", "/victim", "a/../../victim", "a/..", "", ".", "a\0b", "\ud800"])
+def test_a_record_of_a_path_outside_is_malformed(root, name):
+    """What the manifest names, ``prune`` may delete."""
+    document = json.loads((root / NAME).read_text())
+    document["engines"][name] = document["engines"][PATH]
+    (root / NAME).write_text(json.dumps(document))
+    with pytest.raises(EngineError, match="malformed.*not a path below the engine directory"):
+        find(root)
+
+
+def test_the_hint_of_a_damaged_manifest_is_a_command_that_works(tmp_path):
+    root = tmp_path / "my engines"
+    build(root, "new")
+    (root / NAME).write_text("{")
+    with pytest.raises(EngineError) as caught:
+        find(root)
+    name, *options = shlex.split(str(caught.value).partition("qwen-vae-accel ")[2])
+    assert options == ["--trust", "--engine-dir", str(root), "--vae", "PATH"]
+    typer.main.get_command(app).commands[name].make_context(name, options)
+    assert shlex.split(expected().build_command(root))[-4:] == ["--engine-dir", str(root), "--vae", "PATH"]
+
+
+def test_a_relative_directory_stays_where_it_was(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    store = EngineStore("engines")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    wanted = expected()
+    assert store.build(wanted, maker(wanted))[0] == tmp_path / "engines" / PATH
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_a_manifest_that_is_not_text_or_is_a_folder(root):
@@ -302,7 +352,7 @@ def test_foreign_engines_are_refused_with_every_difference(root, change, differe
         (["4_3"], False),
         (["520x264"], False),
         (None, True),
-        (["64x64:96x80:200x104", "8x8:64x64:96x96"], True),
+        (["64x64:96x80:200x104", "16x16:64x64:96x96"], True),
     ],
 )
 @pytest.mark.parametrize("method", ["encode", "decode"])

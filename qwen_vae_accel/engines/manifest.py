@@ -9,15 +9,37 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qwen_vae_accel.errors import EngineError
+from qwen_vae_accel.files import is_path
 from qwen_vae_accel.plan import EngineKey, Profile, Size
 
 VERSION = 1
 NAME = "manifest.json"
+
+
+def adopt_command(root: Path) -> str:
+    """The command that takes in the engines of ``root`` that have no record."""
+    return f"qwen-vae-accel adopt --trust --engine-dir {shlex.quote(str(root))} --vae PATH"
+
+
+def _path(name: str) -> str:
+    """``name`` if it is a path below the directory: what a manifest names may be deleted."""
+    path = PurePosixPath(name)
+    if not is_path(name) or not path.parts or path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{name!r} is not a path below the engine directory")
+    return name
+
+
+def _check(values: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
+    for name, kind in kinds.items():
+        if name in values and not isinstance(values[name], kind):
+            raise TypeError(f"{name} is {values[name]!r}, not of type {kind.__name__}")
 
 
 def _size(text: str) -> Size:
@@ -54,6 +76,7 @@ class Verification:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Verification:
         """The inverse of :meth:`to_json`."""
+        _check(values, {"passed": bool, "machine": str, "at": str})
         floats = {name: float(values[name]) for name in ("relative_error", "tolerance", "psnr_db")}
         return cls(**{**values, **floats})
 
@@ -120,14 +143,15 @@ class EngineRecord:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> EngineRecord:
-        """The inverse of :meth:`to_json`; raises KeyError, TypeError or ValueError for anything else."""
+        """The inverse of :meth:`to_json`; raises KeyError, TypeError, ValueError or OverflowError for anything else."""
         fields = {f.name for f in dataclasses.fields(cls)}
         unknown = set(values) - fields
         if unknown:
             raise ValueError(f"unknown keys {sorted(unknown)}")
-        for name, kind in (("sha256", str), ("size", int), ("backend", str), ("weights", str), ("identity", dict)):
-            if not isinstance(values[name], kind):
-                raise TypeError(f"{name} is not {kind.__name__}")
+        texts = ("sha256", "backend", "name", "dtype", "weights", "built_at", "origin")
+        _check(values, {**dict.fromkeys(texts, str), "size": int, "identity": dict, "environment": dict})
+        for facts in (values["identity"], values["environment"], *values["profiles"]):
+            _check(facts, dict.fromkeys(facts, str))
         if values["method"] not in ("encode", "decode"):
             raise ValueError(f"method {values['method']!r} is neither encode nor decode")
         profiles = tuple(Profile(p["name"], _size(p["min"]), _size(p["opt"]), _size(p["max"])) for p in values["profiles"])
@@ -135,11 +159,12 @@ class EngineRecord:
             raise ValueError("no profiles")
         scratch = values.get("scratch")
         if scratch is not None:
-            scratch = tuple(map(int, scratch))
-            if len(scratch) != len(profiles):
-                raise ValueError(f"{len(scratch)} values of scratch memory for {len(profiles)} profiles")
+            scratch = tuple(scratch)
+            if len(scratch) != len(profiles) or not all(isinstance(size, int) for size in scratch):
+                raise ValueError(f"scratch is {scratch}, not a number of bytes for each of {len(profiles)} profiles")
         checks = {name: Verification.from_json(result) for name, result in values.get("verification", {}).items()}
-        return cls(**{**values, "profiles": profiles, "scratch": scratch, "verification": checks})
+        seconds = float(values["build_seconds"])
+        return cls(**{**values, "profiles": profiles, "build_seconds": seconds, "scratch": scratch, "verification": checks})
 
 
 @dataclass(slots=True)
@@ -167,16 +192,17 @@ class Manifest:
             return cls()
         except (OSError, UnicodeDecodeError) as error:
             raise EngineError(f"cannot read the manifest {path}: {error}") from error
-        hint = f"Restore the file, or move it away and take the engines in again: qwen-vae-accel adopt --trust {root}"
+        hint = f"Restore the file, or move it away and take the engines in again: {adopt_command(root)}"
         try:
             document = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
             raise EngineError(f"the manifest {path} is not JSON ({error}). {hint}") from error
         if not isinstance(document, dict) or not isinstance(document.get("engines"), dict):
             raise EngineError(f"the manifest {path} has no table of engines. {hint}")
         if document.get("version") != VERSION:
             raise EngineError(f"the manifest {path} has version {document.get('version')!r}; this release reads {VERSION}")
         try:
-            return cls({name: [EngineRecord.from_json(r) for r in records] for name, records in document["engines"].items()})
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            engines = document["engines"].items()
+            return cls({_path(name): [EngineRecord.from_json(r) for r in records] for name, records in engines})
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise EngineError(f"the manifest {path} has a malformed record ({error!r}). {hint}") from error

@@ -43,13 +43,14 @@ def sample_input(job: Job, size: Size, config: Mapping[str, Any]) -> Tensor:
     height, width = job.input_hw(size)
     generator = torch.Generator().manual_seed(0)
     if job.method == "decode":
-        x = torch.randn(1, job.in_channels, height, width, generator=generator)
+        x = torch.randn(1, job.in_channels, height, width, generator=generator, device="cpu")
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if mean and std and len(mean) == len(std) == job.in_channels:
-            x = x * torch.tensor(std).view(1, -1, 1, 1) + torch.tensor(mean).view(1, -1, 1, 1)
+            mean, std = (torch.tensor(values, device="cpu").view(1, -1, 1, 1) for values in (mean, std))
+            x = x * std + mean
     else:
-        coarse = torch.randn(1, job.in_channels, 8, 8, generator=generator)
-        noise = torch.randn(1, job.in_channels, height, width, generator=generator)
+        coarse = torch.randn(1, job.in_channels, 8, 8, generator=generator, device="cpu")
+        noise = torch.randn(1, job.in_channels, height, width, generator=generator, device="cpu")
         x = (F.interpolate(coarse, (height, width), mode="bilinear") * 0.6 + noise * 0.1).clamp(-1, 1)
     return x.to(job.device)
 

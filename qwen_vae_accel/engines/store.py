@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import logging
 import os
+import shlex
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +25,7 @@ import torch
 from filelock import FileLock
 
 from qwen_vae_accel.backends.base import EngineBackend, Environment
-from qwen_vae_accel.engines.manifest import NAME, EngineRecord, Manifest, Verification
+from qwen_vae_accel.engines.manifest import NAME, EngineRecord, Manifest, Verification, adopt_command
 from qwen_vae_accel.errors import BuildError, EngineError, EngineMissingError, EngineRefusedError
 from qwen_vae_accel.files import write_atomically
 from qwen_vae_accel.plan import EngineKey
@@ -86,7 +87,7 @@ class Expected:
         task = "i2i" if key.method == "encode" else "t2i"
         options = f"--backend {self.backend} --task {task} --dtype {self.dtype} --sizes {sizes}"
         multi = "" if key.is_static else " --multi-profile"
-        return f"qwen-vae-accel build {options}{multi} --engine-dir {root} --vae PATH"
+        return f"qwen-vae-accel build {options}{multi} --engine-dir {shlex.quote(str(root))} --vae PATH"
 
     def differences(self, record: EngineRecord) -> list[str]:
         """Why an engine of ``record`` must not be run for this, one text per difference."""
@@ -140,7 +141,7 @@ class EngineStore:
     def __init__(self, root: str | Path) -> None:
         self._threads = threading.Lock()
         try:
-            self.root = Path(root).expanduser()
+            self.root = Path(root).expanduser().absolute()
             is_file = self.root.exists() and not self.root.is_dir()
         except (OSError, RuntimeError, ValueError) as error:  # no rights on a parent, nobody's home, not a path
             raise EngineError(f"engine_dir {str(root)!r} cannot be used: {error}") from error
@@ -181,7 +182,7 @@ class EngineStore:
             raise EngineRefusedError(
                 str(path),
                 ["the manifest does not know it, so nobody says what it was made from, and loading it runs its code"],
-                f"If you trust whoever made it: qwen-vae-accel adopt --trust --engine-dir {self.root} --vae PATH",
+                f"If you trust whoever made it: {adopt_command(self.root)}",
             )
         try:
             digest = hash_file(path)

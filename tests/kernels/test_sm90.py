@@ -80,6 +80,13 @@ def test_packed_upsample_keeps_parities_apart():
     assert torch.equal(got.permute(2, 0, 1, 3).reshape(32, -1), matrix)
 
 
+def test_weights_are_packed_under_another_default_device():
+    matrix = torch.arange(64 * 9 * 64, dtype=torch.float32).reshape(64, -1)
+    packed = pack(matrix, Mode.CONV, 64, 64)
+    with torch.device("meta"):
+        assert torch.equal(pack(matrix, Mode.CONV, 64, 64), packed)
+
+
 def test_channel_order_gives_each_thread_eight_neighbours():
     order = channel_order(96)
     assert sorted(order.tolist()) == list(range(96))

@@ -265,7 +265,8 @@ def postprocessing(size: Size, device: torch.device, dtype: torch.dtype, repeats
     plain, ours = VaeImageProcessor(vae_scale_factor=16), VaeImageProcessor(vae_scale_factor=16)
     PostProcessing.install(ours, Journal())
     generator = torch.Generator().manual_seed(0)
-    decoded = (torch.rand(1, 3, size.height, size.width, generator=generator) * 2 - 1).to(device, dtype)
+    noise = torch.rand(1, 3, size.height, size.width, generator=generator, device="cpu")
+    decoded = (noise * 2 - 1).to(device, dtype)
     times: dict[str, list[float]] = {PLAIN: [], ACCELERATED: []}
     for turn in range(-2, repeats):
         images = {}

@@ -140,7 +140,7 @@ class Service:
         """The images of one request, always from the same seed."""
         generator = torch.Generator().manual_seed(0)
         width = self.transformer.config.joint_attention_dim
-        embeds = torch.randn(1, _PROMPT_TOKENS, width, generator=generator).to(self.device, self.dtype)
+        embeds = torch.randn(1, _PROMPT_TOKENS, width, generator=generator, device="cpu").to(self.device, self.dtype)
         arguments: dict[str, Any] = {
             "prompt_embeds": embeds,
             "prompt_embeds_mask": torch.ones(1, _PROMPT_TOKENS, dtype=torch.int64, device=self.device),

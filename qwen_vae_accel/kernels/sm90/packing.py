@@ -20,7 +20,7 @@ def channel_order(columns: int) -> Tensor:
     A thread holds columns 8 j + 2 q + {0, 1} (q: its place in a group of four). Permuted so, they are the eight
     consecutive channels 8 q .. 8 q + 7 of every 32: its loads and stores are 16 bytes wide with no exchange.
     """
-    n = torch.arange(columns)
+    n = torch.arange(columns, device="cpu")
     return n // 32 * 32 + n % 8 // 2 * 8 + n // 8 % 4 * 2 + n % 2
 
 
