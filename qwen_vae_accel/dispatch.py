@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -114,7 +115,7 @@ class Dispatcher:
             if not store.root.exists() and config.miss_policy != "build":
                 raise EngineError(
                     f"engine_dir {store.root} does not exist. Build it with: qwen-vae-accel build --vae PATH "
-                    f"--engine-dir {store.root} (or set on_miss='build')"
+                    f"--engine-dir {shlex.quote(str(store.root))} (or set on_miss='build')"
                 )
             self.runtime = EngineRuntime(
                 store, source, journal, config.max_resident, config.vram_budget, config.verify, self.environment
