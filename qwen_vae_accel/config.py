@@ -71,8 +71,8 @@ class AccelConfig:
 
     Attributes:
         task: ``"t2i"`` (text-to-image) or ``"i2i"`` (image editing); ``build`` and ``warmup`` leave the encoder out for t2i.
-        backend: ``"auto"`` takes an engine where one fits, else the first backend that can
-            run; a name is taken or refused with its reasons.
+        backend: ``"auto"`` takes an engine where one fits, else the first backend that can run; a name is taken or
+            refused with its reasons.
         engine_dir: folder of compiled engines; None: no engines.
         multi_profile: one engine of several optimization profiles instead of one engine per size.
         sizes: sizes to have engines for: the guide's names, ``"WIDTHxHEIGHT"``, and with ``multi_profile``

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from qwen_vae_accel.model.offload import is_hooked
+
 
 def custom_method(vae: nn.Module, method: str) -> str:
     """Why ``encode`` or ``decode`` of ``vae`` is not the one of its diffusers class; empty if it is."""
@@ -25,12 +27,14 @@ def custom_module(vae: nn.Module, modules: Iterable[nn.Module]) -> str:
     Offloading and storage in another dtype, by accelerate's and diffusers' hooks, change no result.
     """
     for module in modules:
-        what = "hooks" if module._forward_hooks or module._forward_pre_hooks else ""
-        if not what and not {"_hf_hook", "_diffusers_hook"} & module.__dict__.keys() and not _is_own(module, "forward"):
+        if module._forward_hooks or module._forward_pre_hooks:
+            what = "hooks"
+        elif not _is_own(module, "forward") and not is_hooked(module):
             what = "a forward() of its own"
-        if what:
-            path = next((name for name, part in vae.named_modules() if part is module), type(module).__name__)
-            return f"{path} has {what}, which only diffusers' path runs"
+        else:
+            continue
+        path = next((name for name, part in vae.named_modules() if part is module), type(module).__name__)
+        return f"{path} has {what}, which only diffusers' path runs"
     return ""
 
 
