@@ -1,7 +1,7 @@
 """Qwen-Image VAE, many times faster, with the same images: ``accelerate(pipe)``."""
 
 from qwen_vae_accel.config import AccelConfig
-from qwen_vae_accel.pipeline import Handle, accelerate
+from qwen_vae_accel.plugin.handle import Handle, accelerate
 
 __version__ = "0.1.0"
 

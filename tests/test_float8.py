@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 from qwen_vae_accel import AccelConfig, accelerate
-from qwen_vae_accel.backends import fused
 from qwen_vae_accel.backends.base import DirectBackend, Environment, Job
 from qwen_vae_accel.backends.eager import EagerProgram
+from qwen_vae_accel.backends.fused import backend as fused
+from qwen_vae_accel.backends.fused import calibration
+from qwen_vae_accel.backends.fused.calibration import calibrated_peaks, calibration_path
 from qwen_vae_accel.backends.registry import engine_backends, get_backend
 from qwen_vae_accel.bench.cases import parse_method
 from qwen_vae_accel.bench.harness import make_cases
 from qwen_vae_accel.config import FLOAT8
-from qwen_vae_accel.engines import calibration
-from qwen_vae_accel.engines.calibration import calibrated_peaks, calibration_path
 from qwen_vae_accel.errors import BackendUnavailableError, ConfigError
 from qwen_vae_accel.kernels.float8 import calibrated_layers, input_scales, simulate
 from qwen_vae_accel.model import ModelSource

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwen_vae_accel.backends import fused
 from qwen_vae_accel.backends.base import Job
+from qwen_vae_accel.backends.fused import backend as fused
 from qwen_vae_accel.errors import BackendUnavailableError
 from qwen_vae_accel.model import ModelSource
 from tests.helpers import CPU

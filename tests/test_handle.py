@@ -51,7 +51,7 @@ def test_anything_with_a_vae_is_a_pipeline(micro):
 
 def test_a_pipeline_that_cannot_be_taken_leaves_the_vae_alone(micro, monkeypatch):
     keys = set(vars(micro))
-    monkeypatch.setattr("qwen_vae_accel.pipeline.processors_of", lambda pipeline: 1 // 0)
+    monkeypatch.setattr("qwen_vae_accel.plugin.handle.processors_of", lambda pipeline: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         accelerate(SimpleNamespace(vae=micro))
     assert set(vars(micro)) == keys

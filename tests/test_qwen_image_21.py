@@ -11,7 +11,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from qwen_vae_accel import accelerate
 from qwen_vae_accel.backends.base import Environment, Job
-from qwen_vae_accel.backends.fused import FusedBackend
+from qwen_vae_accel.backends.fused.backend import FusedBackend
 from qwen_vae_accel.errors import ConfigError, InvalidInputError, UnsupportedVAEError
 from qwen_vae_accel.loading import load_vae
 from qwen_vae_accel.model import ModelSource

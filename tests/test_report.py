@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from qwen_vae_accel import accelerate
-from qwen_vae_accel.report import EngineLoad, Journal
+from qwen_vae_accel.journal import EngineLoad, Journal
 from tests.helpers import decoded, randn
 
 

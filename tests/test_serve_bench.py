@@ -194,7 +194,7 @@ def test_post_processing_alone_is_compared_byte_for_byte(monkeypatch: pytest.Mon
     assert found["size"] == "64x32"
     assert 0 < found["plain_least_ms"] <= found["plain_ms"]
     assert 0 < found["accelerated_least_ms"] <= found["accelerated_ms"]
-    monkeypatch.setattr("qwen_vae_accel.processing.postprocess.to_pil", lambda pixels: [picture_of(pixels)])
+    monkeypatch.setattr("qwen_vae_accel.plugin.processing.postprocess.to_pil", lambda pixels: [picture_of(pixels)])
     with pytest.raises(BenchError, match="differs"):
         postprocessing(Size(64, 32), CPU, torch.bfloat16, 3)
 

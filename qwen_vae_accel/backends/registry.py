@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qwen_vae_accel.backends.base import Backend, DirectBackend, EngineBackend
 from qwen_vae_accel.backends.eager import EagerBackend
-from qwen_vae_accel.backends.fused import FusedBackend
+from qwen_vae_accel.backends.fused.backend import FusedBackend
 from qwen_vae_accel.backends.inductor import InductorBackend
 from qwen_vae_accel.backends.tensorrt import TensorRTBackend
 from qwen_vae_accel.errors import BackendUnavailableError

@@ -26,8 +26,8 @@ from qwen_vae_accel.backends.registry import direct_backends, engine_backends, g
 from qwen_vae_accel.config import FLOAT8, AccelConfig, dtype_name
 from qwen_vae_accel.errors import AccelError, ConfigError
 from qwen_vae_accel.model import ModelSource
-from qwen_vae_accel.pipeline import accelerate
 from qwen_vae_accel.plan import STATIC_MULTIPLE, Size, parse_size
+from qwen_vae_accel.plugin.handle import accelerate
 
 BASELINE = "diffusers"
 TASKS = ("decode", "encode")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_vae_accel.backends.base import Environment, Job
-from qwen_vae_accel.backends.fused import FusedBackend
+from qwen_vae_accel.backends.fused.backend import FusedBackend
 from qwen_vae_accel.bench.cases import SHORT
 from qwen_vae_accel.engines.selfcheck import sample_input
 from qwen_vae_accel.errors import BackendUnavailableError

@@ -23,7 +23,7 @@ from qwen_vae_accel.demo.picture import amplified, open_photo, psnr, save_each, 
 from qwen_vae_accel.demo.tiny_pipeline import tiny_pipeline
 from qwen_vae_accel.errors import AccelError
 from qwen_vae_accel.loading import load_vae
-from qwen_vae_accel.pipeline import Handle, accelerate
+from qwen_vae_accel.plugin.handle import Handle, accelerate
 
 PROMPT = "a cup of coffee on a wooden table"
 STEPS = 4

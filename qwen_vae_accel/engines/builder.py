@@ -18,8 +18,8 @@ from qwen_vae_accel.engines.manifest import EngineRecord
 from qwen_vae_accel.engines.runtime import EngineRuntime, Wanted
 from qwen_vae_accel.engines.store import EngineStore
 from qwen_vae_accel.errors import AccelError, BackendUnavailableError, ConfigError
+from qwen_vae_accel.journal import Journal
 from qwen_vae_accel.model import ModelSource
-from qwen_vae_accel.report import Journal
 
 logger = logging.getLogger(__name__)
 

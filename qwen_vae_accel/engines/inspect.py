@@ -21,9 +21,9 @@ from qwen_vae_accel.engines.manifest import NAME, EngineRecord, Verification, ch
 from qwen_vae_accel.engines.runtime import EngineRuntime, Wanted
 from qwen_vae_accel.engines.store import EngineStore, Expected, hash_file
 from qwen_vae_accel.errors import AccelError, ConfigError, EngineError, EngineMissingError, EngineRefusedError
+from qwen_vae_accel.journal import Journal
 from qwen_vae_accel.model import ModelSource, Topology
 from qwen_vae_accel.plan import MULTI_PROFILE, Choice, EngineKey, Profile, folder_name, parse_size, static_multiple
-from qwen_vae_accel.report import Journal
 
 logger = logging.getLogger(__name__)
 

@@ -26,10 +26,10 @@ from qwen_vae_accel.engines import selfcheck
 from qwen_vae_accel.engines.manifest import EngineRecord, Verification, check_name
 from qwen_vae_accel.engines.store import EngineStore, Expected
 from qwen_vae_accel.errors import BuildError, EngineRefusedError
+from qwen_vae_accel.journal import EngineLoad, Journal
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.model.source import build_model
 from qwen_vae_accel.plan import Choice, EngineKey, Profile
-from qwen_vae_accel.report import EngineLoad, Journal
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from qwen_vae_accel.backends.base import Job
-from qwen_vae_accel.engines.calibration import measured_peaks
+from qwen_vae_accel.backends.fused.calibration import measured_peaks
 from qwen_vae_accel.engines.selfcheck import compare
 from qwen_vae_accel.kernels import FusedConfig, FusedDecoder
 from qwen_vae_accel.kernels.conv3x3 import Norm, conv, conv_reference

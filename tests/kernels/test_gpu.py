@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qwen_vae_accel.backends.base import Job
-from qwen_vae_accel.engines.calibration import measured_peaks
+from qwen_vae_accel.backends.fused.calibration import measured_peaks
 from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder
 from qwen_vae_accel.kernels.attention import attention, attention_reference
 from qwen_vae_accel.kernels.float8 import input_scales, simulate

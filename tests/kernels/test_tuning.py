@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from qwen_vae_accel.backends import fused as backend_module
+from qwen_vae_accel.backends.fused import backend as backend_module
 from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder, compiling
 from qwen_vae_accel.kernels.attention import _qkv_kernel
 from qwen_vae_accel.kernels.autotune import Tuner, random_networks

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from qwen_vae_accel import accelerate
 from qwen_vae_accel.errors import ConfigError, HandleError
-from qwen_vae_accel.processing import PostProcessing, pixels, processors_of
-from qwen_vae_accel.report import Journal
+from qwen_vae_accel.journal import Journal
+from qwen_vae_accel.plugin.processing import PostProcessing, pixels, processors_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from qwen_vae_accel import accelerate
 from qwen_vae_accel.errors import HandleError
-from qwen_vae_accel.processing import PreProcessing
-from qwen_vae_accel.processing.preprocess import PIPELINES
-from qwen_vae_accel.report import Journal
+from qwen_vae_accel.journal import Journal
+from qwen_vae_accel.plugin.processing import PreProcessing
+from qwen_vae_accel.plugin.processing.preprocess import PIPELINES
 from tests.pipelines.cases import BY_NAME, CASES, IMAGE_TO_IMAGE
 from tests.pipelines.factory import Case
 from tests.pipelines.test_matrix import assert_fast, largest_difference
@@ -215,7 +215,7 @@ def test_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> Tensor:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr("qwen_vae_accel.processing.preprocess.to_values", full)
+    monkeypatch.setattr("qwen_vae_accel.plugin.processing.preprocess.to_values", full)
     processor, journal = replaced()
     assert_equal(processor.preprocess(every_byte("RGB")), VaeImageProcessor(vae_scale_factor=16).preprocess(every_byte("RGB")))
     assert calls(journal) == {"diffusers": 1}

@@ -19,10 +19,10 @@ from qwen_vae_accel.bench.cases import BenchError
 from qwen_vae_accel.bench.serve.pipelines import Request, Service
 from qwen_vae_accel.bench.serve.stopwatch import MIB, PARTS, Stopwatch
 from qwen_vae_accel.config import AccelConfig
-from qwen_vae_accel.pipeline import Handle, accelerate
+from qwen_vae_accel.journal import ORIGINAL, Journal
 from qwen_vae_accel.plan import STATIC_MULTIPLE, Size
-from qwen_vae_accel.processing import PostProcessing
-from qwen_vae_accel.report import ORIGINAL, Journal
+from qwen_vae_accel.plugin.handle import Handle, accelerate
+from qwen_vae_accel.plugin.processing import PostProcessing
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen_vae_accel.processing.pixels import to_array, to_pil, to_pixels
-from qwen_vae_accel.processing.replacement import DEVICE, Replacement
+from qwen_vae_accel.plugin.processing.pixels import to_array, to_pil, to_pixels
+from qwen_vae_accel.plugin.processing.replacement import DEVICE, Replacement
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CHANNELS = (1, 3, 4)

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from qwen_vae_accel.journal import Journal
 from qwen_vae_accel.model.offload import execution_device
-from qwen_vae_accel.processing.pixels import to_values
-from qwen_vae_accel.processing.replacement import DEVICE, Replacement
-from qwen_vae_accel.report import Journal
+from qwen_vae_accel.plugin.processing.pixels import to_values
+from qwen_vae_accel.plugin.processing.replacement import DEVICE, Replacement
 
 # Read in diffusers 0.36 to 0.42: what preprocess returns gets a dimension, is moved to the device and cast, and encoded.
 PIPELINES = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import threading
 import types
@@ -15,22 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from qwen_vae_accel.config import AccelConfig
-from qwen_vae_accel.dispatch import Dispatcher, Request
 from qwen_vae_accel.errors import HandleError, InvalidInputError, UnsupportedVAEError
+from qwen_vae_accel.journal import ORIGINAL, Journal, Report
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.model.custom import custom_method
 from qwen_vae_accel.model.offload import execution_device, run_pre_forward
-from qwen_vae_accel.model.parking import Parking
 from qwen_vae_accel.model.topology import METHODS
 from qwen_vae_accel.plan import MIN_SIDE, Size
-from qwen_vae_accel.processing import PostProcessing, PreProcessing, Replacement, processors_of
+from qwen_vae_accel.plugin.dispatch import Dispatcher, Request
+from qwen_vae_accel.plugin.parking import Parking
+from qwen_vae_accel.plugin.patch import HANDLE, PATCHED, handle_of, remove_leftovers, replacements, wrapped
+from qwen_vae_accel.plugin.processing import PostProcessing, PreProcessing, Replacement, processors_of
 from qwen_vae_accel.progress import progress_bar
-from qwen_vae_accel.report import ORIGINAL, Journal, Report
 
 logger = logging.getLogger(__name__)
 
-_HANDLE = "_qwen_vae_accel"
-_PATCHED = ("encode", "decode", "_apply")
 _REQUESTS = 256  # kinds of calls remembered
 
 
@@ -54,8 +52,8 @@ def accelerate(target: Any, config: AccelConfig | Mapping[str, Any] | str | Path
     """
     wanted = AccelConfig.resolve(config, **overrides)
     vae = _find_vae(target)
-    existing = vae.__dict__.get(_HANDLE)
-    if isinstance(existing, Handle) and existing.vae is vae:
+    existing: Handle | None = handle_of(vae)
+    if existing is not None:
         if existing.config == wanted:
             if target is not vae:
                 existing._adopt(target)
@@ -102,13 +100,13 @@ class Handle:
         self._requests: dict[tuple[Any, ...], Request] = {}
         self._changed = threading.Condition()
         self._one_original = threading.RLock()
-        _remove_leftovers(vae)
+        remove_leftovers(vae)
         self._custom = {method: custom_method(vae, method) for method in METHODS}
-        self._before = {name: vae.__dict__[name] for name in _PATCHED if name in vae.__dict__}
-        self._original: dict[str, Callable[..., Any]] = {name: getattr(vae, name) for name in _PATCHED}
-        for name, function in _replacements(type(vae)).items():
+        self._before = {name: vae.__dict__[name] for name in PATCHED if name in vae.__dict__}
+        self._original: dict[str, Callable[..., Any]] = {name: getattr(vae, name) for name in PATCHED}
+        for name, function in replacements(type(vae)).items():
             vae.__dict__[name] = types.MethodType(function, vae)
-        vae.__dict__[_HANDLE] = self
+        vae.__dict__[HANDLE] = self
         self._parking = Parking(vae)
         self._park()
         if pipeline is not None:
@@ -161,7 +159,7 @@ class Handle:
             raise HandleError(
                 "restore() inside a call of the VAE (from a hook or a signal handler) would wait for itself; call it later"
             )
-        for name in _PATCHED:
+        for name in PATCHED:
             patch = self.vae.__dict__.get(name)
             if getattr(patch, "__qwen_vae_accel__", False) is False:
                 raise HandleError(
@@ -171,10 +169,10 @@ class Handle:
             replacement.check_removable()
         for replacement in self._replacements:
             replacement.remove()
-        for name in _PATCHED:
+        for name in PATCHED:
             del self.vae.__dict__[name]
         self.vae.__dict__.update(self._before)
-        del self.vae.__dict__[_HANDLE]
+        del self.vae.__dict__[HANDLE]
         with self._changed:
             self._active = False
             self._changed.wait_for(lambda: not self._callers)
@@ -253,7 +251,7 @@ class Handle:
             output = torch.cat([self._dispatcher.run(request, one).to(dtype) for one in image.split(1)])
         else:
             output = self._dispatcher.run(request, image).to(dtype)
-        return _output(method, output.unsqueeze(2), return_dict)
+        return wrapped(method, output.unsqueeze(2), return_dict)
 
     def _request(self, method: str, x: Tensor, generation: int, dtype: torch.dtype, device: torch.device) -> Request:
         """The request of a call that is like one seen before, or a new one after a look at the input."""
@@ -326,56 +324,3 @@ class Handle:
         if self._parking.nbytes:
             self._parking.unpark()
             self._source.moved()
-
-
-def _remove_leftovers(vae: nn.Module) -> None:
-    """Take out the patches that a copy of an accelerated VAE carries; they have no handle of their own."""
-    vae.__dict__.pop(_HANDLE, None)
-    for name in _PATCHED:
-        if getattr(vae.__dict__.get(name), "__qwen_vae_accel__", False):
-            del vae.__dict__[name]
-
-
-def _output(method: str, x: Tensor, return_dict: bool) -> Any:
-    decoder_output, encoder_output, distribution = _output_types()
-    if method == "decode":
-        return decoder_output(sample=x) if return_dict else (x,)
-    posterior = distribution(x)
-    return encoder_output(latent_dist=posterior) if return_dict else (posterior,)
-
-
-@functools.cache
-def _output_types() -> tuple[Any, Any, Any]:
-    from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
-    from diffusers.models.modeling_outputs import AutoencoderKLOutput
-
-    return DecoderOutput, AutoencoderKLOutput, DiagonalGaussianDistribution
-
-
-def _replacements(cls: type) -> dict[str, Callable[..., Any]]:
-    """The methods that stand in for those of ``cls``: same names, same signatures, same documentation."""
-
-    def own_handle(vae: nn.Module) -> Handle | None:
-        handle = vae.__dict__.get(_HANDLE)
-        return handle if isinstance(handle, Handle) and handle.vae is vae else None
-
-    @functools.wraps(cls.encode)  # type: ignore[attr-defined]
-    def encode(self: nn.Module, x: Tensor, return_dict: bool = True) -> Any:
-        handle = own_handle(self)
-        return handle._call("encode", x, return_dict) if handle else cls.encode(self, x, return_dict)  # type: ignore[attr-defined]
-
-    @functools.wraps(cls.decode)  # type: ignore[attr-defined]
-    def decode(self: nn.Module, z: Tensor, return_dict: bool = True) -> Any:
-        handle = own_handle(self)
-        return handle._call("decode", z, return_dict) if handle else cls.decode(self, z, return_dict)  # type: ignore[attr-defined]
-
-    @functools.wraps(cls._apply)  # type: ignore[attr-defined]
-    def _apply(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        handle = own_handle(self)
-        original = handle._original["_apply"] if handle else functools.partial(cls._apply, self)  # type: ignore[attr-defined]
-        return handle._moved(original, args, kwargs) if handle else original(*args, **kwargs)
-
-    replacements: dict[str, Callable[..., Any]] = {"encode": encode, "decode": decode, "_apply": _apply}
-    for function in replacements.values():
-        function.__qwen_vae_accel__ = True  # type: ignore[attr-defined]
-    return replacements

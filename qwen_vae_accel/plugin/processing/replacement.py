@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from qwen_vae_accel.errors import HandleError
-from qwen_vae_accel.report import ORIGINAL, Journal
+from qwen_vae_accel.journal import ORIGINAL, Journal
 
 logger = logging.getLogger(__name__)
 

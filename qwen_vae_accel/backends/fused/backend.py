@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qwen_vae_accel.backends.base import DirectBackend, Environment, Job
-from qwen_vae_accel.engines.calibration import calibrated_peaks, measured_peaks
+from qwen_vae_accel.backends.fused.calibration import calibrated_peaks, measured_peaks
 from qwen_vae_accel.errors import BackendUnavailableError
 from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder, device_reasons
 from qwen_vae_accel.kernels.float8 import input_scales

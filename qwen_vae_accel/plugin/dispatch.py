@@ -19,9 +19,9 @@ from qwen_vae_accel.config import AccelConfig
 from qwen_vae_accel.engines.runtime import EngineRuntime, Wanted
 from qwen_vae_accel.engines.store import EngineStore
 from qwen_vae_accel.errors import BackendUnavailableError, ConfigError, EngineError, EngineMissingError
+from qwen_vae_accel.journal import Journal
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.plan import Choice, EngineKey, Miss, Plan, Size
-from qwen_vae_accel.report import Journal
 
 logger = logging.getLogger(__name__)
 
