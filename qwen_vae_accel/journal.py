@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+logger = logging.getLogger(__name__)
+
 ORIGINAL = "diffusers"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +53,7 @@ class Journal:
         self._checks: list[tuple[str, float]] = []
         self._evictions = 0
         self._left_alone: list[str] = []
+        self._arithmetic: dict[str, str] = {}
 
     def call(self, method: str, backend: str) -> None:
         """A call of ``method`` served by ``backend``."""
@@ -78,6 +87,15 @@ class Journal:
         with self._lock:
             self._evictions += 1
 
+    def compute(self, method: str, asked: torch.dtype, used: torch.dtype, reason: str) -> None:
+        """``method`` computes in ``used`` where ``asked`` is the dtype of its input and output, and why."""
+        text = f"{_short(asked)} is computed in {_short(used)}: {reason}"
+        with self._lock:
+            known = self._arithmetic.get(method)
+            self._arithmetic[method] = text
+        if known != text:
+            logger.info("%s: %s", method, text)
+
     def leave_alone(self, method: str, reason: str) -> None:
         """``method`` stays as it was found."""
         with self._lock:
@@ -106,6 +124,7 @@ class Journal:
                     "builds": [{"engine": name, "seconds": seconds} for name, seconds in self._builds],
                     "self_checks": [{"engine": name, "ms": ms} for name, ms in self._checks],
                     "offloaded_bytes": offloaded,
+                    "arithmetic": dict(self._arithmetic),
                     "left_alone": list(dict.fromkeys(self._left_alone)),
                     "note": note,
                 }
@@ -123,8 +142,8 @@ class Report:
 
         Keys: ``backend`` (configured), ``calls`` (method -> backend -> count), ``fallbacks`` (method, backend that served,
         reason, count), ``engines`` (loaded now), ``loads``, ``evictions``, ``load_ms`` (one entry per load), ``builds``,
-        ``self_checks``, ``offloaded_bytes`` (of
-        the VAE's own weights, kept in CPU memory), ``left_alone`` (what was not replaced, and why), ``note``.
+        ``self_checks``, ``offloaded_bytes`` (of the VAE's own weights, kept in CPU memory), ``arithmetic`` (method -> the dtype
+        it computes in and why, where that is not the one asked for), ``left_alone`` (what was not replaced, and why), ``note``.
         """
         return self._values
 
@@ -152,6 +171,7 @@ class Report:
             for f in values["fallbacks"]:
                 table.add_row(f["method"], f["backend"], str(f["count"]), Text(f["reason"]))
             parts += [Text("fallbacks", style="bold"), table]
+        parts += [Text(f"{method}: {text}") for method, text in values["arithmetic"].items()]
         parts += [Text(f"left alone: {text}") for text in values["left_alone"]]
         if values["note"]:
             parts.append(Text(values["note"]))

@@ -6,6 +6,7 @@ import json
 import threading
 
 import pytest
+import torch
 from rich.console import Console
 
 from qwen_vae_accel import accelerate
@@ -31,6 +32,7 @@ def test_values():
     assert journal.fallback("encode", "eager", "no [engine]") is True
     assert journal.fallback("encode", "eager", "no [engine]") is False
     assert journal.fallback("encode", "eager", "another reason") is True
+    journal.compute("decode", torch.bfloat16, torch.float32, "a reason")
     values = journal.report("inductor", ["1_1/vae_decoder.pt2"], "a note").as_dict()
     assert values == {
         "backend": "inductor",
@@ -49,6 +51,7 @@ def test_values():
         "builds": [{"engine": "16_9/vae_decoder.pt2", "seconds": 31.0}],
         "self_checks": [{"engine": "16_9/vae_decoder.pt2", "ms": 80.0}],
         "offloaded_bytes": 0,
+        "arithmetic": {"decode": "bfloat16 is computed in float32: a reason"},
         "left_alone": [],
         "note": "a note",
     }

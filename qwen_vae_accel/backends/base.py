@@ -7,6 +7,7 @@ a file first, and loads the file later, perhaps in another process. Either way a
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 from abc import ABC, abstractmethod
@@ -19,6 +20,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from qwen_vae_accel.config import AccelConfig
 from qwen_vae_accel.model import ModelSource, Topology
 from qwen_vae_accel.plan import EngineKey, Profile, Size
 
@@ -37,6 +39,7 @@ class Environment:
         driver: version of the NVIDIA driver, None where it is not known.
         platform: operating system and processor, such as ``linux-x86_64``.
         packages: versions of the installed packages that matter to some backend.
+        half_dtypes: names of the 16-bit dtypes that a CPU has instructions for, as far as PyTorch may use them; empty on a GPU.
     """
 
     device_type: str
@@ -46,6 +49,7 @@ class Environment:
     driver: str | None = None
     platform: str = "linux-x86_64"
     packages: Mapping[str, str] = field(default_factory=dict)
+    half_dtypes: tuple[str, ...] = ()
 
     @classmethod
     def detect(cls, device: torch.device) -> Environment:
@@ -59,7 +63,9 @@ class Environment:
         packages["torch"] = str(torch.__version__)
         where = f"{platform.system().lower()}-{platform.machine()}"
         if device.type != "cuda":
-            return cls(device.type, torch.backends.cpu.get_cpu_capability(), platform=where, packages=packages)
+            half = _cpu_half_dtypes() if device.type == "cpu" else ()
+            name = torch.backends.cpu.get_cpu_capability()
+            return cls(device.type, name, platform=where, packages=packages, half_dtypes=half)
         properties = torch.cuda.get_device_properties(device)
         return cls(
             device_type="cuda",
@@ -80,9 +86,48 @@ class Environment:
             "cuda": self.cuda,
             "driver": self.driver,
             "platform": self.platform,
+            "half_dtypes": ", ".join(self.half_dtypes) or None,
             **{f"package:{name}": version for name, version in sorted(self.packages.items())},
         }
         return {name: value for name, value in facts.items() if value is not None}
+
+    def arithmetic(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype to compute a network in whose inputs and outputs are ``dtype``.
+
+        A CPU without instructions for a 16-bit dtype converts at every step, and takes many times longer than in float32. There
+        the whole network computes in float32, and only its input and output are rounded: never less exact.
+        """
+        half = str(dtype).removeprefix("torch.")
+        emulated = self.device_type == "cpu" and dtype.itemsize == 2 and half not in self.half_dtypes
+        return torch.float32 if emulated else dtype
+
+
+# Flags of x86 processors that multiply in a 16-bit dtype. oneDNN also accepts AVX-512 alone for bfloat16, and converts there.
+_HALF_FLAGS = {
+    "bfloat16": {"avx512_bf16", "amx_bf16", "avx_ne_convert"},
+    "float16": {"avx512_fp16", "amx_fp16", "avx_ne_convert"},
+}
+
+
+@functools.cache
+def _cpu_half_dtypes() -> tuple[str, ...]:
+    """The 16-bit dtypes that this CPU multiplies in, within the limit that ``ONEDNN_MAX_CPU_ISA`` sets."""
+    if not torch.backends.mkldnn.is_available():
+        return ()
+    checks = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}
+    usable = [name for name, check in checks.items() if getattr(torch.ops.mkldnn, check)()]
+    flags = _x86_flags()
+    return tuple(name for name in usable if not flags or flags & _HALF_FLAGS[name])
+
+
+def _x86_flags() -> set[str]:
+    """What Linux says an x86 processor has; empty where it does not say."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return set()
+    line = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    return set(line.partition(":")[2].split())
 
 
 def _nvidia_driver() -> str | None:
@@ -110,6 +155,20 @@ class Job:
     dtype: torch.dtype
     device: torch.device
     float8: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        config: AccelConfig,
+        method: str,
+        topology: Topology,
+        device: torch.device,
+        stored: torch.dtype,
+        environment: Environment,
+    ) -> Job:
+        """What ``config`` asks of ``method`` for a network stored in ``stored``, on ``device`` of ``environment``."""
+        dtype = environment.arithmetic(config.compute_dtype(method, stored))
+        return cls(method, topology, dtype, device, config.float8(method))
 
     @property
     def in_channels(self) -> int:

@@ -48,8 +48,8 @@ def config(
         model = published_vae() if vae is None else load_vae(vae, common.parse_device("cpu"))
         source = ModelSource(model)
         stored = next(model.parameters()).dtype
-        jobs = [Job(m, source.topology, settings.compute_dtype(m, stored), where) for m in settings.methods]
         environment = Environment.detect(where)
+        jobs = [Job.of(settings, method, source.topology, where, stored, environment) for method in settings.methods]
         backends: list[dict[str, Any]] = []
         for other in (*engine_backends(), *direct_backends()):
             reasons = list(dict.fromkeys(text for job in jobs for text in other.reasons(environment, job)))

@@ -110,10 +110,7 @@ def _verify_direct(vae: Path, config: AccelConfig, sizes: tuple[str, ...], devic
     source = ModelSource(load_vae(vae, device), config.engine_dir)
     environment = Environment.detect(device)
     machine = selfcheck.machine_id(environment)
-    jobs = [
-        Job(method, source.topology, config.compute_dtype(method, source.vae_dtype), device, config.float8(method))
-        for method in config.methods
-    ]
+    jobs = [Job.of(config, method, source.topology, device, source.vae_dtype, environment) for method in config.methods]
     reasons = [text for job in jobs for text in chosen.reasons(environment, job)]
     if reasons:
         raise BackendUnavailableError(chosen.name, list(dict.fromkeys(reasons)))

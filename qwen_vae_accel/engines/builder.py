@@ -106,12 +106,9 @@ class Builder:
     ) -> None:
         if config.engine_dir is None:
             raise ConfigError("there is no engine_dir to build into: give --engine-dir")
-        vae_dtype = source.vae_dtype
-        jobs = {
-            method: Job(method, source.topology, config.compute_dtype(method, vae_dtype), device, config.float8(method))
-            for method in config.methods
-        }
         environment = target or Environment.detect(device)
+        stored = source.vae_dtype
+        jobs = {method: Job.of(config, method, source.topology, device, stored, environment) for method in config.methods}
         self.backend = engine_backend(config, environment, jobs.values(), backend)
         self.store = EngineStore(config.engine_dir)
         verify = config.verify and target is None

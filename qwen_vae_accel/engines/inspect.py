@@ -257,8 +257,7 @@ class Inspector:
             raise ConfigError("adopting needs the VAE that the engines were made from: give --vae")
         method, name = self._place(path)
         backend = self._backend(path, config)
-        dtype = config.compute_dtype(method, source.vae_dtype)
-        job = Job(method, source.topology, dtype, self._device, config.float8(method))
+        job = Job.of(config, method, source.topology, self._device, source.vae_dtype, self._environment)
         reasons = backend.reasons(self._environment, job)
         if reasons:
             raise EngineRefusedError(path, reasons)
@@ -276,7 +275,7 @@ class Inspector:
                 result = selfcheck.check(source, job, program, profile.optimum, index, self._machine)
                 checks[check_name(self._machine, profile)] = result
                 if not result.passed:
-                    allowed = f"relative error {result.relative_error:.2e}, {dtype} allows {result.tolerance:.0e}"
+                    allowed = f"relative error {result.relative_error:.2e}, {job.dtype} allows {result.tolerance:.0e}"
                     raise EngineRefusedError(path, [f"self-check failed at {profile.optimum} against this VAE: {allowed}"])
             if hash_file(file) != digest:
                 raise EngineRefusedError(path, ["the file changed while it was being checked"])
@@ -284,7 +283,7 @@ class Inspector:
             raise
         except Exception as error:
             raise EngineRefusedError(path, [f"{backend.name} cannot load or run it: {error}"]) from error
-        expected = Expected.of(backend, key, dtype, source.fingerprint(method, dtype), self._environment)
+        expected = Expected.of(backend, key, job.dtype, source.fingerprint(method, job.dtype), self._environment)
         record = expected.record(
             self._environment,
             sha256=digest,

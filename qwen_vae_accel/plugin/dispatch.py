@@ -129,8 +129,11 @@ class Dispatcher:
 
     def job(self, method: str, device: torch.device, vae_dtype: torch.dtype) -> Job:
         """The job of ``method`` under the configured dtypes."""
-        dtype = self._config.compute_dtype(method, vae_dtype)
-        return Job(method, self._source.topology, dtype, device, self._config.float8(method))
+        job = Job.of(self._config, method, self._source.topology, device, vae_dtype, self.environment(device))
+        asked = self._config.compute_dtype(method, vae_dtype)
+        if job.dtype != asked:
+            self._journal.compute(method, asked, job.dtype, "this CPU has no instructions for it")
+        return job
 
     def _jobs(self, device: torch.device) -> list[Job]:
         dtype = self._source.vae_dtype
