@@ -1,4 +1,4 @@
-"""16-bit dtypes on a CPU: computed natively where it has instructions for them, elsewhere in float32 and rounded at the ends."""
+"""16-bit dtypes on a CPU: computed natively where it has instructions for them, else in float32 and rounded at the ends."""
 
 from __future__ import annotations
 
