@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 
@@ -32,6 +33,18 @@ if not torch.cuda.is_available():
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = _patch_with_item
+
+    # The interpreter looks through all of triton.language at every call of a function. Once is enough.
+    _builtins = {
+        package: [(name, member) for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
+        for package in (tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base)
+    }
+
+    def _patch_known(package, builder, scope):
+        for name, member in _builtins[package]:
+            interpreter._patch_attr(package, name, member, builder, scope)
+
+    interpreter._patch_builtin = _patch_known
 
     # The interpreter keeps bfloat16 and float8 as their bits. It would multiply those of bfloat16, and it converts to and
     # from float8 with other roundings than the hardware: PyTorch does it in its place.
