@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from qwen_vae_accel.errors import ConfigError
+from qwen_vae_accel.documents import parse_json, read_json
+from qwen_vae_accel.errors import ConfigError, shown
 from qwen_vae_accel.files import is_path
 from qwen_vae_accel.plan import LATENT_SCALE, Plan
 
@@ -32,6 +33,7 @@ FLOAT8 = "float8_e4m3fn"
 _FLOAT8_NAMES = (FLOAT8, "torch.float8_e4m3fn", "float8", "fp8")
 _FLOAT8_BACKENDS = ("auto", "fused")
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)", re.IGNORECASE)
+_MOST_BYTES = 2**63
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | {
     f"{prefix}ib": 2 ** (10 * power) for power, prefix in enumerate("kmgt", start=1)
 }
@@ -39,12 +41,13 @@ _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | {
 
 def parse_bytes(value: int | str) -> int:
     """``4294967296`` or ``"4GiB"`` -> bytes."""
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value
-    match = _BYTES.fullmatch(value.strip()) if isinstance(value, str) else None
-    size = float(match[1]) * _UNITS[match[2].lower()] if match else 0
-    if not 1 <= size < math.inf:
-        raise ConfigError(f"vram_budget {value!r} must be a positive number of bytes, or text such as '4GiB'")
+    size: float = 0
+    if isinstance(value, int) and not isinstance(value, bool):
+        size = value
+    elif isinstance(value, str) and (match := _BYTES.fullmatch(value.strip())):
+        size = float(match[1]) * _UNITS[match[2].lower()]
+    if not 1 <= size < _MOST_BYTES:
+        raise ConfigError(f"vram_budget {shown(value)} must be a positive number of bytes, or text such as '4GiB'")
     return int(size)
 
 
@@ -55,14 +58,20 @@ def dtype_name(value: str | torch.dtype) -> str:
     if str(value) in _FLOAT8_NAMES:
         raise ConfigError(f"dtype {str(value)!r} is for decode_dtype alone; the others are {', '.join(DTYPES)}")
     if name not in DTYPES:
-        raise ConfigError(f"dtype {str(value)!r} is not one of {', '.join(DTYPES)}")
+        raise ConfigError(f"dtype {shown(str(value))} is not one of {', '.join(DTYPES)}")
     return name
 
 
 def unknown_key(key: object, allowed: tuple[str, ...]) -> str:
     """The error text for a key that nothing reads."""
-    near = get_close_matches(str(key), allowed, n=1, cutoff=0.5)
-    return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(allowed)}")
+    near = nearest(key, allowed, 0.5)
+    return f"unknown key {shown(key)}" + (f"; did you mean {near!r}?" if near else f"; known are {', '.join(allowed)}")
+
+
+def nearest(given: object, allowed: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The allowed name that ``given`` may have been meant to be."""
+    matches = get_close_matches(given, list(allowed), n=1, cutoff=cutoff) if isinstance(given, str) and len(given) < 100 else []
+    return matches[0] if matches else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,28 +124,30 @@ class AccelConfig:
             self._one_of("on_miss", ON_MISS)
         for name in ("multi_profile", "verify", "preprocess", "postprocess", "offload_reference"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}")
+                raise ConfigError(f"{name} must be true or false, not {shown(getattr(self, name))}")
         for name in ("dtype", "encode_dtype", "decode_dtype"):
             value = getattr(self, name)
             if value is not None:
                 if not isinstance(value, (str, torch.dtype)):
-                    raise ConfigError(f"{name} must be a dtype's name, not {value!r}")
+                    raise ConfigError(f"{name} must be a dtype's name, not {shown(value)}")
                 eight = name == "decode_dtype" and str(value) in _FLOAT8_NAMES
                 object.__setattr__(self, name, FLOAT8 if eight else dtype_name(value))
         if self.decode_dtype == FLOAT8:
             self._check_float8()
         if self.engine_dir is not None:
             if not isinstance(self.engine_dir, (str, Path)) or not is_path(str(self.engine_dir)):
-                raise ConfigError(f"engine_dir must be a folder's path, not {self.engine_dir!r}")
+                raise ConfigError(f"engine_dir must be a folder's path, not {shown(self.engine_dir)}")
+            if os.path.expanduser(self.engine_dir).startswith("~"):
+                raise ConfigError(f"engine_dir {shown(str(self.engine_dir))}: this machine knows no such home folder")
             object.__setattr__(self, "engine_dir", str(self.engine_dir))
         limit = self.max_resident
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= 1024):
-            raise ConfigError(f"max_resident must be a whole number from 1 to 1024, not {limit!r}")
+            raise ConfigError(f"max_resident must be a whole number from 1 to 1024, not {shown(limit)}")
         object.__setattr__(self, "vram_budget", parse_bytes(self.vram_budget))
         if self.sizes is not None:
             sizes = self._listed("sizes")
             if isinstance(self.sizes, str) or not all(isinstance(size, str) for size in sizes):
-                raise ConfigError(f"sizes must be a list of names or WIDTHxHEIGHT texts, not {self.sizes!r}")
+                raise ConfigError(f"sizes must be a list of names or WIDTHxHEIGHT texts, not {shown(self.sizes)}")
             object.__setattr__(self, "sizes", sizes)
         self.plan()
         if self.on_miss == "build" and self.engine_dir is None:
@@ -144,10 +155,10 @@ class AccelConfig:
 
     def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
         value = getattr(self, name)
-        if value not in allowed:
-            near = get_close_matches(str(value), allowed, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {value!r}{hint}")
+        if not isinstance(value, str) or value not in allowed:
+            near = nearest(value, allowed)
+            hint = f"; did you mean {near!r}?" if near else ""
+            raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {shown(value)}{hint}")
 
     def _check_float8(self) -> None:
         if self.backend not in _FLOAT8_BACKENDS:
@@ -162,7 +173,7 @@ class AccelConfig:
         try:
             return tuple(value)
         except TypeError:
-            raise ConfigError(f"{name} must be a list, not {value!r}") from None
+            raise ConfigError(f"{name} must be a list, not {shown(value)}") from None
 
     # What follows from the fields.
 
@@ -214,15 +225,16 @@ class AccelConfig:
             ConfigError: if the file cannot be read, is no JSON object, or has a key or value that cannot be meant.
         """
         text = str(path_or_text)
-        if not text.lstrip().startswith("{"):
-            try:
-                text = Path(path_or_text).read_text(encoding="utf-8")
-            except (OSError, ValueError) as error:
-                raise ConfigError(f"cannot read the config {str(path_or_text)!r}: {error}") from error
+        if text.lstrip("\ufeff \t\r\n").startswith("{"):
+            what, read = "the config", lambda: parse_json(text)
+        else:
+            what, read = f"the config {shown(text)}", lambda: read_json(Path(path_or_text))
         try:
-            document = json.loads(text)
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
-            raise ConfigError(f"the config is not JSON: {error}") from error
+            document = read()
+        except OSError as error:
+            raise ConfigError(f"cannot read {what}: {error.strerror or error}") from error
+        except ValueError as error:
+            raise ConfigError(f"{what} is not JSON: {error}") from error
         return cls.from_dict(document)
 
     @classmethod
@@ -235,7 +247,7 @@ class AccelConfig:
         values = dict(document)
         version = values.pop("version", VERSION)
         if version != VERSION:
-            raise ConfigError(f"config version {version!r} is not known; this release reads version {VERSION}")
+            raise ConfigError(f"config version {shown(version)} is not known; this release reads version {VERSION}")
         names = tuple(field.name for field in dataclasses.fields(cls))
         for key in values:
             if key not in names:
@@ -264,7 +276,7 @@ def _from_guide(document: Mapping[str, Any]) -> dict[str, Any]:
     """Fields from the guide's document; the keys of its pipelines (``infer_steps``, ...) are not ours and ignored."""
     kind = document.get("vae_type", "tensorrt")
     if kind != "tensorrt":
-        raise ConfigError(f"vae_type must be 'tensorrt', not {kind!r}")
+        raise ConfigError(f"vae_type must be 'tensorrt', not {shown(kind)}")
     section = document.get("trt_vae_config")
     if not isinstance(section, Mapping):
         raise ConfigError('vae_type \'tensorrt\' needs trt_vae_config: {"trt_engine_path": ..., "multi_profile": ...}')
@@ -274,7 +286,7 @@ def _from_guide(document: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"trt_vae_config: {unknown_key(key, allowed)}")
     if "trt_engine_path" not in section:
         raise ConfigError("trt_vae_config has no trt_engine_path")
-    ignored = sorted(map(str, set(document) - {"task", "vae_type", "trt_vae_config"}))
+    ignored = sorted(shown(key) for key in set(document) - {"task", "vae_type", "trt_vae_config"})
     if ignored:
         logger.info("keys of the guide's pipelines are ignored: %s", ", ".join(ignored))
     return {

@@ -9,6 +9,15 @@ def _bullets(reasons: Iterable[str]) -> str:
     return "".join(f"\n  - {reason}" for reason in reasons)
 
 
+def shown(value: object) -> str:
+    """``repr`` for messages: of anything that anybody may give, and not longer than a line or two."""
+    try:
+        text = repr(value)
+    except Exception:  # thousands of digits, too deep, or a class that fails
+        return f"a {type(value).__name__} that cannot be shown"
+    return text if len(text) <= 200 else f"{text[:180]}... ({len(text)} characters)"
+
+
 class AccelError(Exception):
     """Base class of all errors of qwen_vae_accel."""
 

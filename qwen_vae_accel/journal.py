@@ -13,6 +13,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from qwen_vae_accel.terminal import visible
+
 logger = logging.getLogger(__name__)
 
 ORIGINAL = "diffusers"
@@ -154,7 +156,7 @@ class Report:
             calls.add_column(column, justify="right" if column == "calls" else "left")
         for method, served in values["calls"].items():
             for name, count in sorted(served.items()):
-                calls.add_row(method, name, str(count))
+                calls.add_row(_text(method), _text(name), str(count))
         parts: list[RenderableType] = [Text(f"qwen_vae_accel, backend {values['backend']}", style="bold"), calls]
         if values["load_ms"]:
             loads = Table()
@@ -162,19 +164,21 @@ class Report:
                 loads.add_column(column, justify="left" if column in ("engine", "backend") else "right")
             for load in values["load_ms"]:
                 loaded = "yes" if load["engine"] in values["engines"] else "no"
-                loads.add_row(load["engine"], load["backend"], f"{load['ms']:.1f}", f"{load['nbytes'] / 1e6:.1f}", loaded)
+                loads.add_row(
+                    _text(load["engine"]), _text(load["backend"]), f"{load['ms']:.1f}", f"{load['nbytes'] / 1e6:.1f}", loaded
+                )
             parts += [Text(f"engines: {values['loads']} loads, {values['evictions']} releases", style="bold"), loads]
         if values["fallbacks"]:
             table = Table()
             for column in ("method", "served by", "times", "reason"):
                 table.add_column(column)
             for f in values["fallbacks"]:
-                table.add_row(f["method"], f["backend"], str(f["count"]), Text(f["reason"]))
+                table.add_row(_text(f["method"]), _text(f["backend"]), str(f["count"]), _text(f["reason"]))
             parts += [Text("fallbacks", style="bold"), table]
-        parts += [Text(f"{method}: {text}") for method, text in values["arithmetic"].items()]
-        parts += [Text(f"left alone: {text}") for text in values["left_alone"]]
+        parts += [_text(f"{method}: {text}") for method, text in values["arithmetic"].items()]
+        parts += [_text(f"left alone: {text}") for text in values["left_alone"]]
         if values["note"]:
-            parts.append(Text(values["note"]))
+            parts.append(_text(values["note"]))
         return Group(*parts)
 
     def __str__(self) -> str:
@@ -184,3 +188,8 @@ class Report:
         with console.capture() as capture:
             console.print(self)
         return capture.get()
+
+
+def _text(value: str) -> Text:
+    """As it is, on whatever console the report is printed."""
+    return Text(visible(value))

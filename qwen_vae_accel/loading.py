@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from qwen_vae_accel.errors import UnsupportedVAEError
+from qwen_vae_accel.documents import read_json
+from qwen_vae_accel.errors import UnsupportedVAEError, shown
 
 logger = logging.getLogger(__name__)
 
@@ -24,11 +26,11 @@ def vae_folder(path: str | Path) -> Path:
     Raises:
         UnsupportedVAEError: if neither is there.
     """
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))  # as it is where nobody knows such a home
     for candidate in (folder / "vae", folder):
-        if (candidate / "config.json").is_file():
+        if os.path.isfile(candidate / "config.json"):
             return candidate
-    if not folder.exists():
+    if not os.path.exists(folder):
         raise UnsupportedVAEError(str(path), ["there is no such folder"])
     raise UnsupportedVAEError(
         str(path), ["it has neither config.json nor vae/config.json: name a VAE's or a pipeline's folder"]
@@ -37,11 +39,11 @@ def vae_folder(path: str | Path) -> Path:
 
 def _class_name(folder: Path) -> str:
     try:
-        name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        name = read_json(folder / "config.json").get("_class_name")
+    except (OSError, ValueError, AttributeError) as error:
         raise UnsupportedVAEError(str(folder), [f"its config.json cannot be read: {error}"]) from error
     if name not in _CLASSES:
-        raise UnsupportedVAEError(str(folder), [f"its config.json says it is {name!r}, not one of {', '.join(_CLASSES)}"])
+        raise UnsupportedVAEError(str(folder), [f"its config.json says it is {shown(name)}, not one of {', '.join(_CLASSES)}"])
     return str(name)
 
 
@@ -49,12 +51,12 @@ def stored_dtype(folder: Path) -> torch.dtype:
     """The dtype that the weights of ``folder`` are stored in; float32 where the file does not tell."""
     from safetensors import SafetensorError, safe_open
 
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in filter(os.path.isfile, sorted(folder.glob("*.safetensors"))):
         try:
             with safe_open(file, framework="pt") as tensors:
                 name = next(iter(tensors.keys()))
                 return _STORED.get(tensors.get_slice(name).get_dtype(), torch.float32)
-        except (OSError, SafetensorError, StopIteration):
+        except (OSError, ValueError, SafetensorError, StopIteration):
             continue
     return torch.float32
 
@@ -76,11 +78,31 @@ def load_vae(path: str | Path, device: torch.device, dtype: torch.dtype | None =
     name = _class_name(folder)
     if not hasattr(diffusers, name):
         raise UnsupportedVAEError(str(path), [f"diffusers {diffusers.__version__} has no {name}: install a newer release"])
+    return load_model(getattr(diffusers, name), folder, device, dtype or stored_dtype(folder))
+
+
+def load_model(cls: Any, folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The model of class ``cls`` that ``folder`` holds, ready for inference: with all its weights.
+
+    Raises:
+        UnsupportedVAEError: if diffusers cannot load it, or the weights there are not those of ``cls``.
+    """
     try:
-        vae: nn.Module = getattr(diffusers, name).from_pretrained(str(folder), torch_dtype=dtype or stored_dtype(folder))
-    except Exception as error:  # whatever diffusers makes of a config.json that anybody may have written
-        raise UnsupportedVAEError(str(path), [f"diffusers cannot load it: {type(error).__name__}: {error}"]) from error
-    return vae.eval().requires_grad_(False).to(device)
+        model, found = cls.from_pretrained(str(folder), torch_dtype=dtype, output_loading_info=True)
+    except Exception as error:  # whatever diffusers makes of files that anybody may have written
+        raise UnsupportedVAEError(str(folder), [f"diffusers cannot load it: {type(error).__name__}: {error}"]) from error
+    if missing := found["missing_keys"]:
+        reasons = [f"its weights file lacks {_few(missing)} of {cls.__name__}"]
+        if other := found["unexpected_keys"]:
+            reasons.append(f"it has {_few(other)}, which {cls.__name__} does not know: weights of another program's naming?")
+        raise UnsupportedVAEError(str(folder), reasons)
+    made: nn.Module = model.eval().requires_grad_(False).to(device)
+    return made
+
+
+def _few(names: Iterable[str]) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")
 
 
 def random_vae(seed: int = 0, **config: Any) -> nn.Module:

@@ -10,11 +10,12 @@ are ranges of sizes and keep theirs, down to the multiple that the encoder takes
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from qwen_vae_accel.errors import ConfigError
+from qwen_vae_accel.errors import ConfigError, shown
 
 MIN_SIDE = 8
 MAX_SIDE = 8192
@@ -110,12 +111,12 @@ def parse_size(text: str) -> Size:
     match = _SIZE.fullmatch(text)
     if match is None:
         names = [*GUIDE_STATIC, *GUIDE_PROFILES]
-        near = get_close_matches(text, names, n=1)
+        near = get_close_matches(text[:100], names, n=1)
         meant = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"size {text!r} is neither WIDTHxHEIGHT nor one of {', '.join(names)}.{meant}")
+        raise ConfigError(f"size {shown(text)} is neither WIDTHxHEIGHT nor one of {', '.join(names)}.{meant}")
     width, height = map(float, match.groups())  # int() refuses thousands of digits
     if not all(MIN_SIDE <= side <= MAX_SIDE for side in (width, height)):
-        raise ConfigError(f"size {text!r}: sides must be between {MIN_SIDE} and {MAX_SIDE} pixels")
+        raise ConfigError(f"size {shown(text)}: sides must be between {MIN_SIDE} and {MAX_SIDE} pixels")
     return Size(int(width), int(height))
 
 
@@ -133,10 +134,10 @@ def _ranges(text: str, least: int) -> Profile:
         optimum = parse_size(text)
         return _default_range(text if text in GUIDE_PROFILES else str(optimum), optimum, least)
     if len(parts) != 3:
-        raise ConfigError(f"range {text!r} must be MIN:OPT:MAX, three sizes such as 256x256:512x512:1024x1024")
+        raise ConfigError(f"range {shown(text)} must be MIN:OPT:MAX, three sizes such as 256x256:512x512:1024x1024")
     low, optimum, high = map(parse_size, parts)
     if not (low.width <= optimum.width <= high.width and low.height <= optimum.height <= high.height):
-        raise ConfigError(f"range {text!r}: minimum, optimum and maximum must not decrease, in width and in height")
+        raise ConfigError(f"range {shown(text)}: minimum, optimum and maximum must not decrease, in width and in height")
     return Profile(str(optimum), low, optimum, high)
 
 
@@ -145,17 +146,17 @@ def _profile(text: str, scale: int, multiple: int) -> Profile:
     profile = _ranges(text, least)
     low, optimum, high = (size.floor(multiple) for size in (profile.minimum, profile.optimum, profile.maximum))
     if min(low.width, low.height, optimum.width, optimum.height) < least:
-        raise ConfigError(f"range {text!r}: sides must be at least {least} pixels, which are two latent pixels of the VAE")
+        raise ConfigError(f"range {shown(text)}: sides must be at least {least} pixels, which are two latent pixels of the VAE")
     return Profile(profile.name if profile.name in GUIDE_PROFILES else str(optimum), low, optimum, high)
 
 
 def _static(text: str, scale: int) -> Profile:
     if ":" in text:
-        raise ConfigError(f"range {text!r} needs multi_profile=True; a static engine has one size")
+        raise ConfigError(f"range {shown(text)} needs multi_profile=True; a static engine has one size")
     multiple = static_multiple(scale)
     size = parse_size(text).floor(multiple)
     if min(size.width, size.height) < multiple:
-        raise ConfigError(f"size {text!r}: pipelines round down to multiples of {multiple}, which leaves nothing")
+        raise ConfigError(f"size {shown(text)}: pipelines round down to multiples of {multiple}, which leaves nothing")
     return Profile.static(folder_name(size, scale), size)
 
 
@@ -244,8 +245,8 @@ class Plan:
         profiles = tuple(dict.fromkeys(found))
         if not profiles:
             raise ConfigError("sizes is empty: name at least one size, or leave it out for the guide's")
-        names = [profile.name for profile in profiles]
-        doubled = sorted({name for name in names if names.count(name) > 1})
+        counts = Counter(profile.name for profile in profiles)
+        doubled = sorted(name for name, count in counts.items() if count > 1)
         if doubled:
             raise ConfigError(f"two different ranges have the optimum {', '.join(doubled)}; one is enough")
         return cls(profiles, multi_profile, opened, scale)

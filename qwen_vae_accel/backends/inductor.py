@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from qwen_vae_accel import caches
 from qwen_vae_accel.backends.base import NO_FLOAT8, EngineBackend, Environment, Job, export_network
 from qwen_vae_accel.model.spelling import QUERY_LIMIT, query_chunks, spell
 from qwen_vae_accel.plan import EngineKey
@@ -24,7 +25,7 @@ from qwen_vae_accel.plan import EngineKey
 def _load_elsewhere(path: Path) -> None:
     """Load a fresh package in another process first: code of a mismatched C++ compiler crashes whoever loads it."""
     script = "import sys, torch; torch._inductor.aoti_load_package(sys.argv[1])"
-    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, check=False)
     if done.returncode < 0:
         compiler = os.environ.get("CXX", "g++")
         raise RuntimeError(
@@ -32,7 +33,22 @@ def _load_elsewhere(path: Path) -> None:
             "than the C++ library of the running Python: set CXX to the system's own g++ and build again"
         )
     if done.returncode:
-        raise RuntimeError(f"the package does not load: {done.stderr.strip().splitlines()[-1:]}")
+        raise RuntimeError(f"the package does not load: {done.stderr.decode(errors='replace').strip().splitlines()[-1:]}")
+
+
+def _spelled(path: Path) -> str:
+    """``path`` as torch's C++ takes it, which is UTF-8 and ends the process where a name is not.
+
+    Raises:
+        RuntimeError: in UTF-8 it would be another file, or none.
+    """
+    text = str(path)
+    if os.fsencode(text) != text.encode("utf-8", "replace"):
+        raise RuntimeError(
+            f"torch opens packages by names in UTF-8, and {ascii(text)} is none "
+            f"(file names here are in {sys.getfilesystemencoding()}): name another folder, or set PYTHONUTF8=1"
+        )
+    return text
 
 
 class InductorProgram:
@@ -40,7 +56,7 @@ class InductorProgram:
 
     def __init__(self, path: Path, device: torch.device) -> None:
         index = (device.index or 0) if device.type == "cuda" else -1
-        self._run = torch._inductor.aoti_load_package(str(path), device_index=index)
+        self._run = torch._inductor.aoti_load_package(_spelled(path), device_index=index)
         self.nbytes = path.stat().st_size
 
     def __call__(self, x: Tensor, profile: int = 0) -> Tensor:
@@ -74,6 +90,8 @@ class InductorBackend(EngineBackend):
         reasons = self.build_reasons()
         if reasons:
             raise RuntimeError("; ".join(reasons))
+        name = _spelled(path)
+        caches.prepare()
         height, width = job.input_hw(key.profiles[0].optimum)
         example = torch.zeros(1, job.in_channels, height, width, dtype=job.dtype, device=job.device)
         if job.device.type == "cuda":
@@ -84,7 +102,7 @@ class InductorBackend(EngineBackend):
         high = tuple(map(max, zip(*(job.input_hw(profile.maximum) for profile in key.profiles), strict=True)))
         program = export_network(model, example, low, high, job.multiple)
         with torch.no_grad():
-            torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+            torch._inductor.aoti_compile_and_package(program, package_path=name)
         _load_elsewhere(path)
         return None
 

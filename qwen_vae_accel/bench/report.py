@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ from rich.text import Text
 
 from qwen_vae_accel.backends.base import Environment
 from qwen_vae_accel.bench import kernels
-from qwen_vae_accel.bench.cases import BASELINE
+from qwen_vae_accel.bench.cases import BASELINE, TASKS
 from qwen_vae_accel.bench.harness import Row, geometric_mean
 from qwen_vae_accel.bench.published import LABEL, milliseconds
+from qwen_vae_accel.documents import dump_json
 from qwen_vae_accel.errors import ConfigError
-from qwen_vae_accel.files import write_atomically
+from qwen_vae_accel.files import write_output
 from qwen_vae_accel.plan import parse_size
 
 SCHEMA = 1
@@ -99,6 +100,8 @@ class BenchReport:
         rows = []
         for values in document["rows"]:
             kept = {name: value for name, value in values.items() if name in known}
+            if kept["task"] not in TASKS:
+                raise ValueError(f"task {kept['task']!r} is neither encode nor decode")
             numbers = {"psnr_db": None if kept["psnr_db"] is None else float(kept["psnr_db"])}
             rows.append(Row(**{**kept, "size": parse_size(kept["size"]), **numbers}))
         facts, settings, overhead = document["machine"], document["settings"], document["overhead"]
@@ -242,7 +245,7 @@ class BenchReport:
     def write_json(self, folder: Path, name: str) -> list[Path]:
         """``name.json`` in ``folder``, replaced as a whole."""
         path = folder / f"{name}.json"
-        write_atomically(path, json.dumps(self.as_dict(), indent=1) + "\n")
+        write_output(path, dump_json(self.as_dict()))
         return [path]
 
     def write(self, folder: Path, name: str) -> list[Path]:
@@ -250,12 +253,19 @@ class BenchReport:
         from qwen_vae_accel.bench.chart import draw
 
         paths = [*self.write_json(folder, name), folder / f"{name}.md"]
-        paths[1].write_text(self.markdown(), encoding="utf-8")
+        write_output(paths[1], self.markdown())
         for figure, suffix in ((draw(self), ".png"), (kernels.draw(self.kernels), "_roofline.png")):
             if figure is not None:
                 paths.append(folder / f"{name}{suffix}")
-                figure.savefig(paths[-1], dpi=130)
+                write_output(paths[-1], png(figure))
         return paths
+
+
+def png(figure: Any) -> bytes:
+    """A matplotlib figure as the bytes of a PNG."""
+    data = BytesIO()
+    figure.savefig(data, format="png", dpi=130)
+    return data.getvalue()
 
 
 def _github(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:

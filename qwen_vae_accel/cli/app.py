@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from qwen_vae_accel import __version__
+from qwen_vae_accel.cli import edge
 from qwen_vae_accel.cli.bench import bench
 from qwen_vae_accel.cli.config import config
 from qwen_vae_accel.cli.demo import demo
@@ -17,6 +18,7 @@ from qwen_vae_accel.cli.tune import tune
 from qwen_vae_accel.cli.verify import verify
 
 app = typer.Typer(
+    cls=edge.Commands,
     name="qwen-vae-accel",
     help="Engines, checks and measurements for an accelerated Qwen-Image VAE.",
     no_args_is_help=True,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,10 +24,11 @@ from qwen_vae_accel.bench.harness import Effort, Harness, Row, make_cases, run_a
 from qwen_vae_accel.bench.kernels import measure
 from qwen_vae_accel.bench.overhead import overhead
 from qwen_vae_accel.bench.report import BenchReport, machine, require_packages
-from qwen_vae_accel.cli import common
+from qwen_vae_accel.cli import common, edge
 from qwen_vae_accel.config import DTYPES, dtype_name
 from qwen_vae_accel.errors import ConfigError
 from qwen_vae_accel.loading import load_vae, random_vae
+from qwen_vae_accel.terminal import stderr
 
 Methods = Annotated[
     str | None,
@@ -45,7 +45,7 @@ def bench(
         str | None, typer.Option(help="Of methods that name none. Default: bf16 on the GPU, fp32 on the CPU.")
     ] = None,
     device: common.Device = None,
-    iters: Annotated[int | None, typer.Option(min=3, help="Samples per case at most.")] = None,
+    iters: Annotated[int | None, typer.Option(min=3, max=10**6, help="Samples per case at most.")] = None,
     seconds: Annotated[float | None, typer.Option(min=0.0, help="Seconds of sampling per case at most.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the JSON, Markdown and PNG.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of those files. Default: bench_DEVICE.")] = None,
@@ -58,7 +58,7 @@ def bench(
 ) -> None:
     """Measure methods x sizes x encode and decode: latency, spread, memory, error against float32."""
 
-    def work() -> common.Outcome:
+    def work() -> edge.Outcome:
         require_packages()
         where = common.parse_device(device)
         kind = DTYPES[dtype_name(dtype or ("bfloat16" if where.type == "cuda" else "float32"))]
@@ -70,10 +70,12 @@ def bench(
         template = random_vae() if vae is None else load_vae(vae, common.parse_device("cpu"))
         named = named or [parse_method(text, kind) for text in default_methods(template, where, kind)]
         kernel_size = parse_sizes([kernels])[0] if kernels else None
+        if seconds is not None and not math.isfinite(seconds):
+            raise ConfigError(f"--seconds must be a finite number, not {seconds}")
         effort = Effort.default(where, iters, seconds)
         cases = make_cases(named, wanted, tasks)
         times = measure(template, where, kind, kernel_size) if kernel_size else None
-        command, facts, label = shlex.join(["qwen-vae-accel", *sys.argv[1:]]), machine(where), name or f"bench_{where.type}"
+        command, facts, label = common.command_line(), machine(where), name or f"bench_{where.type}"
         settings = {
             "dtype": SHORT[kind],
             "weights": "random, rounded to bfloat16, full size, seed 0" if vae is None else vae.name,
@@ -97,7 +99,7 @@ def bench(
                 def done(row: Row) -> None:
                     result = f"{row.median_ms:.2f} ms" if row.median_ms is not None else f"failed: {(row.error or '')[:160]}"
                     update(f"{row.task} {row.size}", True)
-                    common.stderr.print(f"{row.size!s:>10} {row.task} {row.label:<24} {result}", markup=False, highlight=False)
+                    stderr.print(f"{row.size!s:>10} {row.task} {row.label:<24} {result}")
                     found.append(row)
                     if output is not None:  # whatever ends the run, what was measured is there
                         _written(lambda: made(found, None).write_json(output, label), output)
@@ -108,9 +110,9 @@ def bench(
         if output is not None:
             written = _written(lambda: report.write(output, label), output)
             document["files"] = [str(path) for path in written]
-        return common.Outcome(document, report, len(rows) == len(cases) and not any(row.error for row in rows))
+        return edge.Outcome(document, report, len(rows) == len(cases) and not any(row.error for row in rows))
 
-    common.run(as_json, verbose, work)
+    edge.run(as_json, verbose, work)
 
 
 def _written(write: Callable[[], list[Path]], folder: Path) -> list[Path]:

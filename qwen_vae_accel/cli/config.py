@@ -10,7 +10,7 @@ from rich.text import Text
 
 from qwen_vae_accel.backends.base import EngineBackend, Environment, Job
 from qwen_vae_accel.backends.registry import direct_backends, engine_backends
-from qwen_vae_accel.cli import common
+from qwen_vae_accel.cli import common, edge
 from qwen_vae_accel.loading import load_vae, published_vae
 from qwen_vae_accel.model import ModelSource
 
@@ -32,7 +32,7 @@ def config(
 ) -> None:
     """Print the effective configuration, its plan, and which backends can run here."""
 
-    def work() -> common.Outcome:
+    def work() -> edge.Outcome:
         settings = common.resolve(
             file,
             task=task,
@@ -75,9 +75,9 @@ def config(
             "backends": backends,
             "environment": environment.describe(),
         }
-        return common.Outcome(document, _view(document))
+        return edge.Outcome(document, _view(document))
 
-    common.run(as_json, verbose, work)
+    edge.run(as_json, verbose, work)
 
 
 def _view(document: dict[str, Any]) -> Group:

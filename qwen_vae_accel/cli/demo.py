@@ -10,10 +10,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from qwen_vae_accel.cli import common
+from qwen_vae_accel.cli import common, edge
 from qwen_vae_accel.demo import run
 from qwen_vae_accel.engines.builder import BuildResult
 from qwen_vae_accel.engines.runtime import Wanted
+from qwen_vae_accel.terminal import stderr
 
 
 def demo(
@@ -25,13 +26,13 @@ def demo(
     backend: Annotated[str, typer.Option(help="A backend that has engines; auto takes the fastest that can run.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="Default: float32 on the CPU, as stored on the GPU.")] = None,
     device: common.Device = None,
-    area: Annotated[int, typer.Option(min=256, help="Pixels that a larger photo is scaled down to.")] = 1024 * 1024,
+    area: Annotated[int, typer.Option(min=256, max=2**28, help="Pixels that a larger photo is scaled down to.")] = 1024 * 1024,
     as_json: common.Json = False,
     verbose: common.Verbose = False,
 ) -> None:
     """Build engines, reload them in a new process, run a photo through the VAE and a whole pipeline, compare with diffusers."""
 
-    def work() -> common.Outcome:
+    def work() -> edge.Outcome:
         where = common.parse_device(device)
         request = run.make_request(model, image, output, backend, dtype, where, area)
         with common.progress(2, "build") as update:
@@ -40,11 +41,11 @@ def demo(
                 update(wanted.path, result is not None)
 
             request, built = run.build(request, told)
-        common.stderr.print("running in a new process ...", highlight=False)
+        stderr.print("running in a new process ...")
         findings = {"builds": [result.as_dict() for result in built], **run.reload(request)}
-        return common.Outcome(findings, _view(findings))
+        return edge.Outcome(findings, _view(findings))
 
-    common.run(as_json, verbose, work)
+    edge.run(as_json, verbose, work)
 
 
 def _view(findings: dict[str, Any]) -> Group:

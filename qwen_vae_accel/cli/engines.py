@@ -15,7 +15,7 @@ from rich.text import Text
 
 from qwen_vae_accel.backends.base import EngineBackend
 from qwen_vae_accel.backends.tensorrt import BuildSettings, TensorRTBackend, parse_capabilities
-from qwen_vae_accel.cli import common
+from qwen_vae_accel.cli import common, edge
 from qwen_vae_accel.config import AccelConfig
 from qwen_vae_accel.engines.builder import Builder, BuildResult
 from qwen_vae_accel.engines.inspect import EngineStatus, Inspector
@@ -23,6 +23,7 @@ from qwen_vae_accel.engines.runtime import Wanted
 from qwen_vae_accel.errors import AccelError, ConfigError, EngineError
 from qwen_vae_accel.loading import load_vae
 from qwen_vae_accel.model import ModelSource
+from qwen_vae_accel.terminal import stderr
 
 _Directory = Annotated[Path, typer.Option("--engine-dir", help="Folder of the engines.")]
 
@@ -66,7 +67,7 @@ def build(
 ) -> None:
     """Build the engines of a plan. Those that are current are kept; a failure does not stop the others."""
 
-    def work() -> common.Outcome:
+    def work() -> edge.Outcome:
         settings = common.resolve(
             config,
             task=task,
@@ -92,7 +93,7 @@ def build(
                 update(wanted.path, True)
                 reason = f": {result.reason}" if result.reason else ""
                 text = f"{result.status:>8} {wanted.path} {result.seconds:.1f} s{reason}"
-                common.stderr.print(text, markup=False, highlight=False, soft_wrap=True)
+                stderr.print(text, soft_wrap=True)
 
             results = builder.run(told)
         table = _table("engine", "status", "s", "MB", "PSNR dB", "reason")
@@ -106,9 +107,9 @@ def build(
             "backend": builder.backend.name,
             "engines": [result.as_dict() for result in results],
         }
-        return common.Outcome(document, table, all(result.status != "failed" for result in results))
+        return edge.Outcome(document, table, all(result.status != "failed" for result in results))
 
-    common.run(as_json, verbose, work)
+    edge.run(as_json, verbose, work)
 
 
 def _builder_steps(backend: EngineBackend, update: Callable[[str, bool], None]) -> AbstractContextManager[None]:
@@ -137,7 +138,7 @@ def list_engines(
 ) -> None:
     """List the engines: profiles, memory, self-checks, and why one would not be run here. Exit code 1 if any would not."""
 
-    def work() -> common.Outcome:
+    def work() -> edge.Outcome:
         where = common.parse_device(device)
         inspector = Inspector(engine_dir, where, None if vae is None else _source(vae, where))
         found = inspector.survey()
@@ -146,9 +147,9 @@ def list_engines(
             "weights_compared": vae is not None,
             "engines": [status.as_dict() for status in found],
         }
-        return common.Outcome(document, _survey_view(found, vae is not None), all(status.current for status in found))
+        return edge.Outcome(document, _survey_view(found, vae is not None), all(status.current for status in found))
 
-    common.run(as_json, verbose, work)
+    edge.run(as_json, verbose, work)
 
 
 def _survey_view(found: list[EngineStatus], weights: bool) -> RenderableType:
@@ -195,7 +196,7 @@ def prune(
     A plan is given by --config, --sizes or --multi-profile. Engine files without a record are never removed.
     """
 
-    def work() -> common.Outcome:
+    def work() -> edge.Outcome:
         where = common.parse_device(device)
         source = None if vae is None else _source(vae, where)
         inspector = Inspector(engine_dir, where, source)
@@ -225,9 +226,9 @@ def prune(
             "failures": failures,
         }
         parts = ([table] if removals else []) + [Text(note), *(Text(text, style="red") for text in failures)]
-        return common.Outcome(document, Group(*parts), not failures)
+        return edge.Outcome(document, Group(*parts), not failures)
 
-    common.run(as_json, verbose, work)
+    edge.run(as_json, verbose, work)
 
 
 def _planned_paths(
@@ -257,7 +258,7 @@ def adopt(
 ) -> None:
     """Take in engine files that have no record: each must pass the self-check against the VAE first."""
 
-    def work() -> common.Outcome:
+    def work() -> edge.Outcome:
         where = common.parse_device(device)
         settings = common.resolve(
             config,
@@ -293,6 +294,6 @@ def adopt(
                     update(name, True)
         view: RenderableType = table if names else Text("every engine file has a record; there is nothing to adopt")
         good = all(entry["adopted"] for entry in engines)
-        return common.Outcome({"engine_dir": str(engine_dir), "engines": engines}, view, good)
+        return edge.Outcome({"engine_dir": str(engine_dir), "engines": engines}, view, good)
 
-    common.run(as_json, verbose, work)
+    edge.run(as_json, verbose, work)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.text import Text
 
-from qwen_vae_accel.cli import common
+from qwen_vae_accel.cli import common, edge
 from qwen_vae_accel.errors import ConfigError
-from qwen_vae_accel.files import write_atomically
+from qwen_vae_accel.files import write_output
 from qwen_vae_accel.page.results import read_all
 from qwen_vae_accel.page.write import render
 
@@ -28,19 +29,19 @@ def report(
 ) -> None:
     """Make one self-contained HTML page of results: tables, charts, and a slider between the demo's pictures."""
 
-    def work() -> common.Outcome:
-        if output.is_dir():
+    def work() -> edge.Outcome:
+        if os.path.isdir(output):
             raise ConfigError(f"{output} is a folder: name the page, such as {output / 'report.html'}")
-        if any(output.resolve() == path.resolve() for path in results):
+        if any(os.path.realpath(output) == os.path.realpath(path) for path in results):
             raise ConfigError(f"{output} is one of the results: name another file for the page")
         sections = read_all(results)
         page = render(sections, title)
         try:
-            write_atomically(output, page)
+            write_output(output, page)
         except OSError as error:
             raise ConfigError(f"cannot write {output}: {error}") from error
-        size = output.stat().st_size
+        size = len(page.encode())
         document = {"file": str(output), "bytes": size, "sections": [section.title for section in sections]}
-        return common.Outcome(document, Text(f"{output}, {size / 1e6:.1f} MB, {len(sections)} results"))
+        return edge.Outcome(document, Text(f"{output}, {size / 1e6:.1f} MB, {len(sections)} results"))
 
-    common.run(as_json, verbose, work)
+    edge.run(as_json, verbose, work)

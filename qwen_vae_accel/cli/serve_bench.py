@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
+import os
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,10 +17,11 @@ from qwen_vae_accel.bench.report import machine, require_packages
 from qwen_vae_accel.bench.serve.measure import Measurement, postprocessing
 from qwen_vae_accel.bench.serve.pipelines import I2I_SIZES, STEPS, T2I_SIZES, TASKS, Service
 from qwen_vae_accel.bench.serve.report import make_document, view, write
-from qwen_vae_accel.cli import common
+from qwen_vae_accel.cli import common, edge
 from qwen_vae_accel.config import AccelConfig
 from qwen_vae_accel.errors import ConfigError
 from qwen_vae_accel.plan import Size, parse_size
+from qwen_vae_accel.terminal import stderr
 
 _POSTPROCESS_SIZE = Size(1328, 1328)
 _POSTPROCESS_REPEATS = 25
@@ -48,7 +48,7 @@ def serve_bench(
     sizes: Annotated[
         str | None, typer.Option(help="Names or WxH, comma-separated; of the input images for i2i. Default: the guide's.")
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Requests per size after the first.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, max=10**6, help="Requests per size after the first.")] = 3,
     backend: Annotated[str, typer.Option(help="Of the accelerated pipeline.")] = "auto",
     engine_dir: Annotated[Path | None, typer.Option(help="Folder of the engines; missing ones are built first.")] = None,
     offload_reference: Annotated[
@@ -62,7 +62,7 @@ def serve_bench(
 ) -> None:
     """Measure whole requests, plain and accelerated: denoising, encode, decode, post-processing, first request, memory."""
 
-    def work() -> common.Outcome:
+    def work() -> edge.Outcome:
         if output is not None:
             require_packages()
         if task not in (*TASKS, "both"):
@@ -73,13 +73,13 @@ def serve_bench(
         where = common.parse_device(device)
         dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
         kind = transformer
-        if kind is None and (model is None or not (model / "transformer").is_dir()):
+        if kind is None and (model is None or not os.path.isdir(model / "transformer")):
             kind = "full" if where.type == "cuda" else "tiny"
         with common.progress(2 * sum(map(len, wanted.values())) + 1, "models") as update:
 
             def told(line: str) -> None:
                 update(line.split("  ")[0], True)
-                common.stderr.print(line, markup=False, highlight=False)
+                stderr.print(line)
 
             service = Service(model, kind, where, dtype)
             with tempfile.TemporaryDirectory(prefix="qwen-vae-accel-serve-") as temporary:
@@ -101,7 +101,7 @@ def serve_bench(
             "repeats": repeats,
             "offload_reference": offload_reference,
         }
-        command = shlex.join(["qwen-vae-accel", *sys.argv[1:]])
+        command = common.command_line()
         document = make_document(rows, memory, alone, machine(where), settings, command)
         printed = dict(document)
         if output is not None:
@@ -109,9 +109,9 @@ def serve_bench(
                 printed["files"] = [str(path) for path in write(document, output, name or f"serve_{where.type}")]
             except OSError as error:
                 raise ConfigError(f"cannot write the report to {output}: {error}") from error
-        return common.Outcome(printed, view(document), not any(row["error"] for row in rows))
+        return edge.Outcome(printed, view(document), not any(row["error"] for row in rows))
 
-    common.run(as_json, verbose, work)
+    edge.run(as_json, verbose, work)
 
 
 def _count(number: int) -> str:

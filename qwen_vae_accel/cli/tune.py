@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qwen_vae_accel.backends.base import Environment
-from qwen_vae_accel.cli import common
+from qwen_vae_accel.cli import common, edge
 from qwen_vae_accel.config import DTYPES, dtype_name
 from qwen_vae_accel.engines.store import EngineStore
 from qwen_vae_accel.errors import BackendUnavailableError, ConfigError, EngineError
@@ -39,7 +39,7 @@ def tune(
 ) -> None:
     """Measure the fused kernels' configurations on this GPU and keep the fastest. Takes minutes; needs no weights."""
 
-    def work() -> common.Outcome:
+    def work() -> edge.Outcome:
         kind = DTYPES[dtype_name(dtype)]
         if kind not in KERNEL_DTYPES:
             raise ConfigError(f"dtype must be bfloat16 or float16, not {dtype}")
@@ -51,7 +51,7 @@ def tune(
         _require_writable(engine_dir)
         return _tune(engine_dir, kind, wanted, where)
 
-    common.run(as_json, verbose, work)
+    edge.run(as_json, verbose, work)
 
 
 def _require_writable(folder: Path) -> None:
@@ -65,11 +65,11 @@ def _require_writable(folder: Path) -> None:
         raise EngineError(f"cannot write in the engine directory {folder}: {error}") from error
 
 
-def _tune(folder: Path, dtype: torch.dtype, sizes: tuple[Size, ...], device: torch.device) -> common.Outcome:
+def _tune(folder: Path, dtype: torch.dtype, sizes: tuple[Size, ...], device: torch.device) -> edge.Outcome:
     from qwen_vae_accel.kernels.autotune import tune as measure
     from qwen_vae_accel.kernels.tuned import Machine, TunedGpu, write_tuned
 
-    with progress_bar(common.stderr, transient=False) as update:
+    with progress_bar(transient=False) as update:
         kernels = measure(dtype, device, [(size.height, size.width) for size in sizes], update)
     tuned = TunedGpu(
         machine=Machine.of(device), torch=str(torch.__version__), dtype=str(dtype).removeprefix("torch."),
@@ -80,7 +80,7 @@ def _tune(folder: Path, dtype: torch.dtype, sizes: tuple[Size, ...], device: tor
         path = write_tuned(folder, tuned)
     except OSError as error:
         raise EngineError(f"cannot write in the engine directory {folder}: {error}") from error
-    return common.Outcome({"file": os.fspath(path), **tuned.as_dict()}, _view(tuned, path))
+    return edge.Outcome({"file": os.fspath(path), **tuned.as_dict()}, _view(tuned, path))
 
 
 def _view(tuned: Any, path: Path) -> Group:

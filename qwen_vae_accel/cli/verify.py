@@ -11,7 +11,7 @@ from rich.text import Text
 
 from qwen_vae_accel.backends.base import DirectBackend, Environment, Job
 from qwen_vae_accel.backends.registry import get_backend
-from qwen_vae_accel.cli import common
+from qwen_vae_accel.cli import common, edge
 from qwen_vae_accel.config import FLOAT8, AccelConfig
 from qwen_vae_accel.engines import selfcheck
 from qwen_vae_accel.engines.inspect import Inspector
@@ -43,7 +43,7 @@ def verify(
     eager, that backend's networks in the dtypes given, float8 included (--engine-dir then keeps its calibration).
     """
 
-    def work() -> common.Outcome:
+    def work() -> edge.Outcome:
         where = common.parse_device(device)
         if backend is None:
             given = {"sizes": sizes, "dtype": dtype, "encode-dtype": encode_dtype, "decode-dtype": decode_dtype, "task": task}
@@ -59,7 +59,7 @@ def verify(
         )  # fmt: skip
         return _verify_direct(vae, config, common.split(sizes) or (_SIZE,), where)
 
-    common.run(as_json, verbose, work)
+    edge.run(as_json, verbose, work)
 
 
 def _table(first: str) -> Table:
@@ -75,7 +75,7 @@ def _add_row(table: Table, name: str, size: object, result: Verification) -> Non
     table.add_row(name, str(size), f"{result.psnr_db:.1f}", *errors, verdict)
 
 
-def _verify_engines(vae: Path, engine_dir: Path, device: torch.device) -> common.Outcome:
+def _verify_engines(vae: Path, engine_dir: Path, device: torch.device) -> edge.Outcome:
     inspector = Inspector(engine_dir, device, ModelSource(load_vae(vae, device)))
     found = inspector.survey()
     table = _table("engine")
@@ -100,10 +100,10 @@ def _verify_engines(vae: Path, engine_dir: Path, device: torch.device) -> common
                 table.add_row(status.path, "", "", "", "", Text("refused: " + "; ".join(reasons), style="red"))
             update(status.path, True)
     good = all(entry["good"] for entry in engines)
-    return common.Outcome({"engine_dir": str(engine_dir), "engines": engines}, table if found else Text("no engines"), good)
+    return edge.Outcome({"engine_dir": str(engine_dir), "engines": engines}, table if found else Text("no engines"), good)
 
 
-def _verify_direct(vae: Path, config: AccelConfig, sizes: tuple[str, ...], device: torch.device) -> common.Outcome:
+def _verify_direct(vae: Path, config: AccelConfig, sizes: tuple[str, ...], device: torch.device) -> edge.Outcome:
     chosen = get_backend(config.backend) if config.backend != "auto" else None
     if not isinstance(chosen, DirectBackend):
         raise ConfigError(f"--backend {config.backend} does not name networks without engines; fused and eager do")
@@ -127,4 +127,4 @@ def _verify_direct(vae: Path, config: AccelConfig, sizes: tuple[str, ...], devic
                 _add_row(table, f"{job.method} {kind}", size, result)
                 update(f"{job.method} {size}", True)
     good = all(network["passed"] for network in networks)
-    return common.Outcome({"backend": chosen.name, "networks": networks}, table, good)
+    return edge.Outcome({"backend": chosen.name, "networks": networks}, table, good)

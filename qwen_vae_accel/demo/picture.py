@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from qwen_vae_accel.errors import InvalidInputError
+from qwen_vae_accel.files import open_regular
 from qwen_vae_accel.plan import STATIC_MULTIPLE, Size
 
 _MARGIN, _CAPTION = 12, 48
@@ -25,9 +26,9 @@ def open_photo(path: Path, area: int) -> Image.Image:
         InvalidInputError: if it cannot be read or is too small.
     """
     try:
-        with Image.open(path) as file:
-            photo = ImageOps.exif_transpose(file).convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        with open_regular(path) as file, Image.open(file) as picture:
+            photo = ImageOps.exif_transpose(picture).convert("RGB")
+    except Exception as error:  # whatever Pillow makes of a file that anybody may have written
         raise InvalidInputError(f"cannot read the image {path}: {error}") from error
     scale = min(1.0, math.sqrt(area / (photo.width * photo.height)))
     size = Size(int(photo.width * scale), int(photo.height * scale)).floor(STATIC_MULTIPLE)

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from qwen_vae_accel.config import DTYPES, AccelConfig
 from qwen_vae_accel.demo.picture import amplified, open_photo, psnr, save_each, side_by_side, to_image, to_tensor
 from qwen_vae_accel.demo.tiny_pipeline import tiny_pipeline
+from qwen_vae_accel.documents import dump_json, read_json
 from qwen_vae_accel.errors import AccelError
+from qwen_vae_accel.files import write_atomically
 from qwen_vae_accel.loading import load_vae
 from qwen_vae_accel.plugin.handle import Handle, accelerate
 
@@ -206,12 +208,12 @@ def perform(request: Request) -> dict[str, Any]:
 
 def main(path: str) -> int:
     """Do what the request file says; an error of ours is written as the finding."""
-    request = Request(**json.loads(Path(path).read_text(encoding="utf-8")))
+    request = Request(**read_json(Path(path)))
     try:
         findings = perform(request)
     except AccelError as error:
         findings = {"error": {"type": type(error).__name__, "message": str(error)}}
-    request.findings.write_text(json.dumps(findings, indent=1) + "\n", encoding="utf-8")
+    write_atomically(request.findings, dump_json(findings))
     return 1 if "error" in findings else 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,9 +16,11 @@ import qwen_vae_accel
 from qwen_vae_accel.config import AccelConfig
 from qwen_vae_accel.demo.picture import open_photo
 from qwen_vae_accel.demo.reload import Request, as_json
+from qwen_vae_accel.documents import read_json
 from qwen_vae_accel.engines.builder import Builder, BuildResult
 from qwen_vae_accel.engines.runtime import Wanted
 from qwen_vae_accel.errors import AccelError, BuildError, ConfigError, UnsupportedVAEError
+from qwen_vae_accel.files import write_atomically
 from qwen_vae_accel.loading import load_vae, stored_dtype, vae_folder
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.plan import LATENT_SCALE
@@ -47,13 +50,15 @@ def fetch_model(model: str) -> Path:
     Raises:
         UnsupportedVAEError: if there is none.
     """
-    if Path(model).expanduser().exists() or model.count("/") != 1:
+    if os.path.exists(os.path.expanduser(model)) or model.count("/") != 1:
         return vae_folder(model)
     from huggingface_hub import snapshot_download
 
     try:
         return vae_folder(snapshot_download(model, allow_patterns=["vae/*", "config.json", "*.safetensors"]))
-    except (OSError, ValueError) as error:
+    except AccelError:
+        raise
+    except Exception as error:  # its client's own, and those of the network below it
         reasons = ["there is no such folder", f"the Hub could not give it: {type(error).__name__}: {error}".splitlines()[0]]
         raise UnsupportedVAEError(model, reasons) from error
 
@@ -125,7 +130,7 @@ def reload(request: Request) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
         request.findings.unlink(missing_ok=True)
         path = folder / "request.json"
-        path.write_text(as_json(request), encoding="utf-8")
+        write_atomically(path, as_json(request))
     except OSError as error:
         raise ConfigError(f"cannot write to {folder}: {error}") from error
     command = [sys.executable, "-W", "ignore", "-m", "qwen_vae_accel.demo.reload", str(path)]
@@ -133,7 +138,7 @@ def reload(request: Request) -> dict[str, Any]:
     code = subprocess.run(command, stdout=2, check=False).returncode
     if not request.findings.is_file():
         raise DemoError(f"the new process ended with code {code} and left no result")
-    findings: dict[str, Any] = json.loads(request.findings.read_text(encoding="utf-8"))
+    findings: dict[str, Any] = read_json(request.findings)
     if "error" in findings:
         raise DemoError(f"in the new process: {findings['error']['type']}: {findings['error']['message']}")
     return findings

@@ -199,7 +199,7 @@ class Inspector:
 
     def prunable(self, planned: Collection[str] | None = None) -> list[Removal]:
         """Leftovers of killed builds, engines that would not be run here, and engines that are not ``planned`` (paths)."""
-        found = [Removal(path, None, path.stat().st_size, "left behind by a killed build") for path in self._leftovers()]
+        found = [Removal(path, None, path.lstat().st_size, "left behind by a killed build") for path in self._leftovers()]
         for status in self.survey():
             if status.record is None:
                 continue

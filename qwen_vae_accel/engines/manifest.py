@@ -15,12 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from qwen_vae_accel.errors import EngineError
+from qwen_vae_accel.documents import read_json
+from qwen_vae_accel.errors import EngineError, shown
 from qwen_vae_accel.files import is_path
 from qwen_vae_accel.plan import EngineKey, Profile, Size
 
 VERSION = 1
 NAME = "manifest.json"
+_NETWORKS = ("vae_encoder", "vae_decoder")
 
 
 def adopt_command(root: Path) -> str:
@@ -29,17 +31,18 @@ def adopt_command(root: Path) -> str:
 
 
 def _path(name: str) -> str:
-    """``name`` if it is a path below the directory: what a manifest names may be deleted."""
+    """``name`` if it is an engine's path below the directory: what a manifest names may be deleted."""
     path = PurePosixPath(name)
-    if not is_path(name) or not path.parts or path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"{name!r} is not a path below the engine directory")
+    own = path.parts and path.parts[0].startswith(".")
+    if not is_path(name) or path.is_absolute() or ".." in path.parts or own or not path.name.startswith(_NETWORKS):
+        raise ValueError(f"{shown(name)} is not the path of an engine below the engine directory")
     return name
 
 
 def _check(values: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
     for name, kind in kinds.items():
         if name in values and not isinstance(values[name], kind):
-            raise TypeError(f"{name} is {values[name]!r}, not of type {kind.__name__}")
+            raise TypeError(f"{name} is {shown(values[name])}, not of type {kind.__name__}")
 
 
 def _size(text: str) -> Size:
@@ -153,17 +156,19 @@ class EngineRecord:
         for facts in (values["identity"], values["environment"], *values["profiles"]):
             _check(facts, dict.fromkeys(facts, str))
         if values["method"] not in ("encode", "decode"):
-            raise ValueError(f"method {values['method']!r} is neither encode nor decode")
+            raise ValueError(f"method {shown(values['method'])} is neither encode nor decode")
         profiles = tuple(Profile(p["name"], _size(p["min"]), _size(p["opt"]), _size(p["max"])) for p in values["profiles"])
         if not profiles:
             raise ValueError("no profiles")
         scratch = values.get("scratch")
         if scratch is not None:
             scratch = tuple(scratch)
-            if len(scratch) != len(profiles) or not all(isinstance(size, int) for size in scratch):
-                raise ValueError(f"scratch is {scratch}, not a number of bytes for each of {len(profiles)} profiles")
+            if len(scratch) != len(profiles) or not all(isinstance(size, int) and size >= 0 for size in scratch):
+                raise ValueError(f"scratch is {shown(scratch)}, not a number of bytes for each of {len(profiles)} profiles")
         checks = {name: Verification.from_json(result) for name, result in values.get("verification", {}).items()}
         seconds = float(values["build_seconds"])
+        if not (math.isfinite(seconds) and values["size"] >= 0):
+            raise ValueError("build_seconds and size must be numbers of seconds and bytes")
         return cls(**{**values, "profiles": profiles, "build_seconds": seconds, "scratch": scratch, "verification": checks})
 
 
@@ -176,7 +181,7 @@ class Manifest:
     def dumps(self) -> str:
         """The text of the file."""
         engines = {path: [r.to_json() for r in records] for path, records in sorted(self.engines.items()) if records}
-        return json.dumps({"version": VERSION, "engines": engines}, indent=1, sort_keys=True) + "\n"
+        return json.dumps({"version": VERSION, "engines": engines}, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
     @classmethod
     def read(cls, root: Path) -> Manifest:
@@ -186,23 +191,21 @@ class Manifest:
             EngineError: if it cannot be read or understood. Nothing is changed then.
         """
         path = root / NAME
-        try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return cls()
-        except (OSError, UnicodeDecodeError) as error:
-            raise EngineError(f"cannot read the manifest {path}: {error}") from error
         hint = f"Restore the file, or move it away and take the engines in again: {adopt_command(root)}"
         try:
-            document = json.loads(text)
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
+            document = read_json(path)
+        except FileNotFoundError:
+            return cls()
+        except OSError as error:
+            raise EngineError(f"cannot read the manifest {path}: {error.strerror or error}") from error
+        except ValueError as error:
             raise EngineError(f"the manifest {path} is not JSON ({error}). {hint}") from error
         if not isinstance(document, dict) or not isinstance(document.get("engines"), dict):
             raise EngineError(f"the manifest {path} has no table of engines. {hint}")
         if document.get("version") != VERSION:
-            raise EngineError(f"the manifest {path} has version {document.get('version')!r}; this release reads {VERSION}")
+            raise EngineError(f"the manifest {path} has version {shown(document.get('version'))}; this release reads {VERSION}")
         try:
             engines = document["engines"].items()
             return cls({_path(name): [EngineRecord.from_json(r) for r in records] for name, records in engines})
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise EngineError(f"the manifest {path} has a malformed record ({error!r}). {hint}") from error
+            raise EngineError(f"the manifest {path} has a malformed record ({shown(error)}). {hint}") from error

@@ -27,7 +27,7 @@ from filelock import FileLock
 from qwen_vae_accel.backends.base import EngineBackend, Environment
 from qwen_vae_accel.engines.manifest import NAME, EngineRecord, Manifest, Verification, adopt_command
 from qwen_vae_accel.errors import BuildError, EngineError, EngineMissingError, EngineRefusedError
-from qwen_vae_accel.files import write_atomically
+from qwen_vae_accel.files import open_regular, write_atomically
 from qwen_vae_accel.plan import EngineKey
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ class Expected:
 def hash_file(path: Path) -> str:
     """sha256 of a file, hex."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

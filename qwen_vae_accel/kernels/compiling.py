@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from qwen_vae_accel import caches
+
 Tasks = dict[Hashable, Callable[[], object]]
 Progress = Callable[[int, int], None]
 
@@ -47,6 +49,7 @@ def run(tasks: Tasks, device: torch.device, progress: Progress | None = None) ->
         with torch.cuda.device(device):
             task()
 
+    caches.prepare()
     with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
         futures = [pool.submit(on_device, task) for task in tasks.values()]
         for done, _ in enumerate(as_completed(futures), 1):

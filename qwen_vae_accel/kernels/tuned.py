@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from qwen_vae_accel.files import write_atomically
+from qwen_vae_accel.documents import LARGEST_FILE, parse_json
+from qwen_vae_accel.files import read_file, write_atomically
 from qwen_vae_accel.kernels.candidates import candidates
 from qwen_vae_accel.kernels.sm90.schedules import Schedule
 from qwen_vae_accel.kernels.tuning import (
@@ -94,14 +95,14 @@ class TunedGpu:
         return json.dumps(self.as_dict(), indent=1) + "\n"
 
     @classmethod
-    def loads(cls, text: str, machine: Machine, device: Device) -> TunedGpu:
+    def loads(cls, text: str | bytes, machine: Machine, device: Device) -> TunedGpu:
         """From JSON, to be used on ``machine``, whose GPU is ``device``.
 
         Raises:
             ValueError: it is no such JSON, has another version, was measured elsewhere, or names what tuning never tries.
         """
         try:
-            document = json.loads(text)
+            document = parse_json(text)
             if document["version"] != _VERSION:
                 raise ValueError(f"version {document['version']!r} of the schema; this release reads {_VERSION}")
             if different := _differences(Machine(**document["machine"]), machine):
@@ -113,7 +114,7 @@ class TunedGpu:
                 machine, _text(document["torch"]), _text(document["dtype"]), tuple(map(_text, document["sizes"])),
                 _text(document["made_at"]), kernels,
             )  # fmt: skip
-        except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a tuning: {type(error).__name__} {error}") from error
 
 
@@ -176,7 +177,7 @@ def read_tuned(folder: Path, machine: Machine, device: Device) -> TunedGpu | Non
     """The tuning of ``machine`` in ``folder``; None, with the reason logged, where there is none that serves."""
     path = tuning_path(folder, machine.gpu)
     try:
-        return TunedGpu.loads(path.read_text(encoding="utf-8"), machine, device)
+        return TunedGpu.loads(read_file(path, LARGEST_FILE), machine, device)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import base64
-import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from qwen_vae_accel.bench import chart as bench_chart
 from qwen_vae_accel.bench import kernels as bench_kernels
 from qwen_vae_accel.bench import report as bench_report
+from qwen_vae_accel.bench.report import optional_package
 from qwen_vae_accel.bench.serve import chart as serve_chart
 from qwen_vae_accel.bench.serve import report as serve_report
 from qwen_vae_accel.demo import reload as demo
-from qwen_vae_accel.errors import InvalidInputError
+from qwen_vae_accel.documents import read_json
+from qwen_vae_accel.errors import InvalidInputError, shown
+from qwen_vae_accel.files import read_file
 from qwen_vae_accel.page.svg import to_svg
 
 SCHEMAS = {
@@ -27,6 +30,10 @@ SCHEMAS = {
     demo.KIND: demo.SCHEMA,
 }
 DEMO_FILE = "demo.json"
+_PICTURES = ("PNG", "JPEG", "WEBP")
+_LARGEST_PICTURE = 64 * 2**20
+_LARGEST_RESULT = 2**20
+_MOST_ROWS = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,28 +83,29 @@ def read(path: Path) -> Section:
 
     Raises:
         InvalidInputError: if the file cannot be read, is no such result, has another version of the schema, or names a
-            picture that is not there.
+            picture that is not there or does not lie beside it.
+        ConfigError: if matplotlib is not installed.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path / DEMO_FILE
     document = _document(path)
+    optional_package("matplotlib")
     make: Callable[[Mapping[str, Any], Path], Section] = _SECTIONS[document["kind"]]
     try:
         return make(document, path)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
-        if isinstance(error, InvalidInputError):
-            raise
-        raise InvalidInputError(
-            f"{path} is a damaged result of {document['kind']} ({type(error).__name__}: {error}); measure again"
-        ) from error
+    except InvalidInputError:
+        raise
+    except Exception as error:  # whatever our tables and matplotlib make of values that anybody may have written
+        why = f"{type(error).__name__}: {error}"
+        raise InvalidInputError(f"{path} is a damaged result of {document['kind']} ({why[:300]}); measure again") from error
 
 
 def _document(path: Path) -> dict[str, Any]:
     known = "the JSON of `bench` or `serve-bench`, or the demo's output folder"
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = read_json(path, _LARGEST_RESULT)
     except OSError as error:
-        raise InvalidInputError(f"cannot read {path}: {error.strerror}; give {known}") from error
+        raise InvalidInputError(f"cannot read {path}: {error.strerror or error}; give {known}") from error
     except ValueError as error:  # neither UTF-8 nor JSON
         raise InvalidInputError(f"{path} is no JSON: {error}; give {known}") from error
     if not isinstance(document, dict) or "schema" not in document:
@@ -106,12 +114,15 @@ def _document(path: Path) -> dict[str, Any]:
     document.setdefault("kind", bench_report.KIND if "rows" in document else None)
     kind = document["kind"]
     if not isinstance(kind, str) or kind not in SCHEMAS:
-        raise InvalidInputError(f"{path} is a result of kind {kind!r}; known are {', '.join(SCHEMAS)}")
+        raise InvalidInputError(f"{path} is a result of kind {shown(kind)}; known are {', '.join(SCHEMAS)}")
     if document["schema"] != SCHEMAS[kind]:
         raise InvalidInputError(
-            f"{path} has version {document['schema']!r} of the {kind} schema, this program reads {SCHEMAS[kind]}: "
+            f"{path} has version {shown(document['schema'])} of the {kind} schema, this program reads {SCHEMAS[kind]}: "
             f"measure again, or use the version of this program that wrote it"
         )
+    rows = document.get("rows", document.get("requests"))
+    if isinstance(rows, list) and len(rows) > _MOST_ROWS:
+        raise InvalidInputError(f"{path} has {len(rows)} rows; a page shows at most {_MOST_ROWS} of a result")
     return document
 
 
@@ -189,14 +200,22 @@ def _demo(document: Mapping[str, Any], path: Path) -> Section:
     )
 
 
+def _beside(folder: Path, name: str) -> Path:
+    """The file ``name`` in ``folder`` or below it: a result must not bring other files of this machine into a page."""
+    path = Path(os.path.realpath(folder / name))
+    if os.path.isabs(name) or ".." in Path(name).parts or not path.is_relative_to(os.path.realpath(folder)):
+        raise InvalidInputError(f"the picture {shown(name)} does not lie in {folder}, beside its result: it is not shown")
+    return path
+
+
 def _picture(folder: Path, name: str, panel: Mapping[str, str]) -> Picture:
-    path = folder / panel["file"]
+    path = _beside(folder, panel["file"])
     try:
-        data = path.read_bytes()
-        with Image.open(BytesIO(data)) as image:
+        data = read_file(path, _LARGEST_PICTURE)
+        with Image.open(BytesIO(data), formats=_PICTURES) as image:
             image.load()
             kind, (width, height) = image.get_format_mimetype(), image.size
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except Exception as error:  # whatever Pillow makes of a file that anybody may have written
         why = "it is not there" if isinstance(error, FileNotFoundError) else str(error)
         raise InvalidInputError(f"cannot read the picture {path}: {why}; run the demo again") from error
     uri = f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from qwen_vae_accel.backends.base import Job
+from qwen_vae_accel.documents import read_json
 from qwen_vae_accel.engines.selfcheck import sample_input
 from qwen_vae_accel.files import write_atomically
 from qwen_vae_accel.model import ModelSource
@@ -52,9 +53,12 @@ def calibrated_peaks(source: ModelSource, job: Job) -> dict[str, float]:
 
 def _read(path: Path, fingerprint: str) -> dict[str, float] | None:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = read_json(path)
         if document["version"] == _VERSION and document["weights"] == fingerprint:
-            return {str(name): float(peak) for name, peak in document["peaks"].items()}
+            peaks = {name: float(peak) for name, peak in document["peaks"].items()}
+            if not all(0 <= peak < math.inf for peak in peaks.values()):
+                raise ValueError("a peak is no finite number")
+            return peaks
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

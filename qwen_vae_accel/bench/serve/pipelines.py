@@ -6,6 +6,7 @@ arithmetic of the real thing; its images mean nothing.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from torch import nn
 
 from qwen_vae_accel.bench.cases import BenchError
 from qwen_vae_accel.demo.tiny_pipeline import TINY_TRANSFORMER, require_pipelines
-from qwen_vae_accel.errors import ConfigError, UnsupportedVAEError
-from qwen_vae_accel.loading import load_vae, random_vae
+from qwen_vae_accel.errors import ConfigError
+from qwen_vae_accel.loading import load_model, load_vae, random_vae
 from qwen_vae_accel.plan import GUIDE_STATIC, STATIC_MULTIPLE, Size
 
 TASKS = ("t2i", "i2i")
@@ -78,11 +79,7 @@ def random_transformer(z_dim: int, device: torch.device, dtype: torch.dtype, see
 def _stored_transformer(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
     from diffusers import QwenImageTransformer2DModel
 
-    try:
-        transformer: nn.Module = QwenImageTransformer2DModel.from_pretrained(str(folder), torch_dtype=dtype)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UnsupportedVAEError(str(folder), [f"diffusers cannot load the transformer: {error}"]) from error
-    return transformer.eval().requires_grad_(False).to(device)
+    return load_model(QwenImageTransformer2DModel, folder, device, dtype)
 
 
 class Service:
@@ -104,7 +101,7 @@ class Service:
         stored = None if model is None else model / "transformer"
         if transformer not in (None, *TRANSFORMERS):
             raise ConfigError(f"transformer must be full or tiny, not {transformer!r}")
-        if transformer is None and (stored is None or not stored.is_dir()):
+        if transformer is None and (stored is None or not os.path.isdir(stored)):
             raise ConfigError(f"{model} holds no transformer: name one of random weights with --transformer full (or tiny)")
         self.device = device
         self.dtype = dtype

@@ -5,7 +5,6 @@ Tables and chart are made of the JSON document alone, so they can be made again 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,8 +16,10 @@ from rich.text import Text
 
 from qwen_vae_accel.bench.harness import geometric_mean
 from qwen_vae_accel.bench.published import SERVICE, SERVICE_SUMMARY, Service
-from qwen_vae_accel.bench.report import optional_package
+from qwen_vae_accel.bench.report import optional_package, png
 from qwen_vae_accel.bench.serve.measure import ACCELERATED, PLAIN
+from qwen_vae_accel.documents import dump_json
+from qwen_vae_accel.files import write_output
 from qwen_vae_accel.plan import Size, parse_size
 
 SCHEMA = 1
@@ -262,12 +263,11 @@ def write(document: Document, folder: Path, name: str) -> list[Path]:
     """``name.json``, ``name.md`` and, if any request succeeded, ``name.png`` in ``folder``."""
     from qwen_vae_accel.bench.serve.chart import draw
 
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}{suffix}" for suffix in (".json", ".md", ".png")]
-    paths[0].write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    paths[1].write_text(markdown(document), encoding="utf-8")
+    write_output(paths[0], dump_json(document))
+    write_output(paths[1], markdown(document))
     figure = draw(document)
     if figure is None:
         return paths[:2]
-    figure.savefig(paths[2], dpi=130)
+    write_output(paths[2], png(figure))
     return paths

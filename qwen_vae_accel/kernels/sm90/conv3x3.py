@@ -129,7 +129,7 @@ class Conv3x3:
         weights: a 3x3 convolution of ``kernels.weights``, with or without a shortcut; for UPSAMPLE the folded one.
         mode: which convolution.
         schedules: compile-time choices, the best one for an image size is taken; default: those of the table.
-        cache: directory of compiled kernels; default: ``nvrtc.default_cache()``.
+        cache: directory of compiled kernels; default: ``caches.cubin_folder()``.
         device: where to run, if the matrix of ``weights`` is in CPU memory; its other tensors are on the GPU.
         keep: given packed weights, returns them in memory that may stay occupied for long.
 

@@ -6,17 +6,18 @@ import ctypes
 import functools
 import hashlib
 import logging
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from qwen_vae_accel.files import write_atomically
+from qwen_vae_accel.caches import cubin_folder
+from qwen_vae_accel.files import read_file, write_atomically
 
 logger = logging.getLogger(__name__)
 
 ARCHITECTURE = "sm_90a"
 _MAJORS = (13, 12)
+_LARGEST = 64 * 2**20
 
 
 class CompileError(RuntimeError):
@@ -56,22 +57,20 @@ def version() -> str | None:
     return f"{major.value}.{minor.value}"
 
 
-def default_cache() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "qwen_vae_accel" / "cubin"
-
-
 def compile_cubin(source: str, defines: Mapping[str, int], cache: Path | None = None) -> bytes:
-    """Machine code of ``source`` for sm_90a, from the cache directory if it was compiled before.
+    """Machine code of ``source`` for sm_90a, from the cache directory if it was compiled before; see :func:`cubin_folder`.
 
     Raises:
         CompileError: NVRTC is missing or rejects the source.
     """
     options = [f"--gpu-architecture={ARCHITECTURE}", "--std=c++17", *(f"-D{k}={v}" for k, v in sorted(defines.items()))]
     key = hashlib.sha256("\0".join([version() or "none", source, *options]).encode()).hexdigest()
-    path = (cache or default_cache()) / f"{key[:40]}.{ARCHITECTURE}.cubin"
+    folder = cache or cubin_folder()
+    if folder is None:
+        return _compile(source, options)
+    path = folder / f"{key[:40]}.{ARCHITECTURE}.cubin"
     try:
-        return path.read_bytes()
+        return read_file(path, _LARGEST)
     except OSError:
         pass
     cubin = _compile(source, options)
