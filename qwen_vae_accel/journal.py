@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
-from qwen_vae_accel.terminal import visible
+from qwen_vae_accel.terminal import plain
 
 logger = logging.getLogger(__name__)
 
@@ -156,8 +155,8 @@ class Report:
             calls.add_column(column, justify="right" if column == "calls" else "left")
         for method, served in values["calls"].items():
             for name, count in sorted(served.items()):
-                calls.add_row(_text(method), _text(name), str(count))
-        parts: list[RenderableType] = [Text(f"qwen_vae_accel, backend {values['backend']}", style="bold"), calls]
+                calls.add_row(plain(method), plain(name), str(count))
+        parts: list[RenderableType] = [plain(f"qwen_vae_accel, backend {values['backend']}", "bold"), calls]
         if values["load_ms"]:
             loads = Table()
             for column in ("engine", "backend", "load ms", "MB", "loaded"):
@@ -165,20 +164,24 @@ class Report:
             for load in values["load_ms"]:
                 loaded = "yes" if load["engine"] in values["engines"] else "no"
                 loads.add_row(
-                    _text(load["engine"]), _text(load["backend"]), f"{load['ms']:.1f}", f"{load['nbytes'] / 1e6:.1f}", loaded
+                    plain(load["engine"]),
+                    plain(load["backend"]),
+                    f"{load['ms']:.1f}",
+                    f"{load['nbytes'] / 1e6:.1f}",
+                    loaded,
                 )
-            parts += [Text(f"engines: {values['loads']} loads, {values['evictions']} releases", style="bold"), loads]
+            parts += [plain(f"engines: {values['loads']} loads, {values['evictions']} releases", style="bold"), loads]
         if values["fallbacks"]:
             table = Table()
             for column in ("method", "served by", "times", "reason"):
                 table.add_column(column)
             for f in values["fallbacks"]:
-                table.add_row(_text(f["method"]), _text(f["backend"]), str(f["count"]), _text(f["reason"]))
-            parts += [Text("fallbacks", style="bold"), table]
-        parts += [_text(f"{method}: {text}") for method, text in values["arithmetic"].items()]
-        parts += [_text(f"left alone: {text}") for text in values["left_alone"]]
+                table.add_row(plain(f["method"]), plain(f["backend"]), str(f["count"]), plain(f["reason"]))
+            parts += [plain("fallbacks", style="bold"), table]
+        parts += [plain(f"{method}: {text}") for method, text in values["arithmetic"].items()]
+        parts += [plain(f"left alone: {text}") for text in values["left_alone"]]
         if values["note"]:
-            parts.append(_text(values["note"]))
+            parts.append(plain(values["note"]))
         return Group(*parts)
 
     def __str__(self) -> str:
@@ -188,8 +191,3 @@ class Report:
         with console.capture() as capture:
             console.print(self)
         return capture.get()
-
-
-def _text(value: str) -> Text:
-    """As it is, on whatever console the report is printed."""
-    return Text(visible(value))

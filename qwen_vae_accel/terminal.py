@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
+from rich.text import Text
 
 _CONTROLS = [*range(0x20), *range(0x7F, 0xA0)]
 # Marks that turn the direction of what follows, and separators of lines.
@@ -26,6 +27,11 @@ for _kept in "\n\t":
 def visible(text: str, encoding: str = "utf-8") -> str:
     """``text`` with control characters, and what ``encoding`` does not have, written out; lines and tabs stay."""
     return text.translate(_VISIBLE).encode(encoding, "backslashreplace").decode(encoding)
+
+
+def plain(text: str, style: str = "") -> Text:
+    """``text`` for rich, as it is shown on any console: visible, and without markup."""
+    return Text(visible(text), style)
 
 
 class Unfailing(io.TextIOBase):
@@ -73,6 +79,10 @@ class Terminal(Console):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """As rich's; here, so that what is measured is what is shown."""
+        return super().render_str(visible(text), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):

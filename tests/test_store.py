@@ -256,7 +256,7 @@ def test_malformed_records(root, change):
         find(root)
 
 
-@pytest.mark.parametrize("name", ["../victim.txt", "/victim", "a/../../victim", "a/..", "", ".", "a\0b", "\ud800"])
+@pytest.mark.parametrize("name", ["../victim.txt", "/victim", "a/../../victim", "a/..", "", ".", "a\0b"])
 def test_a_record_of_a_path_outside_is_malformed(root, name):
     """What the manifest names, ``prune`` may delete."""
     document = json.loads((root / NAME).read_text())

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from qwen_vae_accel.backends.base import Environment
 from qwen_vae_accel.bench import kernels
@@ -26,6 +25,7 @@ from qwen_vae_accel.documents import dump_json
 from qwen_vae_accel.errors import ConfigError
 from qwen_vae_accel.files import write_output
 from qwen_vae_accel.plan import parse_size
+from qwen_vae_accel.terminal import plain
 
 SCHEMA = 1
 KIND = "bench"
@@ -219,7 +219,7 @@ class BenchReport:
             for cell in cells:
                 table.add_row(*cell)
             parts.append(table)
-        parts += [Text(line) for line in self.remarks()]
+        parts += [plain(line) for line in self.remarks()]
         return Group(*parts)
 
     def remarks(self) -> list[str]:

@@ -6,13 +6,13 @@ from typing import Any
 
 from rich.console import Group
 from rich.table import Table
-from rich.text import Text
 
 from qwen_vae_accel.backends.base import EngineBackend, Environment, Job
 from qwen_vae_accel.backends.registry import direct_backends, engine_backends
 from qwen_vae_accel.cli import common, edge
 from qwen_vae_accel.loading import load_vae, published_vae
 from qwen_vae_accel.model import ModelSource
+from qwen_vae_accel.terminal import plain
 
 
 def config(
@@ -98,6 +98,6 @@ def _view(document: dict[str, Any]) -> Group:
         backends.add_column(column, overflow="fold")
     for backend in document["backends"]:
         reasons = "; ".join(backend["reasons"])
-        backends.add_row(backend["name"], "yes" if backend["engines"] else "no", Text(f"no: {reasons}" if reasons else "yes"))
+        backends.add_row(backend["name"], "yes" if backend["engines"] else "no", plain(f"no: {reasons}" if reasons else "yes"))
     note = "Any other size gets an engine of its own when it is asked for." if document["plan"]["open"] else ""
-    return Group(fields, plan, Text(note), backends)
+    return Group(fields, plan, plain(note), backends)

@@ -8,13 +8,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Group
 from rich.table import Table
-from rich.text import Text
 
 from qwen_vae_accel.cli import common, edge
 from qwen_vae_accel.demo import run
 from qwen_vae_accel.engines.builder import BuildResult
 from qwen_vae_accel.engines.runtime import Wanted
-from qwen_vae_accel.terminal import stderr
+from qwen_vae_accel.terminal import plain, stderr
 
 
 def demo(
@@ -81,4 +80,4 @@ def _view(findings: dict[str, Any]) -> Group:
         f"Decodes served so far: {served}."
     )
     pictures = f"pictures: {photo['picture']}, {whole['picture']}"
-    return Group(builds, times, quality, Text.from_ansi(findings["report_text"].rstrip()), Text(summary), Text(pictures))
+    return Group(builds, times, quality, plain(findings["report_text"].rstrip()), plain(summary), plain(pictures))

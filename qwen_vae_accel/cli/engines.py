@@ -11,7 +11,6 @@ import torch
 import typer
 from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from qwen_vae_accel.backends.base import EngineBackend
 from qwen_vae_accel.backends.tensorrt import BuildSettings, TensorRTBackend, parse_capabilities
@@ -23,7 +22,7 @@ from qwen_vae_accel.engines.runtime import Wanted
 from qwen_vae_accel.errors import AccelError, ConfigError, EngineError
 from qwen_vae_accel.loading import load_vae
 from qwen_vae_accel.model import ModelSource
-from qwen_vae_accel.terminal import stderr
+from qwen_vae_accel.terminal import plain, stderr
 
 _Directory = Annotated[Path, typer.Option("--engine-dir", help="Folder of the engines.")]
 
@@ -101,7 +100,7 @@ def build(
             record = result.record
             psnr = "" if record is None else ", ".join(f"{v.psnr_db:.1f}" for v in record.verification.values())
             size = f"{record.size / 1e6:.1f}" if record else ""
-            table.add_row(result.path, result.status, f"{result.seconds:.1f}", size, psnr, Text(result.reason))
+            table.add_row(result.path, result.status, f"{result.seconds:.1f}", size, psnr, plain(result.reason))
         document = {
             "engine_dir": str(builder.store.root),
             "backend": builder.backend.name,
@@ -154,12 +153,12 @@ def list_engines(
 
 def _survey_view(found: list[EngineStatus], weights: bool) -> RenderableType:
     if not found:
-        return Text("no engines")
+        return plain("no engines")
     table = _table("engine", "profile", "sizes", "dtype", "backend", "MB", "scratch MB", "PSNR dB", "runs here")
     for status in found:
         record = status.record
         size = f"{status.size / 1e6:.1f}"
-        verdict = Text("yes") if status.current else Text("no: " + "; ".join(status.reasons), style="red")
+        verdict = plain("yes") if status.current else plain("no: " + "; ".join(status.reasons), style="red")
         if record is None:
             table.add_row(status.path, "", "", "", "", size, "", "", verdict)
             continue
@@ -176,7 +175,7 @@ def _survey_view(found: list[EngineStatus], weights: bool) -> RenderableType:
                 head[4],
             )
     note = "" if weights else "Weights were not compared; --vae does that."
-    return Group(table, Text(note)) if note else table
+    return Group(table, plain(note)) if note else table
 
 
 def prune(
@@ -214,7 +213,7 @@ def prune(
                 failures.append(str(error))
         table = _table("file", "MB", "reason")
         for removal in removals:
-            table.add_row(str(removal.path), f"{removal.size / 1e6:.1f}", Text(removal.reason))
+            table.add_row(str(removal.path), f"{removal.size / 1e6:.1f}", plain(removal.reason))
         done = "removed" if yes else "would be removed; --yes removes them"
         note = (
             f"{len(removals)} files, {sum(r.size for r in removals) / 1e6:.1f} MB {done}" if removals else "nothing to remove"
@@ -225,7 +224,7 @@ def prune(
             "files": [removal.as_dict() for removal in removals],
             "failures": failures,
         }
-        parts = ([table] if removals else []) + [Text(note), *(Text(text, style="red") for text in failures)]
+        parts = ([table] if removals else []) + [plain(note), *(plain(text, style="red") for text in failures)]
         return edge.Outcome(document, Group(*parts), not failures)
 
     edge.run(as_json, verbose, work)
@@ -286,13 +285,13 @@ def adopt(
                         record = inspector.adopt(name, settings)
                     except AccelError as error:
                         engines.append({"path": name, "adopted": False, "reason": str(error)})
-                        table.add_row(name, Text("refused", style="red"), "", Text(str(error)))
+                        table.add_row(name, plain("refused", style="red"), "", plain(str(error)))
                     else:
                         checks = record.verification.values()
                         engines.append({"path": name, "adopted": True, "psnr_db": [str(c.psnr_db) for c in checks]})
                         table.add_row(name, "adopted", ", ".join(f"{c.psnr_db:.1f}" for c in checks), "")
                     update(name, True)
-        view: RenderableType = table if names else Text("every engine file has a record; there is nothing to adopt")
+        view: RenderableType = table if names else plain("every engine file has a record; there is nothing to adopt")
         good = all(entry["adopted"] for entry in engines)
         return edge.Outcome({"engine_dir": str(engine_dir), "engines": engines}, view, good)
 

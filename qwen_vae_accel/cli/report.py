@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
 from qwen_vae_accel.cli import common, edge
 from qwen_vae_accel.errors import ConfigError
 from qwen_vae_accel.files import write_output
 from qwen_vae_accel.page.results import read_all
 from qwen_vae_accel.page.write import render
+from qwen_vae_accel.terminal import plain
 
 Results = Annotated[
     list[Path], typer.Argument(help="JSON of bench and serve-bench, output folders of demo; shown in this order.")
@@ -42,6 +42,6 @@ def report(
             raise ConfigError(f"cannot write {output}: {error}") from error
         size = len(page.encode())
         document = {"file": str(output), "bytes": size, "sections": [section.title for section in sections]}
-        return edge.Outcome(document, Text(f"{output}, {size / 1e6:.1f} MB, {len(sections)} results"))
+        return edge.Outcome(document, plain(f"{output}, {size / 1e6:.1f} MB, {len(sections)} results"))
 
     edge.run(as_json, verbose, work)

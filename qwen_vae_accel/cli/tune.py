@@ -12,7 +12,6 @@ import torch
 import typer
 from rich.console import Group
 from rich.table import Table
-from rich.text import Text
 
 from qwen_vae_accel.backends.base import Environment
 from qwen_vae_accel.cli import common, edge
@@ -23,6 +22,7 @@ from qwen_vae_accel.kernels import device_reasons
 from qwen_vae_accel.kernels.topology import DTYPES as KERNEL_DTYPES
 from qwen_vae_accel.plan import Size, parse_size
 from qwen_vae_accel.progress import progress_bar
+from qwen_vae_accel.terminal import plain
 
 _SIZES = ("512x512", "1024x1024", "1664x928")
 
@@ -90,9 +90,9 @@ def _view(tuned: Any, path: Path) -> Group:
     for kernel in tuned.kernels:
         table.add_row(
             " ".join(map(str, kernel.key)), f"{kernel.shipped_milliseconds:.3f}", f"{kernel.milliseconds:.3f}",
-            Text("\n".join(map(str, kernel.choices)) or "as shipped"),
+            plain("\n".join(map(str, kernel.choices)) or "as shipped"),
         )  # fmt: skip
     shipped = sum(kernel.shipped_milliseconds for kernel in tuned.kernels)
     chosen = sum(kernel.milliseconds for kernel in tuned.kernels)
     note = f"{chosen:.2f} ms where the shipped configurations take {shipped:.2f}: each kernel once at each of its sizes"
-    return Group(table, Text(f"{note}\nkept in {path}"))
+    return Group(table, plain(f"{note}\nkept in {path}"))

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from rich.text import Text
 
 from qwen_vae_accel.backends.base import DirectBackend, Environment, Job
 from qwen_vae_accel.backends.registry import get_backend
@@ -20,6 +19,7 @@ from qwen_vae_accel.errors import AccelError, BackendUnavailableError, ConfigErr
 from qwen_vae_accel.loading import load_vae
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.plan import parse_size
+from qwen_vae_accel.terminal import plain
 
 _SIZE = "512x512"
 
@@ -70,7 +70,7 @@ def _table(first: str) -> Table:
 
 
 def _add_row(table: Table, name: str, size: object, result: Verification) -> None:
-    verdict = "good" if result.passed else Text("bad", style="red")
+    verdict = "good" if result.passed else plain("bad", style="red")
     errors = f"{result.relative_error:.1e}", f"{result.tolerance:.0e}"
     table.add_row(name, str(size), f"{result.psnr_db:.1f}", *errors, verdict)
 
@@ -97,10 +97,10 @@ def _verify_engines(vae: Path, engine_dir: Path, device: torch.device) -> edge.O
             for profile, result in results:
                 _add_row(table, status.path, profile.optimum, result)
             if reasons:
-                table.add_row(status.path, "", "", "", "", Text("refused: " + "; ".join(reasons), style="red"))
+                table.add_row(status.path, "", "", "", "", plain("refused: " + "; ".join(reasons), style="red"))
             update(status.path, True)
     good = all(entry["good"] for entry in engines)
-    return edge.Outcome({"engine_dir": str(engine_dir), "engines": engines}, table if found else Text("no engines"), good)
+    return edge.Outcome({"engine_dir": str(engine_dir), "engines": engines}, table if found else plain("no engines"), good)
 
 
 def _verify_direct(vae: Path, config: AccelConfig, sizes: tuple[str, ...], device: torch.device) -> edge.Outcome:

@@ -33,9 +33,10 @@ def adopt_command(root: Path) -> str:
 def _path(name: str) -> str:
     """``name`` if it is an engine's path below the directory: what a manifest names may be deleted."""
     path = PurePosixPath(name)
-    own = path.parts and path.parts[0].startswith(".")
-    if not is_path(name) or path.is_absolute() or ".." in path.parts or own or not path.name.startswith(_NETWORKS):
-        raise ValueError(f"{shown(name)} is not the path of an engine below the engine directory")
+    if not is_path(name) or not path.parts or path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{shown(name)} is not a path below the engine directory")
+    if path.parts[0].startswith(".") or not path.name.startswith(_NETWORKS):
+        raise ValueError(f"{shown(name)} is not the path of an engine")
     return name
 
 
@@ -196,8 +197,8 @@ class Manifest:
             document = read_json(path)
         except FileNotFoundError:
             return cls()
-        except OSError as error:
-            raise EngineError(f"cannot read the manifest {path}: {error.strerror or error}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise EngineError(f"cannot read the manifest {path}: {error}") from error
         except ValueError as error:
             raise EngineError(f"the manifest {path} is not JSON ({error}). {hint}") from error
         if not isinstance(document, dict) or not isinstance(document.get("engines"), dict):

@@ -326,7 +326,7 @@ def replaced(old: str, new: str) -> str:
         (replaced('"triton": "3.6.0"', '"triton": "3.5.1"'), "triton 3.5.1, here 3.6.0"),
         (replaced('"block_rows": 128', '"block_rows": 112'), "not among the configurations"),
         (replaced('"block_rows": 128', '"block_rows": true'), "not among the configurations"),
-        (replaced('"wave": 0.6', '"wave": NaN'), "no positive number"),
+        (replaced('"wave": 0.6', '"wave": NaN'), "NaN is no JSON"),
         (replaced('"stages": 3', '"steps": 3'), "other fields"),
         (replaced('"conv"', '"comv"'), "no kernel"),
         ("\x00\xff", "line"),

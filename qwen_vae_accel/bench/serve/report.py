@@ -12,7 +12,6 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from qwen_vae_accel.bench.harness import geometric_mean
 from qwen_vae_accel.bench.published import SERVICE, SERVICE_SUMMARY, Service
@@ -21,6 +20,7 @@ from qwen_vae_accel.bench.serve.measure import ACCELERATED, PLAIN
 from qwen_vae_accel.documents import dump_json
 from qwen_vae_accel.files import write_output
 from qwen_vae_accel.plan import Size, parse_size
+from qwen_vae_accel.terminal import plain
 
 SCHEMA = 1
 KIND = "serve-bench"
@@ -256,7 +256,7 @@ def view(document: Document) -> RenderableType:
         for cell in cells:
             table.add_row(*cell)
         parts.append(table)
-    return Group(*parts, *(Text(line) for line in remarks(document)))
+    return Group(*parts, *(plain(line) for line in remarks(document)))
 
 
 def write(document: Document, folder: Path, name: str) -> list[Path]:
