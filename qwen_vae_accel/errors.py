@@ -51,6 +51,10 @@ class EngineError(AccelError, RuntimeError):
     """An engine, or the directory that holds engines, cannot be used."""
 
 
+class LockedError(EngineError):
+    """Another process works on the same engine or the manifest, and gave no sign of life for too long."""
+
+
 class EngineMissingError(EngineError):
     """No engine of the plan serves the request, and ``on_miss="error"``."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from qwen_vae_accel.terminal import plain
+from qwen_vae_accel.visits import fork_safe_lock
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Journal:
     """Counts events of one handle; safe to use from many threads."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = fork_safe_lock()
         self._calls: Counter[tuple[str, str]] = Counter()
         self._fallbacks: Counter[Fallback] = Counter()
         self._loads: list[EngineLoad] = []

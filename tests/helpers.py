@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 import weakref
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from qwen_vae_accel import Handle, accelerate
-from qwen_vae_accel.backends.base import EngineBackend, Environment, Job
+from qwen_vae_accel.backends.base import EngineBackend, EngineImage, Environment, Job
 from qwen_vae_accel.plan import EngineKey
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,10 +94,10 @@ def open_engines(vae: nn.Module, folder: Path, **config: object) -> Handle:
 class FakeProgram:
     """The exact network out of a fake engine file."""
 
-    def __init__(self, backend: FakeBackend, path: Path, network: nn.Module) -> None:
+    def __init__(self, backend: FakeBackend, size: int, network: nn.Module) -> None:
         self._backend = backend
         self._network = network
-        self.nbytes = backend.nbytes or path.stat().st_size
+        self.nbytes = backend.nbytes or size
 
     def __call__(self, x: Tensor, profile: int = 0) -> Tensor:
         with self._backend.lock:
@@ -167,12 +168,12 @@ class FakeBackend(EngineBackend):
             raise self.fail_build
         torch.save(model, path)
 
-    def load(self, path: Path, job: Job, key: EngineKey) -> FakeProgram:
+    def load(self, image: EngineImage, job: Job, key: EngineKey) -> FakeProgram:
         self.events.append(("load", key.stem))
         if self.on_load is not None:
             self.on_load()
         if self.fail_load is not None:
             raise self.fail_load
-        program = FakeProgram(self, path, torch.load(path, weights_only=False))
+        program = FakeProgram(self, len(image.data), torch.load(io.BytesIO(image.data), weights_only=False))
         weakref.finalize(program, self.events.append, ("free", key.stem))
         return program

@@ -19,8 +19,9 @@ import torch
 from qwen_vae_accel import accelerate
 from qwen_vae_accel.backends import registry
 from qwen_vae_accel.backends.eager import EagerBackend
+from qwen_vae_accel.engines.expected import Expected
 from qwen_vae_accel.engines.manifest import EngineRecord
-from qwen_vae_accel.engines.store import EngineStore, Expected
+from qwen_vae_accel.engines.store import EngineStore
 from qwen_vae_accel.plan import EngineKey, Profile, Size
 from tests.conftest import random_vae
 from tests.helpers import FakeBackend, decoded, randn

@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock
 
 from qwen_vae_accel import AccelConfig, __version__
+from qwen_vae_accel.backends.base import Environment
 from qwen_vae_accel.engines.manifest import NAME
 from qwen_vae_accel.engines.store import EngineStore
 from qwen_vae_accel.errors import UnsupportedVAEError
@@ -253,7 +254,8 @@ def test_config_prints_the_plan(cli: Cli, fake: FakeBackend) -> None:
     assert AccelConfig.from_dict(document["config"]) == AccelConfig(task="i2i", sizes=["16_9", "512x512"], dtype="float16")
     stems = [engine["stem"] for engine in document["plan"]["engines"]]
     assert stems == ["16_9/vae_encoder", "512x512/vae_encoder", "16_9/vae_decoder", "512x512/vae_decoder"]
-    assert document["dtypes"] == {"encode": "float16", "decode": "float16"}
+    computed = str(Environment.detect(CPU).arithmetic(torch.float16)).removeprefix("torch.")
+    assert document["dtypes"] == {"encode": computed, "decode": computed}
     assert [backend["name"] for backend in document["backends"]] == ["tensorrt", "eager"]
     assert "1664x928" in cli("config").stdout
 

@@ -25,8 +25,8 @@ def test_a_missing_engine_is_looked_up_once(micro, fake, engines, monkeypatch, o
     handle = open_engines(micro, engines, on_miss=on_miss)
     store = handle._dispatcher.runtime.store
     lookups = []
-    find = store.find
-    monkeypatch.setattr(store, "find", lambda expected: lookups.append(expected.path) or find(expected))
+    load = store.load
+    monkeypatch.setattr(store, "load", lambda expected: lookups.append(expected.path) or load(expected))
     for _ in range(3):
         if on_miss == "error":
             with pytest.raises(EngineMissingError, match="there is no engine"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from pathlib import Path
 
 import pytest
@@ -21,13 +22,13 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 
 def test_nothing_is_read_before_the_first_request(micro, fake, engines, monkeypatch):
     reads: list[str] = []
-    opened = Path.open
+    opened = os.open
 
     def spy(path, *args, **kwargs):
         reads.append(str(path))
         return opened(path, *args, **kwargs)
 
-    monkeypatch.setattr(Path, "open", spy)
+    monkeypatch.setattr(os, "open", spy)
     handle = open_engines(micro, engines)
     assert not [path for path in reads if str(engines) in path]
     assert not fake.events and not handle.report().as_dict()["engines"]

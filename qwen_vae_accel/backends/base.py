@@ -8,6 +8,7 @@ a file first, and loads the file later, perhaps in another process. Either way a
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import platform
 from abc import ABC, abstractmethod
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_vae_accel.config import AccelConfig
+from qwen_vae_accel.files import read_file
 from qwen_vae_accel.model import ModelSource, Topology
 from qwen_vae_accel.plan import EngineKey, Profile, Size
 
@@ -238,6 +240,27 @@ class EngineDescription:
     weights: int
 
 
+@dataclass(frozen=True, slots=True)
+class EngineImage:
+    """An engine file as it was when it was read: what is checked is what is loaded, whatever becomes of the file.
+
+    Attributes:
+        path: of the file, for messages.
+        data: its bytes.
+        sha256: of these bytes, hex.
+    """
+
+    path: Path
+    data: bytes = field(repr=False)
+    sha256: str
+
+    @classmethod
+    def read(cls, path: Path) -> EngineImage:
+        """The file as it is now; OSError if it cannot be read or is not a regular file."""
+        data = read_file(path)
+        return cls(path, data, hashlib.sha256(data).hexdigest())
+
+
 class EngineBackend(Backend):
     """A backend that compiles networks into engine files."""
 
@@ -260,15 +283,15 @@ class EngineBackend(Backend):
         """
 
     @abstractmethod
-    def load(self, path: Path, job: Job, key: EngineKey) -> Program:
-        """Load the engine of ``path``, whose bytes are known to be good."""
+    def load(self, image: EngineImage, job: Job, key: EngineKey) -> Program:
+        """Load the engine ``image``, whose bytes are known to be good."""
 
     def scratch(self, program: Program) -> tuple[int, ...] | None:
         """Bytes of scratch memory that a run of a loaded engine needs at most, per profile; None where it does not tell."""
         return None
 
-    def describe(self, path: Path, job: Job) -> EngineDescription | None:
-        """What the file of ``path`` says of itself; None where files of this backend do not tell. This runs its code."""
+    def describe(self, image: EngineImage, job: Job) -> EngineDescription | None:
+        """What an engine says of itself; None where those of this backend do not tell. This runs its code."""
         return None
 
 

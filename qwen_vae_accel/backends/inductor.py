@@ -5,27 +5,59 @@ A package holds native code and the weights. It needs a C++ compiler to build (o
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from qwen_vae_accel import caches
-from qwen_vae_accel.backends.base import NO_FLOAT8, EngineBackend, Environment, Job, export_network
+from qwen_vae_accel.backends.base import NO_FLOAT8, EngineBackend, EngineImage, Environment, Job, export_network
+from qwen_vae_accel.backends.unpacked import unpack
 from qwen_vae_accel.model.spelling import QUERY_LIMIT, query_chunks, spell
 from qwen_vae_accel.plan import EngineKey
 
+_CPU = torch.device("cpu")
 
-def _load_elsewhere(path: Path) -> None:
+# It runs in an empty folder, so that nothing of the current one is imported, with the paths that this process imports from.
+_TEST_LOAD = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+import torch
+kind, *arguments = json.loads(sys.argv[2])
+getattr(torch._C._aoti, kind)(*arguments)
+"""
+
+
+def _runner(library: Path, device: torch.device) -> tuple[Any, ...]:
+    """The name of torch's class that runs ``library`` on ``device``, and its arguments: one run at a time."""
+    name = _spelled(library)
+    if device.type == "cpu":
+        return "AOTIModelContainerRunnerCpu", name, 1
+    return "AOTIModelContainerRunnerCuda", name, 1, f"cuda:{device.index or 0}", _spelled(library.parent)
+
+
+def _load_elsewhere(path: Path, device: torch.device = _CPU) -> None:
     """Load a fresh package in another process first: code of a mismatched C++ compiler crashes whoever loads it."""
-    script = "import sys, torch; torch._inductor.aoti_load_package(sys.argv[1])"
-    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, check=False)
+    library = unpack(EngineImage.read(path)).library
+    paths = [entry for entry in sys.path if os.path.isabs(entry)]
+    arguments = [json.dumps(paths), json.dumps(_runner(library, device))]
+    with tempfile.TemporaryDirectory() as empty:
+        done = subprocess.run(
+            [sys.executable, "-c", _TEST_LOAD, *arguments],
+            cwd=empty,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
     if done.returncode < 0:
         compiler = os.environ.get("CXX", "g++")
         raise RuntimeError(
@@ -33,7 +65,7 @@ def _load_elsewhere(path: Path) -> None:
             "than the C++ library of the running Python: set CXX to the system's own g++ and build again"
         )
     if done.returncode:
-        raise RuntimeError(f"the package does not load: {done.stderr.decode(errors='replace').strip().splitlines()[-1:]}")
+        raise RuntimeError(f"the package does not load: {done.stderr.strip().splitlines()[-1:]}")
 
 
 def _spelled(path: Path) -> str:
@@ -54,13 +86,14 @@ def _spelled(path: Path) -> str:
 class InductorProgram:
     """A loaded package. It takes contiguous input only: the strides it was compiled for are part of its code."""
 
-    def __init__(self, path: Path, device: torch.device) -> None:
-        index = (device.index or 0) if device.type == "cuda" else -1
-        self._run = torch._inductor.aoti_load_package(_spelled(path), device_index=index)
-        self.nbytes = path.stat().st_size
+    def __init__(self, image: EngineImage, device: torch.device) -> None:
+        kind, *arguments = _runner(unpack(image).library, device)
+        self._runner = getattr(torch._C._aoti, kind)(*arguments)
+        self.nbytes = len(image.data)
 
     def __call__(self, x: Tensor, profile: int = 0) -> Tensor:
-        return self._run(x.contiguous())
+        output: Tensor = self._runner.run([x.contiguous()])[0]
+        return output
 
 
 class InductorBackend(EngineBackend):
@@ -103,8 +136,8 @@ class InductorBackend(EngineBackend):
         program = export_network(model, example, low, high, job.multiple)
         with torch.no_grad():
             torch._inductor.aoti_compile_and_package(program, package_path=name)
-        _load_elsewhere(path)
+        _load_elsewhere(path, job.device)
         return None
 
-    def load(self, path: Path, job: Job, key: EngineKey) -> InductorProgram:
-        return InductorProgram(path, job.device)
+    def load(self, image: EngineImage, job: Job, key: EngineKey) -> InductorProgram:
+        return InductorProgram(image, job.device)

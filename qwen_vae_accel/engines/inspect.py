@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import re
+import threading
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
-from qwen_vae_accel.backends.base import EngineBackend, EngineDescription, Environment, Job
+from qwen_vae_accel.backends.base import EngineBackend, EngineDescription, EngineImage, Environment, Job
 from qwen_vae_accel.backends.registry import engine_backends, get_backend
 from qwen_vae_accel.config import DTYPES, AccelConfig
-from qwen_vae_accel.engines import selfcheck
-from qwen_vae_accel.engines.manifest import NAME, EngineRecord, Verification, check_name
+from qwen_vae_accel.engines import locks, rights, selfcheck
+from qwen_vae_accel.engines.expected import Expected
+from qwen_vae_accel.engines.manifest import EngineRecord, Verification, check_name
 from qwen_vae_accel.engines.runtime import EngineRuntime, Wanted
-from qwen_vae_accel.engines.store import EngineStore, Expected, hash_file
-from qwen_vae_accel.errors import AccelError, ConfigError, EngineError, EngineMissingError, EngineRefusedError
+from qwen_vae_accel.engines.store import EngineStore, hash_file
+from qwen_vae_accel.errors import (
+    AccelError,
+    ConfigError,
+    EngineError,
+    EngineMissingError,
+    EngineRefusedError,
+    LockedError,
+)
 from qwen_vae_accel.journal import Journal
 from qwen_vae_accel.model import ModelSource, Topology
 from qwen_vae_accel.plan import MULTI_PROFILE, Choice, EngineKey, Profile, folder_name, parse_size, static_multiple
@@ -74,12 +81,21 @@ class EngineStatus:
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """Something that can go. ``engine`` is its path below the directory, or None for a file that is no engine."""
+    """Something that can go.
+
+    Attributes:
+        path: of the file.
+        engine: its path below the directory, or None for a file that is no engine.
+        size: bytes of the file.
+        reason: why it can go.
+        planned: whether the plan, if there is one, has it.
+    """
 
     path: Path
     engine: str | None
     size: int
     reason: str
+    planned: bool = True
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -167,6 +183,10 @@ class Inspector:
 
     # Self-checks.
 
+    def writers(self) -> list[str]:
+        """What lets others than the current user and root change what is run from here."""
+        return rights.writers(self.store.root, *rights.everything(self.store.root))
+
     def _runtime(self, source: ModelSource) -> EngineRuntime:
         return EngineRuntime(self.store, source, Journal(), None, 2**62, False, lambda _: self._environment)
 
@@ -186,8 +206,9 @@ class Inspector:
             raise EngineError("a self-check needs the VAE and a record")
         wanted = self._wanted(self._source, status.record)
         runtime = self._runtime(self._source)
+        visit = threading.Lock()
         for profile in status.record.profiles:
-            with runtime.use(wanted, Choice(wanted.key, profile)) as program:
+            with visit, runtime.use(wanted, Choice(wanted.key, profile), visit) as program:
                 result = runtime.run_check(wanted, profile, program, self._machine)
                 scratch = wanted.backend.scratch(program)
             check = check_name(self._machine, profile)
@@ -199,39 +220,44 @@ class Inspector:
 
     def prunable(self, planned: Collection[str] | None = None) -> list[Removal]:
         """Leftovers of killed builds, engines that would not be run here, and engines that are not ``planned`` (paths)."""
-        found = [Removal(path, None, path.lstat().st_size, "left behind by a killed build") for path in self._leftovers()]
+        found = [
+            Removal(path, None, size, "left behind by a killed build")
+            for path in self.store.leftovers()
+            if not _held(self.store, path) and (size := _size(path)) is not None
+        ]
         for status in self.survey():
             if status.record is None:
                 continue
             reasons = list(status.reasons)
-            if planned is not None and status.path not in planned:
+            in_plan = planned is None or status.path in planned
+            if not in_plan:
                 reasons.append("not in the plan")
             if reasons:
-                found.append(Removal(self.store.root / status.path, status.path, status.size, "; ".join(reasons)))
+                path = self.store.root / status.path
+                found.append(Removal(path, status.path, status.size, "; ".join(reasons), in_plan))
         return found
 
-    def _leftovers(self) -> Iterator[Path]:
-        for path in self.store.leftovers():
-            # .tmp/<engine's path with dots>.<id><suffix>: under the engine's lock a build may be writing it right now.
-            lock = self.store.root / ".locks" / f"{re.sub(r'[.][0-9a-f]{32}[.][^.]*$', '', path.name)}.lock"
-            if not _held(lock):
-                yield path
-        if not _held(self.store.root / ".locks" / f"{NAME}.lock"):
-            yield from sorted(self.store.root.glob(f".{NAME}.*"))
+    def remove(self, removal: Removal) -> str:
+        """Delete it, with its record, if it can still go: it is looked at again under the lock of whoever could change it.
 
-    def remove(self, removal: Removal) -> None:
-        """Delete it, with its record.
+        Returns:
+            Why it was kept; empty if it is gone.
 
         Raises:
             EngineError: if it cannot be deleted.
         """
         try:
-            if removal.engine is not None:
-                self.store.remove(removal.engine)
-            else:
-                removal.path.unlink(missing_ok=True)
-        except OSError as error:
-            raise EngineError(f"cannot remove {removal.path}: {error}") from error
+            if removal.engine is None:
+                self.store.remove_leftover(removal.path)
+                return ""
+            with locks.take(self.store.root, removal.engine, wait=False):
+                records = self.store.manifest().engines.get(removal.engine)
+                if records and removal.planned and self._status(removal.engine, records[-1]).current:
+                    return "it was built anew since it was looked at, and would be run here"
+                self.store.delete(removal.engine)
+                return ""
+        except LockedError:
+            return "a build of it is under way"
 
     # What may be taken in.
 
@@ -263,13 +289,13 @@ class Inspector:
             raise EngineRefusedError(path, reasons)
         file = self.store.root / path
         try:
-            digest, size = hash_file(file), file.stat().st_size
-            described = backend.describe(file, job)
+            image = EngineImage.read(file)
+            described = backend.describe(image, job)
             if described is None:
                 key = self._key(path, method, name, config, source.topology)
             else:
                 key = _described_key(path, method, name, described, source.topology)
-            program = backend.load(file, job, key)
+            program = backend.load(image, job, key)
             checks = {}
             for index, profile in enumerate(key.profiles):
                 result = selfcheck.check(source, job, program, profile.optimum, index, self._machine)
@@ -277,7 +303,7 @@ class Inspector:
                 if not result.passed:
                     allowed = f"relative error {result.relative_error:.2e}, {job.dtype} allows {result.tolerance:.0e}"
                     raise EngineRefusedError(path, [f"self-check failed at {profile.optimum} against this VAE: {allowed}"])
-            if hash_file(file) != digest:
+            if hash_file(file) != image.sha256:
                 raise EngineRefusedError(path, ["the file changed while it was being checked"])
         except AccelError:
             raise
@@ -286,8 +312,8 @@ class Inspector:
         expected = Expected.of(backend, key, job.dtype, source.fingerprint(method, job.dtype), self._environment)
         record = expected.record(
             self._environment,
-            sha256=digest,
-            size=size,
+            sha256=image.sha256,
+            size=len(image.data),
             build_seconds=0.0,
             scratch=backend.scratch(program),
             origin="adopted",
@@ -342,12 +368,14 @@ def _described_key(path: str, method: str, name: str, described: EngineDescripti
     return EngineKey(method, name, (Profile.static(name, size),))
 
 
-def _held(lock: Path) -> bool:
-    """Whether some process holds ``lock`` now."""
-    if not lock.exists():
-        return False
+def _held(store: EngineStore, leftover: Path) -> bool:
+    """Whether a live build may be writing ``leftover`` now."""
+    return store.is_being_written(leftover)
+
+
+def _size(path: Path) -> int | None:
+    """Bytes of a file or link; None where there is none any more."""
     try:
-        with FileLock(lock, timeout=0):
-            return False
-    except (Timeout, OSError):
-        return True
+        return path.lstat().st_size
+    except OSError:
+        return None

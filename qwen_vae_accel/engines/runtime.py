@@ -1,7 +1,9 @@
 """The lazy runtime: engines are found, checked, built and loaded at their first request, and released when others need room.
 
 Residency is counted by size name: the encoder and the decoder of one size are a pair. While an engine is in use it is
-never released; who needs room waits. One thread loads an engine, others that want the same one wait for it.
+never released; who needs room waits, first come, first served. One thread loads an engine, others that want the same one
+wait for it. What a thread has taken here it has as a visit (see :mod:`qwen_vae_accel.visits`), so that an interrupt at any
+point leaves nothing taken.
 """
 
 from __future__ import annotations
@@ -16,20 +18,22 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from qwen_vae_accel.backends.base import EngineBackend, Environment, Job, Program
+from qwen_vae_accel.backends.base import EngineBackend, EngineImage, Environment, Job, Program
 from qwen_vae_accel.engines import selfcheck
+from qwen_vae_accel.engines.expected import Expected
 from qwen_vae_accel.engines.manifest import EngineRecord, Verification, check_name
-from qwen_vae_accel.engines.store import EngineStore, Expected
-from qwen_vae_accel.errors import BuildError, EngineRefusedError
+from qwen_vae_accel.engines.store import EngineStore
+from qwen_vae_accel.errors import BuildError, EngineError, EngineRefusedError
 from qwen_vae_accel.journal import EngineLoad, Journal
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.model.source import build_model
 from qwen_vae_accel.plan import Choice, EngineKey, Profile
+from qwen_vae_accel.visits import Visits, fork_safe_lock
 
 logger = logging.getLogger(__name__)
 
@@ -38,15 +42,42 @@ logger = logging.getLogger(__name__)
 _SlotKey = tuple[str, torch.dtype, torch.device, str]
 
 
-@dataclass(slots=True)
+# Seconds after which a waiting thread looks again even if nobody rang: an interrupt may have struck whoever should have.
+_LOOK = 0.1
+
+
+@dataclass(slots=True, eq=False)
 class _Slot:
-    """An engine in memory, or on its way there (no program yet)."""
+    """An engine in memory, or on its way there (no program yet).
+
+    Attributes:
+        name: of its size.
+        estimate: bytes that it takes, or will take.
+        users: who uses it; while it has no program, the one that loads it.
+        program: what runs it.
+        record: of the bytes that were loaded.
+        checked: profiles whose self-check it has passed.
+        refused: it failed a self-check, and goes when its last user does.
+    """
 
     name: str
     estimate: int
+    users: Visits = field(default_factory=Visits)
     program: Program | None = None
-    users: int = 0
+    record: EngineRecord | None = None
+    checked: set[str] = field(default_factory=set)
     refused: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    """A thread that waits for an engine, until ``slot`` is the one that it was given."""
+
+    key: _SlotKey
+    visit: threading.Lock
+    thread: int
+    bell: threading.Lock
+    slot: _Slot | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,70 +125,143 @@ class EngineRuntime:
         self._budget = budget
         self._verify = verify
         self._detect = detect
-        self._changed = threading.Condition()
+        self._lock = fork_safe_lock()
         self._slots: OrderedDict[_SlotKey, _Slot] = OrderedDict()
-        self._good: set[tuple[_SlotKey, str]] = set()
-        self._checking = threading.Lock()
+        self._queue: list[_Waiter] = []
+        self._waiting = Visits()
+        # Self-checks that were passed, by content: sha256 of the file, device, dtype, fingerprint of the weights, profile.
+        self._good: set[tuple[str, torch.device, torch.dtype, str, str]] = set()
+        self._checking = fork_safe_lock()
 
     @contextmanager
-    def use(self, wanted: Wanted, choice: Choice) -> Iterator[Program]:
+    def use(self, wanted: Wanted, choice: Choice, visit: threading.Lock) -> Iterator[Program]:
         """The program of an engine, loaded if it is not; it stays loaded at least until the block ends.
+
+        Args:
+            wanted: the engine.
+            choice: the profile of it that is to be run.
+            visit: a lock that the caller holds around the block, ``with visit, runtime.use(..., visit) as program``: the
+                engine is in use while it is held, whatever instruction an interrupt strikes.
 
         Raises:
             EngineMissingError, EngineRefusedError, EngineError: if there is no usable engine; nothing is loaded then.
         """
         slot_key = (wanted.path, wanted.job.dtype, wanted.job.device, wanted.weights)
-        slot, mine = self._take(slot_key, wanted)
-        if mine:
-            try:
-                slot.program = self._load(wanted)
-                slot.estimate = slot.program.nbytes
-            except BaseException:
-                with self._changed:
-                    del self._slots[slot_key]
-                    self._changed.notify_all()
-                raise
-            with self._changed:
-                self._changed.notify_all()
-        program = slot.program
-        assert program is not None
+        program: Program | None = None
+        slot, mine = self._take(slot_key, wanted, visit)
         try:
-            if self._verify and (slot_key, choice.profile.name) not in self._good:
+            if mine:
+                self._fill(slot, slot_key, wanted)
+            program = slot.program
+            assert program is not None
+            if self._verify and choice.profile.name not in slot.checked:
                 try:
-                    self._check(wanted, choice.profile, program, slot_key)
+                    self._check(wanted, choice.profile, program, slot)
                 except EngineRefusedError:
                     slot.refused = True
                     raise
             yield program
         finally:
-            del program
-            with self._changed:
-                slot.users -= 1
-                if slot.refused and slot.users == 0:
-                    self._release(slot_key)
-                self._changed.notify_all()
+            program = None
+            slot.users.leave(visit)
+            if slot.refused or self._queue:
+                with self._lock:
+                    if slot.refused and not slot.users and self._slots.get(slot_key) is slot:
+                        self._release(slot_key)
+                    self._ring()
 
-    def _take(self, slot_key: _SlotKey, wanted: Wanted) -> tuple[_Slot, bool]:
+    def _fill(self, slot: _Slot, slot_key: _SlotKey, wanted: Wanted) -> None:
+        try:
+            program, slot.record = self._load(wanted)
+            with self._lock:
+                slot.estimate = program.nbytes
+                slot.program = program
+                # Whoever waits for this engine has it at once, so that while they wait it is loaded no second time.
+                for waiter in self._queue:
+                    if waiter.key == slot_key and waiter.slot is None:
+                        slot.users.enter(waiter.visit, waiter.thread)
+                        waiter.slot = slot
+                self._ring()
+        except BaseException:
+            with self._lock:
+                if self._slots.get(slot_key) is slot:
+                    del self._slots[slot_key]
+                self._ring()
+            raise
+
+    def _take(self, slot_key: _SlotKey, wanted: Wanted, visit: threading.Lock) -> tuple[_Slot, bool]:
         """A slot in use by the caller, and whether the caller has to load it."""
-        with self._changed:
+        with self._lock:
+            loaded = self._slots.get(slot_key)
+            if loaded is not None and loaded.program is not None and (not self._queue or self._inside()):
+                loaded.users.enter(visit)
+                self._slots.move_to_end(slot_key)
+                return loaded, False
+        bell = threading.Lock()
+        bell.acquire()
+        waiter = _Waiter(slot_key, visit, threading.get_ident(), bell)
+        try:
+            self._waiting.enter(visit)
+            self._queue.append(waiter)
             while True:
-                slot = self._slots.get(slot_key)
-                if slot is not None and slot.program is not None:
-                    slot.users += 1
-                    self._slots.move_to_end(slot_key)
-                    return slot, False
-                if slot is None:
-                    self._release_stale(slot_key)
-                    estimate = self._file_size(wanted)
-                    if self._make_room(wanted.key.name, estimate):
-                        slot = self._slots[slot_key] = _Slot(wanted.key.name, estimate, users=1)
-                        return slot, True
-                self._changed.wait()
+                with self._lock:
+                    taken = self._admit(waiter, wanted)
+                if taken is not None:
+                    return taken
+                bell.acquire(timeout=_LOOK)
+        finally:
+            self._waiting.leave(visit)
+            with self._lock:
+                self._queue[:] = [other for other in self._queue if other is not waiter]
+                self._ring()
+
+    def _admit(self, waiter: _Waiter, wanted: Wanted) -> tuple[_Slot, bool] | None:
+        """What :meth:`_take` returns, or None while it is not this thread's turn or there is no room."""
+        self._queue[:] = [other for other in self._queue if other.visit in self._waiting]
+        for key, other in list(self._slots.items()):
+            if other.program is None and not other.users:
+                self._release(key)
+        if waiter.slot is not None:
+            return waiter.slot, False
+        slot = self._slots.get(waiter.key)
+        if slot is not None and slot.program is None:
+            return None
+        inside = self._inside()
+        if not inside and any(self._is_for_room(other) for other in self._before(waiter)):
+            return None
+        if slot is None:
+            self._release_stale(waiter.key)
+            estimate = self._file_size(wanted)
+            if not self._make_room(wanted.key.name, estimate):
+                if inside:
+                    raise EngineError(f"there is no room for {wanted.path} inside a call that uses another engine")
+                return None
+            slot = self._slots[waiter.key] = _Slot(wanted.key.name, estimate)
+        slot.users.enter(waiter.visit)
+        self._slots.move_to_end(waiter.key)
+        return slot, slot.program is None
+
+    def _before(self, waiter: _Waiter) -> list[_Waiter]:
+        return self._queue[: self._queue.index(waiter)]
+
+    def _is_for_room(self, waiter: _Waiter) -> bool:
+        """Whether a thread waits for others to be done, and not for an engine that is on its way."""
+        slot = self._slots.get(waiter.key)
+        return waiter.slot is None and (slot is None or slot.program is not None)
+
+    def _inside(self) -> bool:
+        """Whether the current thread uses an engine already: it must not wait for those who wait for it."""
+        return any(slot.users.mine() for slot in self._slots.values())
+
+    def _ring(self) -> None:
+        for waiter in self._queue:
+            if waiter.bell.locked():
+                waiter.bell.release()
 
     def _release_stale(self, wanted: _SlotKey) -> None:
         """Release the engine of the same path over weights that the VAE no longer has."""
         for key, slot in list(self._slots.items()):
-            if key[:3] == wanted[:3] and slot.users == 0:
+            if key[:3] == wanted[:3] and not slot.users:
                 self._release(key)
 
     def _file_size(self, wanted: Wanted) -> int:
@@ -175,7 +279,7 @@ class EngineRuntime:
             others = [key for key, slot in self._slots.items() if not (crowded and slot.name == name)]
             if not (crowded or full) or not others:
                 return True
-            victim = next((key for key in others if self._slots[key].users == 0), None)
+            victim = next((key for key in others if not self._slots[key].users), None)
             if victim is None:
                 return False
             self._release(victim)
@@ -185,7 +289,9 @@ class EngineRuntime:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         slot = self._slots.pop(slot_key)
-        alive = weakref.ref(slot.program) if slot.program is not None else lambda: None
+        if slot.program is None:  # whoever loaded it was interrupted
+            return
+        alive = weakref.ref(slot.program)
         slot.program = None
         if alive() is not None:
             gc.collect()  # takes a third of a second beside a whole pipeline: only where a cycle or a traceback holds it
@@ -199,40 +305,44 @@ class EngineRuntime:
         job = wanted.job
         return Expected.of(wanted.backend, wanted.key, job.dtype, wanted.weights, self._detect(job.device))
 
-    def _load(self, wanted: Wanted) -> Program:
+    def _load(self, wanted: Wanted) -> tuple[Program, EngineRecord]:
         start = time.perf_counter()
-        path, _ = self.store.find(self.expected(wanted))
-        program = self._open(wanted, path)
+        image, record = self.store.load(self.expected(wanted))
+        program = self._open(wanted, image)
         ms = (time.perf_counter() - start) * 1e3
         self._journal.load(EngineLoad(wanted.path, wanted.backend.name, ms, program.nbytes))
-        logger.info("loaded engine %s in %.1f ms", path, ms)
-        return program
+        logger.info("loaded engine %s in %.1f ms", image.path, ms)
+        return program, record
 
-    def _open(self, wanted: Wanted, path: Path) -> Program:
+    def _open(self, wanted: Wanted, image: EngineImage) -> Program:
         try:
-            return wanted.backend.load(path, wanted.job, wanted.key)
+            return wanted.backend.load(image, wanted.job, wanted.key)
         except Exception as error:
-            raise EngineRefusedError(str(path), [f"{wanted.backend.name} cannot load it: {error}"]) from error
+            raise EngineRefusedError(str(image.path), [f"{wanted.backend.name} cannot load it: {error}"]) from error
 
     # Self-checks.
 
-    def _check(self, wanted: Wanted, profile: Profile, program: Program, slot_key: _SlotKey) -> None:
-        """Refuse a program whose self-check failed; run the check where this machine has no result yet."""
+    def _check(self, wanted: Wanted, profile: Profile, program: Program, slot: _Slot) -> None:
+        """Refuse a program whose self-check failed; run the check where these bytes have no result on this machine yet."""
         with self._checking:
-            if (slot_key, profile.name) in self._good:
+            if profile.name in slot.checked:
                 return
-            _, record = self.store.find(self.expected(wanted))
+            record = slot.record
+            assert record is not None
+            content = (record.sha256, wanted.job.device, wanted.job.dtype, wanted.weights, profile.name)
             machine = selfcheck.machine_id(self._detect(wanted.job.device))
             name = check_name(machine, profile)
             result = record.verification.get(name)
-            if result is None:
+            if result is None and content not in self._good:
                 start = time.perf_counter()
-                result = self.run_check(wanted, profile, program, machine)
+                result = record.verification[name] = self.run_check(wanted, profile, program, machine)
                 self._journal.verify(wanted.path, (time.perf_counter() - start) * 1e3)
                 scratch = wanted.backend.scratch(program)
                 self.store.record_verification(wanted.path, record.sha256, name, result, scratch)
-            self._judge(wanted, profile, result)
-            self._good.add((slot_key, profile.name))
+            if result is not None:
+                self._judge(wanted, profile, result)
+            self._good.add(content)
+            slot.checked.add(profile.name)
 
     def run_check(self, wanted: Wanted, profile: Profile, program: Program, machine: str) -> Verification:
         """Run the self-check of one profile now.
@@ -286,10 +396,10 @@ class EngineRuntime:
             elapsed = time.perf_counter() - start
             return expected.record(environment, sha256="", size=0, build_seconds=round(elapsed, 3), scratch=scratch)
 
-        def accept(path: Path, record: EngineRecord) -> EngineRecord:
+        def accept(image: EngineImage, record: EngineRecord) -> EngineRecord:
             if not self._verify:
                 return record
-            program = self._open(wanted, path)
+            program = self._open(wanted, image)
             machine = selfcheck.machine_id(environment)
             # The other profiles of an engine are checked at their first request.
             profile = min(wanted.key.profiles, key=lambda p: p.optimum.width * p.optimum.height)
@@ -313,15 +423,24 @@ class EngineRuntime:
 
     def resident(self) -> list[str]:
         """Paths of the engines that are loaded now."""
-        with self._changed:
+        with self._lock:
             return [key[0] for key, slot in self._slots.items() if slot.program is not None]
 
     def release(self) -> None:
-        """Release every engine; waits for those in use."""
-        with self._changed:
-            while self._slots:
-                idle = next((key for key, slot in self._slots.items() if slot.users == 0), None)
-                if idle is None:
-                    self._changed.wait()
-                else:
-                    self._release(idle)
+        """Release every engine; waits for those in use by other threads.
+
+        Raises:
+            EngineError: if the current thread uses one.
+        """
+        while True:
+            with self._lock:
+                for key, slot in list(self._slots.items()):
+                    if not slot.users:
+                        self._release(key)
+                if not self._slots:
+                    return
+                if self._inside():
+                    raise EngineError("engines cannot be released inside a call that uses one")
+                used = [slot.users for slot in self._slots.values()]
+            for users in used:
+                users.wait()

@@ -7,128 +7,37 @@ and ``.tmp``. Loading a file runs code from it: only files whose hash the manife
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import logging
-import os
-import shlex
-import threading
+import re
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import datetime, timezone
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-import torch
-from filelock import FileLock
-
-from qwen_vae_accel.backends.base import EngineBackend, Environment
+from qwen_vae_accel.backends.base import EngineImage
+from qwen_vae_accel.engines import locks, rights
+from qwen_vae_accel.engines.expected import Expected
 from qwen_vae_accel.engines.manifest import NAME, EngineRecord, Manifest, Verification, adopt_command
 from qwen_vae_accel.errors import BuildError, EngineError, EngineMissingError, EngineRefusedError
-from qwen_vae_accel.files import open_regular, write_atomically
-from qwen_vae_accel.plan import EngineKey
+from qwen_vae_accel.files import open_regular, remove_below, sync, write_atomically
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True)
-class Expected:
-    """What an engine must be to be run: compared with its record, field by field."""
-
-    key: EngineKey
-    backend: str
-    suffix: str
-    dtype: str
-    weights: str
-    identity: Mapping[str, str]
-    accepts: Callable[[str, str, str], bool] = lambda fact, built, here: built == here
-
-    @classmethod
-    def of(cls, backend: EngineBackend, key: EngineKey, dtype: torch.dtype, weights: str, environment: Environment) -> Expected:
-        """What ``backend``'s engine of ``key`` must be to be run in ``environment``."""
-        return cls(
-            key=key,
-            backend=backend.name,
-            suffix=backend.suffix,
-            dtype=str(dtype).removeprefix("torch."),
-            weights=weights,
-            identity=backend.identity(environment),
-            accepts=backend.accepts,
-        )
-
-    @property
-    def path(self) -> str:
-        """Path below the engine directory."""
-        return self.key.stem + self.suffix
-
-    def record(self, environment: Environment, **values: Any) -> EngineRecord:
-        """The record of a new engine that is this, made in ``environment``; ``values`` are the fields not known here."""
-        return EngineRecord(
-            backend=self.backend,
-            method=self.key.method,
-            name=self.key.name,
-            profiles=self.key.profiles,
-            dtype=self.dtype,
-            weights=self.weights,
-            identity=dict(self.identity),
-            environment=environment.describe(),
-            built_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            **values,
-        )
-
-    def build_command(self, root: Path) -> str:
-        """The command that builds it into ``root``."""
-        key = self.key
-        sizes = key.name
-        if not key.is_static:
-            sizes = ",".join(f"{p.minimum}:{p.optimum}:{p.maximum}" for p in key.profiles)
-        task = "i2i" if key.method == "encode" else "t2i"
-        options = f"--backend {self.backend} --task {task} --dtype {self.dtype} --sizes {sizes}"
-        multi = "" if key.is_static else " --multi-profile"
-        return f"qwen-vae-accel build {options}{multi} --engine-dir {shlex.quote(str(root))} --vae PATH"
-
-    def differences(self, record: EngineRecord) -> list[str]:
-        """Why an engine of ``record`` must not be run for this, one text per difference."""
-        found = []
-        for what, theirs, ours in (
-            ("backend", record.backend, self.backend),
-            ("network", record.method, self.key.method),
-            ("dtype", record.dtype, self.dtype),
-        ):
-            if theirs != ours:
-                found.append(f"{what}: built for {theirs}, wanted {ours}")
-        if record.weights != self.weights:
-            found.append(f"weights: built from {record.weights[:12]}..., the VAE has {self.weights[:12]}...")
-        if record.profiles != self.key.profiles:
-            theirs, ours = (
-                ", ".join(f"{p.name} [{p.minimum}..{p.optimum}..{p.maximum}]" for p in profiles)
-                for profiles in (record.profiles, self.key.profiles)
-            )
-            found.append(f"sizes: built for {theirs}, wanted {ours}")
-        for name in sorted(set(record.identity) | set(self.identity)):
-            theirs, ours = record.identity.get(name, "nothing"), self.identity.get(name, "nothing")
-            if not self.accepts(name, theirs, ours):
-                found.append(f"{name}: built for {theirs}, here {ours}")
-        return found
+_ATTEMPTS = 20
+_T = TypeVar("_T")
 
 
 def hash_file(path: Path) -> str:
-    """sha256 of a file, hex."""
+    """sha256 of a regular file, hex."""
     digest = hashlib.sha256()
     with open_regular(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class EngineStore:
@@ -139,7 +48,7 @@ class EngineStore:
     """
 
     def __init__(self, root: str | Path) -> None:
-        self._threads = threading.Lock()
+        self._writers_told = False
         try:
             self.root = Path(root).expanduser().absolute()
             is_file = self.root.exists() and not self.root.is_dir()
@@ -154,25 +63,70 @@ class EngineStore:
         """The records, as they are on disk now."""
         return Manifest.read(self.root)
 
-    def stamp(self) -> tuple[int, int] | None:
-        """Time of writing and size of the manifest, which change with every engine; None where there is none."""
+    def stamp(self) -> tuple[int, int, int] | None:
+        """Number, time of writing and size of the manifest's file, which change with every write; None where there is none."""
         try:
             status = (self.root / NAME).stat()
         except OSError:
             return None
-        return status.st_mtime_ns, status.st_size
+        return status.st_ino, status.st_mtime_ns, status.st_size
 
     def find(self, expected: Expected) -> tuple[Path, EngineRecord]:
-        """The file and record of a usable engine.
+        """The file and record of a usable engine. What is to be loaded is read with :meth:`load`.
 
         Raises:
             EngineMissingError: if there is no such file.
             EngineRefusedError: if there is one that must not be run, with every difference.
             EngineError: if the directory or its manifest cannot be read.
         """
+        _, record = self._usable(expected, lambda path: (hash_file(path), None))
+        return self.root / expected.path, record
+
+    def load(self, expected: Expected) -> tuple[EngineImage, EngineRecord]:
+        """The bytes and record of a usable engine: the bytes are those that were hashed, whatever becomes of the file.
+
+        Raises:
+            EngineMissingError, EngineRefusedError, EngineError: as :meth:`find`.
+        """
+
+        def read(path: Path) -> tuple[str, EngineImage]:
+            image = EngineImage.read(path)
+            return image.sha256, image
+
+        image, record = self._usable(expected, read)
+        if not self._writers_told:
+            self._writers_told = True
+            for text in rights.writers(self.root, image.path):
+                logger.warning("others may change what is run from %s: %s", self.root, text)
+        return image, record
+
+    def _usable(self, expected: Expected, read: Callable[[Path], tuple[str, _T]]) -> tuple[_T, EngineRecord]:
+        """What ``read`` made of a usable engine, beside its hash, and its record."""
         path = self.root / expected.path
+        for _ in range(_ATTEMPTS):
+            stamp = self.stamp()
+            records = self._records(path, expected)
+            digest, found = _read(path, read)
+            record = next((r for r in records if r.sha256 == digest), None)
+            if record is not None or self.stamp() == stamp:  # else a build was between the two
+                break
+        if record is None:
+            known = records[-1]
+            raise EngineRefusedError(
+                str(path),
+                [
+                    f"damaged: {_size(path)} bytes with sha256 {digest[:12]}..., "
+                    f"built with {known.size} and {known.sha256[:12]}..."
+                ],
+            )
+        differences = expected.differences(record)
+        if differences:
+            raise EngineRefusedError(str(path), differences, f"Rebuild it here: {expected.build_command(self.root)}")
+        return found, record
+
+    def _records(self, path: Path, expected: Expected) -> list[EngineRecord]:
         try:
-            size = path.stat().st_size
+            path.stat()
         except FileNotFoundError:
             raise EngineMissingError(f"there is no engine {path}") from None
         except OSError as error:
@@ -184,57 +138,34 @@ class EngineStore:
                 ["the manifest does not know it, so nobody says what it was made from, and loading it runs its code"],
                 f"If you trust whoever made it: {adopt_command(self.root)}",
             )
-        try:
-            digest = hash_file(path)
-        except OSError as error:
-            raise EngineError(f"cannot read the engine {path}: {error}") from error
-        record = next((r for r in records if r.sha256 == digest), None)
-        if record is None:
-            known = records[-1]
-            raise EngineRefusedError(
-                str(path),
-                [f"damaged: {size} bytes with sha256 {digest[:12]}..., built with {known.size} and {known.sha256[:12]}..."],
-            )
-        found = expected.differences(record)
-        if found:
-            raise EngineRefusedError(str(path), found, f"Rebuild it here: {expected.build_command(self.root)}")
-        return path, record
+        return records
 
     # Writing.
 
-    @contextmanager
-    def _locked(self, name: str) -> Iterator[None]:
-        folder = self.root / ".locks"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(folder / f"{name.replace('/', '.')}.lock", thread_local=False)
-            lock.acquire()
-        except OSError as error:
-            raise EngineError(f"cannot write in the engine directory {self.root}: {error}") from error
-        try:
-            yield
-        finally:
-            lock.release()
-
-    def _write_manifest(self, manifest: Manifest) -> None:
-        # Under the manifest's lock, what a killed writer left behind is nobody's.
+    def _edit(self, change: Callable[[Manifest], object]) -> None:
+        """Have ``change`` edit the manifest; the caller holds its lock."""
+        # Under the lock, what a killed writer left behind is nobody's.
         for leftover in self.root.glob(f".{NAME}.*"):
             leftover.unlink(missing_ok=True)
-        write_atomically(self.root / NAME, manifest.dumps())
-        _sync(self.root)
-
-    @contextmanager
-    def _editing(self) -> Iterator[Manifest]:
-        with self._locked(NAME):
+        for _ in range(_ATTEMPTS):
+            before = self.stamp()
             manifest = self.manifest()
-            yield manifest
-            self._write_manifest(manifest)
+            change(manifest)
+            # Whoever deletes the file of a lock lets a second holder in: then what one of them wrote must not be lost.
+            if self.stamp() != before:
+                continue
+            try:
+                write_atomically(self.root / NAME, manifest.dumps())
+            except FileNotFoundError:  # taken for a leftover by the second holder
+                continue
+            return sync(self.root)
+        raise EngineError(f"the manifest of {self.root} is written by others without end")
 
     def build(
         self,
         expected: Expected,
         make: Callable[[Path], EngineRecord],
-        accept: Callable[[Path, EngineRecord], EngineRecord] | None = None,
+        accept: Callable[[EngineImage, EngineRecord], EngineRecord] | None = None,
         stands: Callable[[EngineRecord], bool] | None = None,
     ) -> tuple[Path, EngineRecord]:
         """Have ``make`` write an engine and publish it; whoever comes second finds the first one's and waits.
@@ -242,13 +173,13 @@ class EngineStore:
         Args:
             expected: the engine wanted. If a usable one is there by the time the lock is ours, it is returned.
             make: writes the given path and returns its record, with any hash and size.
-            accept: looks at the written file before it is published; its record is published, its exception stops it.
+            accept: looks at what was written before it is published; its record is published, its exception stops it.
             stands: whether an engine that is there already may stay; None: it may.
 
         Raises:
             BuildError: if making or writing it failed. What was there before is there still.
         """
-        with self._threads, self._locked(expected.path):
+        with locks.take(self.root, expected.path, beat=True):
             try:
                 path, record = self.find(expected)
                 if stands is None or stands(record):
@@ -265,27 +196,37 @@ class EngineStore:
                 temporary = folder / f"{prefix}.{uuid.uuid4().hex}{expected.suffix}"
                 try:
                     record = make(temporary)
-                    record = dataclasses.replace(record, sha256=hash_file(temporary), size=temporary.stat().st_size)
-                    if accept is not None:
-                        record = accept(temporary, record)
+                    record = self._accept(temporary, record, accept)
                     return self._publish(expected.path, temporary, record), record
                 finally:
                     temporary.unlink(missing_ok=True)
             except OSError as error:
                 raise BuildError(f"cannot write the engine {self.root / expected.path}: {error}") from error
 
+    @staticmethod
+    def _accept(
+        file: Path, record: EngineRecord, accept: Callable[[EngineImage, EngineRecord], EngineRecord] | None
+    ) -> EngineRecord:
+        if accept is None:
+            return dataclasses.replace(record, sha256=hash_file(file), size=file.stat().st_size)
+        image = EngineImage.read(file)
+        return accept(image, dataclasses.replace(record, sha256=image.sha256, size=len(image.data)))
+
     def _publish(self, name: str, temporary: Path, record: EngineRecord) -> Path:
         final = self.root / name
-        final.parent.mkdir(parents=True, exist_ok=True)
-        _sync(temporary)
-        # Announce, replace, forget: whichever file is in place at any moment, a record describes it.
-        with self._editing() as manifest:
+        sync(temporary)
+
+        def announce(manifest: Manifest) -> None:
             records = manifest.engines.setdefault(name, [])
             records[:] = [*(r for r in records if r.sha256 != record.sha256), record]
-        temporary.replace(final)
-        _sync(final.parent)
-        with self._editing() as manifest:
-            manifest.engines[name] = [record]
+
+        # Announce, replace, forget: whichever file is in place at any moment, a record describes it.
+        with locks.take(self.root, NAME):
+            self._edit(announce)
+            final.parent.mkdir(parents=True, exist_ok=True)
+            temporary.replace(final)
+            sync(final.parent)
+            self._edit(lambda manifest: manifest.engines.update({name: [record]}))
         return final
 
     def record_verification(
@@ -295,31 +236,77 @@ class EngineStore:
 
         In a directory that cannot be written it is logged and lost.
         """
+
+        def change(manifest: Manifest) -> None:
+            records = manifest.engines.get(name, [])
+            for index, record in enumerate(records):
+                if record.sha256 == sha256:
+                    record.verification[check] = result
+                    records[index] = dataclasses.replace(record, scratch=scratch or record.scratch)
+
         try:
-            with self._editing() as manifest:
-                records = manifest.engines.get(name, [])
-                for index, record in enumerate(records):
-                    if record.sha256 == sha256:
-                        record.verification[check] = result
-                        records[index] = dataclasses.replace(record, scratch=scratch or record.scratch)
+            with locks.take(self.root, NAME):
+                self._edit(change)
         except (EngineError, OSError) as error:
             logger.warning("the self-check of %s is not recorded: %s", name, error)
 
     def add(self, name: str, record: EngineRecord) -> None:
         """Write the record of a file that is already in place (adoption)."""
-        with self._editing() as manifest:
-            manifest.engines[name] = [record]
+        with locks.take(self.root, NAME):
+            self._edit(lambda manifest: manifest.engines.update({name: [record]}))
 
     def remove(self, name: str) -> int:
-        """Delete an engine and its records; returns the bytes freed."""
+        """Delete an engine and its records; returns the bytes freed.
+
+        Raises:
+            EngineError: as :meth:`delete`, or if somebody builds it and gives no sign of life.
+        """
+        with locks.take(self.root, name):
+            return self.delete(name)
+
+    def delete(self, name: str) -> int:
+        """The same; the caller holds the engine's lock.
+
+        Raises:
+            EngineError: if the file cannot be deleted, or lies outside the directory: then only its records are gone.
+        """
         path = self.root / name
-        with self._locked(name), self._editing() as manifest:
-            manifest.engines.pop(name, None)
-            freed = path.stat().st_size if path.is_file() else 0
-            path.unlink(missing_ok=True)
-        if path.parent != self.root and path.parent.is_dir() and not any(path.parent.iterdir()):
-            path.parent.rmdir()
+        outside = None
+        with locks.take(self.root, NAME):
+            self.manifest()  # one that cannot be read is an error before anything is lost
+            try:
+                freed = remove_below(self.root, name)
+            except OSError as error:
+                if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+                    raise EngineError(f"cannot delete {path}: {error}") from error
+                outside, freed = error, 0
+            self._edit(lambda manifest: manifest.engines.pop(name, None))
+            if outside is None and path.parent != self.root:
+                with contextlib.suppress(OSError):  # the other network's engine is in there
+                    path.parent.rmdir()
+        if outside is not None:
+            raise EngineError(f"{path} is not deleted: a link leads there, out of the engine directory; only its record is")
         return freed
+
+    def remove_leftover(self, path: Path) -> int:
+        """Delete what a killed build left behind, unless its builder lives; returns the bytes freed.
+
+        Raises:
+            LockedError: if a build holds the lock that guards it.
+            EngineError: if it cannot be deleted.
+        """
+        with locks.take(self.root, self._guard(path), wait=False):
+            try:
+                return remove_below(self.root, path.relative_to(self.root).as_posix())
+            except OSError as error:
+                raise EngineError(f"cannot delete {path}: {error}") from error
+
+    def _guard(self, leftover: Path) -> str:
+        """The name of the lock under which a leftover was written."""
+        if leftover.parent == self.root:
+            return NAME
+        # .tmp/<engine's path with dots>.<id><suffix>
+        return re.sub(r"[.][0-9a-f]{32}[.][^.]*$", "", leftover.name)
 
     def unknown_files(self, suffixes: tuple[str, ...]) -> list[str]:
         """Engine files in the guide's layout that have no record, relative to the directory."""
@@ -332,5 +319,25 @@ class EngineStore:
         return found
 
     def leftovers(self) -> list[Path]:
-        """Files that killed builds left behind."""
-        return sorted((self.root / ".tmp").glob("*"))
+        """Files that killed builds left behind, and those that live ones are writing."""
+        return [*sorted((self.root / ".tmp").glob("*")), *sorted(self.root.glob(f".{NAME}.*"))]
+
+    def is_being_written(self, leftover: Path) -> bool:
+        """Whether a live build may be writing one of :meth:`leftovers` now."""
+        return locks.is_held(self.root, self._guard(leftover))
+
+
+def _read(path: Path, read: Callable[[Path], _T]) -> _T:
+    try:
+        return read(path)
+    except FileNotFoundError:
+        raise EngineMissingError(f"there is no engine {path}") from None
+    except OSError as error:
+        raise EngineError(f"cannot read the engine {path}: {error}") from error
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0

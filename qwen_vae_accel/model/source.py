@@ -8,7 +8,6 @@ kernels are new memory (2 % of the VAE). Before each use the parameters are comp
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter, is_
@@ -25,6 +24,7 @@ from qwen_vae_accel.model.image_vae import ImageDecoder, ImageEncoder
 from qwen_vae_accel.model.layers import State, under
 from qwen_vae_accel.model.offload import execution_device, is_hooked, values
 from qwen_vae_accel.model.topology import Topology, inspect_vae
+from qwen_vae_accel.visits import fork_safe_lock
 
 _PARTS = {"encode": ("encoder", "quant_conv"), "decode": ("decoder", "post_quant_conv")}
 _version = attrgetter("_version")
@@ -159,7 +159,7 @@ class ModelSource:
         self.vae = vae
         self.folder = None if folder is None else Path(folder).expanduser().absolute()
         self.topology: Topology = inspect_vae(vae)
-        self._lock = threading.RLock()
+        self._lock = fork_safe_lock()
         self._seen: dict[str, _Seen] = {}
         self._structures = {method: _Seen.look(vae, method).structure() for method in _PARTS}
         self._generation = {"encode": 0, "decode": 0}

@@ -22,6 +22,7 @@ from qwen_vae_accel.errors import BackendUnavailableError, ConfigError, EngineEr
 from qwen_vae_accel.journal import Journal
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.plan import Choice, EngineKey, Miss, Plan, Size
+from qwen_vae_accel.visits import fork_safe_lock
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ class Dispatcher:
         self._routes: dict[tuple[Job, bool, tuple[str, ...]], _Route] = {}
         self._misses: dict[tuple[str, Job, Size, str], tuple[object, str]] = {}  # with the directory's state at the time
         self._adopted: dict[tuple[str, str], Plan] = {}
-        self._lock = threading.RLock()
+        self._lock = fork_safe_lock()
         self._engines = self._engine_candidates(device)
         self._direct = self._direct_candidates(device)
         self.runtime: EngineRuntime | None = None
@@ -274,7 +275,8 @@ class Dispatcher:
 
         def run() -> Tensor:
             assert self.runtime is not None
-            with self.runtime.use(wanted, choice) as program:
+            visit = threading.Lock()
+            with visit, self.runtime.use(wanted, choice, visit) as program:
                 # Engines hold batch one, unless they say otherwise; more images go one after another.
                 step = getattr(program, "max_batch", {}).get(index, 1)
                 return torch.cat([program(part, index) for part in x.split(step)]) if len(x) > step else program(x, index)
@@ -354,12 +356,13 @@ class Dispatcher:
         assert self.runtime is not None
         choice = Choice(wanted.key, wanted.key.profiles[0])
         self._misses.clear()
+        visit = threading.Lock()
         try:
-            with self.runtime.use(wanted, choice):
+            with visit, self.runtime.use(wanted, choice, visit):
                 return
         except EngineError:
             if self._config.miss_policy != "build":
                 raise
         self.runtime.build(wanted)
-        with self.runtime.use(wanted, choice):
+        with visit, self.runtime.use(wanted, choice, visit):
             return

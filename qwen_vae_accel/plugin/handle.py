@@ -26,6 +26,7 @@ from qwen_vae_accel.plugin.parking import Parking
 from qwen_vae_accel.plugin.patch import HANDLE, PATCHED, handle_of, remove_leftovers, replacements, wrapped
 from qwen_vae_accel.plugin.processing import PostProcessing, PreProcessing, Replacement, processors_of
 from qwen_vae_accel.progress import progress_bar
+from qwen_vae_accel.visits import Visits, fork_safe_lock
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,9 @@ def accelerate(target: Any, config: AccelConfig | Mapping[str, Any] | str | Path
     wanted = AccelConfig.resolve(config, **overrides)
     vae = _find_vae(target)
     existing: Handle | None = handle_of(vae)
+    if existing is not None and not existing._active:  # an interrupt ended its restore()
+        existing.restore()
+        existing = None
     if existing is not None:
         if existing.config == wanted:
             if target is not vae:
@@ -96,10 +100,10 @@ class Handle:
         self._source = ModelSource(vae, config.engine_dir)
         self._dispatcher = Dispatcher(config, self._source, self._journal, execution_device(vae))
         self._active = True
-        self._callers: list[int] = []  # threads that are inside a call
+        self._restored = False
+        self._callers = Visits()
         self._requests: dict[tuple[Any, ...], Request] = {}
-        self._changed = threading.Condition()
-        self._one_original = threading.RLock()
+        self._one_original = fork_safe_lock()
         remove_leftovers(vae)
         self._custom = {method: custom_method(vae, method) for method in METHODS}
         self._before = {name: vae.__dict__[name] for name in PATCHED if name in vae.__dict__}
@@ -144,42 +148,51 @@ class Handle:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._active:
+        if not self._restored:
             self.restore()
 
     def restore(self) -> None:
         """Give the VAE back its own methods and release every engine; calls under way in other threads finish first.
 
+        Where an interrupt ends it, or another error, it can be called again and does what is left.
+
         Raises:
             HandleError: if that was done before, if something else patched the VAE since, or inside a call of the VAE.
         """
-        if not self._active:
+        if self._restored:
             raise HandleError("this VAE was restored already; accelerate() makes a new handle")
-        if threading.get_ident() in self._callers:
+        if self._callers.mine():
             raise HandleError(
                 "restore() inside a call of the VAE (from a hook or a signal handler) would wait for itself; call it later"
             )
+        if self._active:
+            for name in PATCHED:
+                patch = self.vae.__dict__.get(name)
+                if getattr(patch, "__qwen_vae_accel__", False) is False:
+                    raise HandleError(
+                        f"vae.{name} was patched again after accelerate(); undo that first, or the other patch would be lost"
+                    )
+            for replacement in self._replacements:
+                replacement.check_removable()
+        self._active = False  # calls that begin from now on go diffusers' way; each step below can be repeated
+        while self._replacements:
+            self._replacements[0].remove()
+            del self._replacements[0]
         for name in PATCHED:
-            patch = self.vae.__dict__.get(name)
-            if getattr(patch, "__qwen_vae_accel__", False) is False:
-                raise HandleError(
-                    f"vae.{name} was patched again after accelerate(); undo that first, or the other patch would be lost"
-                )
-        for replacement in self._replacements:
-            replacement.check_removable()
-        for replacement in self._replacements:
-            replacement.remove()
-        for name in PATCHED:
-            del self.vae.__dict__[name]
-        self.vae.__dict__.update(self._before)
-        del self.vae.__dict__[HANDLE]
-        with self._changed:
-            self._active = False
-            self._changed.wait_for(lambda: not self._callers)
+            if getattr(self.vae.__dict__.get(name), "__qwen_vae_accel__", False):
+                if name in self._before:
+                    self.vae.__dict__[name] = self._before[name]
+                else:
+                    del self.vae.__dict__[name]
+        if self.vae.__dict__.get(HANDLE) is self:
+            del self.vae.__dict__[HANDLE]
+        self._callers.wait()
         self._dispatcher.forget()
-        self._unpark()
+        with self._one_original:
+            self._unpark()
         if self._dispatcher.runtime is not None:
             self._dispatcher.runtime.release()
+        self._restored = True
 
     def report(self) -> Report:
         """What happened since :func:`accelerate`: a table when printed with rich, values through ``.as_dict()``."""
@@ -219,20 +232,17 @@ class Handle:
     # What the patched methods do.
 
     def _call(self, method: str, x: Tensor, return_dict: bool) -> Any:
-        thread = threading.get_ident()
-        with self._changed:
-            active = self._active
-            if active:
-                self._callers.append(thread)
-        if not active:  # restored since this thread looked the method up
+        visit = threading.Lock()
+        with visit:
+            self._callers.enter(visit)
+            try:
+                if self._active:
+                    return self._serve(method, x, return_dict)
+            finally:
+                self._callers.leave(visit)
+        with self._one_original:  # restored since this thread looked the method up
+            self._unpark()
             return self._original[method](x, return_dict=return_dict)
-        try:
-            return self._serve(method, x, return_dict)
-        finally:
-            with self._changed:
-                self._callers.remove(thread)
-                if not self._active:  # restore() waits for the last call
-                    self._changed.notify_all()
 
     def _serve(self, method: str, x: Tensor, return_dict: bool) -> Any:
         run_pre_forward(self.vae)

@@ -19,8 +19,8 @@ from qwen_vae_accel.backends.tensorrt import BuildSettings, TensorRTBackend, par
 from qwen_vae_accel.backends.tensorrt import flavour as flavours
 from qwen_vae_accel.backends.tensorrt.build import input_shapes
 from qwen_vae_accel.backends.tensorrt.flavour import Flavour
+from qwen_vae_accel.engines.expected import Expected
 from qwen_vae_accel.engines.inspect import Inspector
-from qwen_vae_accel.engines.store import Expected
 from qwen_vae_accel.errors import BackendUnavailableError, BuildError, ConfigError, EngineMissingError, EngineRefusedError
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.plan import EngineKey

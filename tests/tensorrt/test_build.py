@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+from qwen_vae_accel.backends.base import EngineImage
 from qwen_vae_accel.backends.tensorrt import BuildSettings, TensorRTBackend
 from qwen_vae_accel.backends.tensorrt.build import BuildReport, export, input_shapes
 from qwen_vae_accel.backends.tensorrt.crossbuild import torch_tensorrt_for
@@ -332,7 +333,9 @@ def test_real_tensorrts_refusals_are_errors(
     file = tmp_path / "e.trt"
     file.write_bytes(damage(static_decoder[0].read_bytes()))
     with pytest.raises(TensorRTError, match=says):
-        TensorRTBackend().load(file, job_of(ModelSource(full), "decode", torch.bfloat16), key_of("decode", "1_1"))
+        TensorRTBackend().load(
+            EngineImage.read(file), job_of(ModelSource(full), "decode", torch.bfloat16), key_of("decode", "1_1")
+        )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU there are no stand-ins")

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from qwen_vae_accel.backends.base import NO_FLOAT8, EngineBackend, EngineDescription, Environment, Job, Program
+from qwen_vae_accel.backends.base import NO_FLOAT8, EngineBackend, EngineDescription, EngineImage, Environment, Job, Program
 from qwen_vae_accel.backends.tensorrt import flavour as flavours
 from qwen_vae_accel.backends.tensorrt.build import BuildReport, Progress, build_engine
 from qwen_vae_accel.backends.tensorrt.crossbuild import common_processor, target_environment, torch_tensorrt_for
@@ -174,25 +174,25 @@ class TensorRTBackend(EngineBackend):
 
     # Loading.
 
-    def load(self, path: Path, job: Job, key: EngineKey) -> TensorRTProgram:
-        engine = self._open(path, job)
+    def load(self, image: EngineImage, job: Job, key: EngineKey) -> TensorRTProgram:
+        engine = self._open(image, job)
         differences = [*engine.facts.differences(job), *engine.facts.range_differences(job, key)]
         if differences:
             raise TensorRTError("; ".join(differences))
-        return TensorRTProgram(engine, job.dtype, job.device, self._streams, path.stat().st_size)
+        return TensorRTProgram(engine, job.dtype, job.device, self._streams, len(image.data))
 
     def scratch(self, program: Program) -> tuple[int, ...] | None:
         return program.facts.scratch if isinstance(program, TensorRTProgram) else None
 
-    def describe(self, path: Path, job: Job) -> EngineDescription:
-        facts = self._open(path, job).facts
+    def describe(self, image: EngineImage, job: Job) -> EngineDescription:
+        facts = self._open(image, job).facts
         differences = facts.differences(job)
         if differences:
-            raise TensorRTError(f"{path.name} is not the VAE's {job.method}r: {'; '.join(differences)}")
+            raise TensorRTError(f"{image.path.name} is not the VAE's {job.method}r: {'; '.join(differences)}")
         sizes = facts.sizes(job.method, job.topology.scale)
         return EngineDescription(facts.input.dtype, sizes, facts.scratch, facts.weights)
 
-    def _open(self, path: Path, job: Job) -> LoadedEngine:
+    def _open(self, image: EngineImage, job: Job) -> LoadedEngine:
         flavour = flavours.installed(Environment.detect(job.device).packages)
         if flavour is None:
             raise TensorRTError(flavours.run_reasons({})[0])
@@ -201,7 +201,7 @@ class TensorRTBackend(EngineBackend):
         except ImportError as error:
             raise TensorRTError(f"{flavour.name} is installed but does not load: {error}") from error
         with _on(job.device):
-            return deserialize(trt, path.read_bytes(), path.name)
+            return deserialize(trt, image.data, image.path.name)
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
