@@ -60,10 +60,18 @@ def read_file(path: str | Path, limit: int | None = None) -> bytes:
     return data
 
 
-def write_atomically(path: Path, data: str | bytes | memoryview) -> None:
+def write_atomically(path: Path, data: str | bytes | memoryview, unless: Callable[[], bool] = bool) -> bool:
     """Put ``data`` (text as UTF-8) into ``path``; its folder is made if need be, and what was there stays until then.
 
     What a killed writer leaves behind is a file ``.NAME.HEX`` beside it.
+
+    Args:
+        path: the file.
+        data: its new content.
+        unless: asked last of all; where it is true, what was there stays for good.
+
+    Returns:
+        Whether it was written.
 
     Raises:
         OSError: the folder cannot be written, the disk is full, or ``path`` is a device, a pipe or a folder, which nothing
@@ -77,7 +85,10 @@ def write_atomically(path: Path, data: str | bytes | memoryview) -> None:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             _sync(file.fileno(), path.parent)
+        if unless():
+            return False
         temporary.replace(path)
+        return True
     finally:
         temporary.unlink(missing_ok=True)
 

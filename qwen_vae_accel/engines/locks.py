@@ -119,7 +119,10 @@ def _place(root: Path, name: str) -> tuple[Path, int]:
     mode = 0o600 | (0o060 if written_by & stat.S_IWGRP else 0) | (0o006 if written_by & stat.S_IWOTH else 0)
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
-    status = folder.lstat()
+    try:
+        status = folder.lstat()
+    except FileNotFoundError:  # deleted again
+        return _place(root, name)
     if not stat.S_ISDIR(status.st_mode):
         raise NotADirectoryError(errno.ENOTDIR, "is not a folder", str(folder))
     wanted = mode | (mode >> 2 & 0o111)  # who may read may enter

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import logging
 import re
@@ -152,14 +153,14 @@ class EngineStore:
             manifest = self.manifest()
             change(manifest)
             # Whoever deletes the file of a lock lets a second holder in: then what one of them wrote must not be lost.
-            if self.stamp() != before:
-                continue
-            try:
-                write_atomically(self.root / NAME, manifest.dumps())
-            except FileNotFoundError:  # taken for a leftover by the second holder
-                continue
-            return sync(self.root)
+            unless = functools.partial(self._has_changed, before)
+            with contextlib.suppress(FileNotFoundError):  # taken for a leftover by the second holder
+                if write_atomically(self.root / NAME, manifest.dumps(), unless):
+                    return sync(self.root)
         raise EngineError(f"the manifest of {self.root} is written by others without end")
+
+    def _has_changed(self, before: tuple[int, int, int] | None) -> bool:
+        return self.stamp() != before
 
     def build(
         self,
