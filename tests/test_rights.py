@@ -15,6 +15,7 @@ from tests.helpers import decoded, latents, open_engines
 from tests.processes import build, expected
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="modes of Unix")
+pytest_plugins = ["tests.fixtures_cli"]
 PATH = expected().path
 
 
@@ -59,22 +60,20 @@ def test_a_link_in_a_folder_of_everybody_is_found(root, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "members", "primary", "private"),
-    [("me", [], 4242, True), ("me", ["me"], 4242, True), ("me", ["you"], 4242, False), ("staff", [], 100, False)],
+    [("me", [], True, True), ("me", ["me"], True, True), ("me", ["you"], True, False), ("me", [], False, False)],
 )
-def test_a_private_group_is_nobody_else(root, monkeypatch, name, members, primary, private):
+def test_a_group_that_is_one_users_own_is_nobody_else(root, monkeypatch, name, members, primary, private):
     users = {"me": os.geteuid(), "you": os.geteuid() + 1}
+    group = root.stat().st_gid if primary else root.stat().st_gid + 1
 
     def getpwnam(user: str) -> object:
-        return types.SimpleNamespace(pw_uid=users[user], pw_gid=primary)
+        return types.SimpleNamespace(pw_uid=users[user], pw_gid=group)
 
-    monkeypatch.setattr(
-        rights, "grp", types.SimpleNamespace(getgrgid=lambda _: types.SimpleNamespace(gr_name=name, gr_mem=members))
-    )
+    def getgrgid(_: int) -> object:
+        return types.SimpleNamespace(gr_name=name, gr_mem=members)
+
+    monkeypatch.setattr(rights, "grp", types.SimpleNamespace(getgrgid=getgrgid))
     monkeypatch.setattr(rights, "pwd", types.SimpleNamespace(getpwnam=getpwnam))
-    if os.geteuid() == 0:
-        os.chown(root, 0, 4242)
-    else:
-        monkeypatch.setattr(rights, "_is_private", lambda group, allowed: rights.__dict__["_is_private"](4242, allowed))
     root.chmod(0o775)
     assert found(root) == ([] if private else [f"{root} can be written by the group {name}"])
 
@@ -97,3 +96,17 @@ def test_other_writers_are_said_once_at_load(micro, fake, engines, caplog, no_gr
 def test_nothing_is_said_of_a_directory_of_ones_own(root, caplog):
     EngineStore(root).load(expected())
     assert not caplog.records
+
+
+def test_verify_ends_with_1_where_others_may_write(cli, micro_folder, fake, engines):
+    keep = {"32x32/vae_decoder.fake"}
+    for name in EngineStore(engines).manifest().engines.keys() - keep:
+        EngineStore(engines).remove(name)
+    arguments = ("verify", "--vae", micro_folder, "--engine-dir", engines)
+    good = cli(*arguments, "--json")
+    assert good.code == 0 and good.document["writers"] == []
+    (engines / "manifest.json").chmod(0o666)
+    bad = cli(*arguments, "--json")
+    assert bad.code == 1 and all(entry["good"] for entry in bad.document["engines"])
+    assert bad.document["writers"] == [f"{engines / 'manifest.json'} can be written by everybody"]
+    assert "others may change what is run from here" in cli(*arguments).stdout

@@ -205,12 +205,14 @@ def prune(
             methods = settings.methods if config is not None or task is not None else ("encode", "decode")
             planned = _planned_paths(settings, methods, inspector, source)
         removals = inspector.prunable(planned)
-        failures = []
+        failures, kept = [], {}
         for removal in removals if yes else ():
             try:
-                inspector.remove(removal)
+                if why := inspector.remove(removal):
+                    kept[removal.path] = why
             except AccelError as error:
                 failures.append(str(error))
+        removals = [removal for removal in removals if removal.path not in kept]
         table = _table("file", "MB", "reason")
         for removal in removals:
             table.add_row(str(removal.path), f"{removal.size / 1e6:.1f}", plain(removal.reason))
@@ -222,9 +224,11 @@ def prune(
             "engine_dir": str(engine_dir),
             "removed": yes,
             "files": [removal.as_dict() for removal in removals],
+            "kept": [{"path": str(path), "reason": why} for path, why in kept.items()],
             "failures": failures,
         }
-        parts = ([table] if removals else []) + [plain(note), *(plain(text, style="red") for text in failures)]
+        notes = [plain(note), *(plain(f"{path} is kept: {why}") for path, why in kept.items())]
+        parts = ([table] if removals else []) + [*notes, *(plain(text, style="red") for text in failures)]
         return edge.Outcome(document, Group(*parts), not failures)
 
     edge.run(as_json, verbose, work)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Group
 from rich.table import Table
 
 from qwen_vae_accel.backends.base import DirectBackend, Environment, Job
@@ -39,7 +40,8 @@ def verify(
 ) -> None:
     """Compare with the exact model in float32: relative error and PSNR. Exit code 1 if any result is bad.
 
-    With --engine-dir, every engine there, hashed again; their sizes and dtypes are their own. With --backend fused or
+    With --engine-dir, every engine there, hashed again; their sizes and dtypes are their own. There, what lets others than
+    you and root change the engines is bad too: loading one runs the code in it. With --backend fused or
     eager, that backend's networks in the dtypes given, float8 included (--engine-dir then keeps its calibration).
     """
 
@@ -99,8 +101,11 @@ def _verify_engines(vae: Path, engine_dir: Path, device: torch.device) -> edge.O
             if reasons:
                 table.add_row(status.path, "", "", "", "", plain("refused: " + "; ".join(reasons), style="red"))
             update(status.path, True)
-    good = all(entry["good"] for entry in engines)
-    return edge.Outcome({"engine_dir": str(engine_dir), "engines": engines}, table if found else plain("no engines"), good)
+    writers = inspector.writers()
+    said = [plain(f"others may change what is run from here: {text}", style="red") for text in writers]
+    document = {"engine_dir": str(engine_dir), "engines": engines, "writers": writers}
+    good = not writers and all(entry["good"] for entry in engines)
+    return edge.Outcome(document, Group(table if found else plain("no engines"), *said), good)
 
 
 def _verify_direct(vae: Path, config: AccelConfig, sizes: tuple[str, ...], device: torch.device) -> edge.Outcome:
