@@ -17,6 +17,7 @@ from qwen_vae_accel import accelerate
 from qwen_vae_accel.engines.manifest import NAME, Manifest
 from qwen_vae_accel.engines.store import EngineStore
 from qwen_vae_accel.errors import BuildError, EngineError, EngineMissingError, EngineRefusedError
+from qwen_vae_accel.plugin.patch import handle_of
 from tests import processes
 from tests.processes import build, content, expected, maker
 
@@ -253,14 +254,14 @@ def test_engine_dir_that_is_a_file(micro, fake, tmp_path):
     with pytest.raises(EngineError):
         EngineStore(file / "below").build(expected(), maker(expected()))
     assert file.read_text() == "not a folder"
-    assert "decode" not in vars(micro)
+    assert handle_of(micro) is None
 
 
 @pytest.mark.parametrize("on_miss", ["error", "fallback"])
 def test_engine_dir_that_is_missing(micro, fake, tmp_path, on_miss):
     with pytest.raises(EngineError, match="does not exist.*qwen-vae-accel build"):
         accelerate(micro, backend="tensorrt", engine_dir=tmp_path / "none", on_miss=on_miss)
-    assert "decode" not in vars(micro)
+    assert handle_of(micro) is None
     assert not (tmp_path / "none").exists()
 
 

@@ -68,6 +68,8 @@ class Environment:
             half = _cpu_half_dtypes() if device.type == "cpu" else ()
             name = torch.backends.cpu.get_cpu_capability()
             return cls(device.type, name, platform=where, packages=packages, half_dtypes=half)
+        if not torch.cuda.is_available():  # where hooks are told to compute, or a driver that is gone
+            return cls("cuda", "no GPU", platform=where, packages=packages)
         properties = torch.cuda.get_device_properties(device)
         return cls(
             device_type="cuda",

@@ -115,7 +115,8 @@ def _verify_direct(vae: Path, config: AccelConfig, sizes: tuple[str, ...], devic
     source = ModelSource(load_vae(vae, device), config.engine_dir)
     environment = Environment.detect(device)
     machine = selfcheck.machine_id(environment)
-    jobs = [Job.of(config, method, source.topology, device, source.vae_dtype, environment) for method in config.methods]
+    stored = {method: source.placement(method).dtype for method in config.methods}
+    jobs = [Job.of(config, method, source.topology, device, dtype, environment) for method, dtype in stored.items()]
     reasons = [text for job in jobs for text in chosen.reasons(environment, job)]
     if reasons:
         raise BackendUnavailableError(chosen.name, list(dict.fromkeys(reasons)))

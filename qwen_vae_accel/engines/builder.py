@@ -107,8 +107,8 @@ class Builder:
         if config.engine_dir is None:
             raise ConfigError("there is no engine_dir to build into: give --engine-dir")
         environment = target or Environment.detect(device)
-        stored = source.vae_dtype
-        jobs = {method: Job.of(config, method, source.topology, device, stored, environment) for method in config.methods}
+        stored = {method: source.placement(method).dtype for method in config.methods}
+        jobs = {method: Job.of(config, method, source.topology, device, dtype, environment) for method, dtype in stored.items()}
         self.backend = engine_backend(config, environment, jobs.values(), backend)
         self.store = EngineStore(config.engine_dir)
         verify = config.verify and target is None

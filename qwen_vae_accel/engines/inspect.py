@@ -283,7 +283,8 @@ class Inspector:
             raise ConfigError("adopting needs the VAE that the engines were made from: give --vae")
         method, name = self._place(path)
         backend = self._backend(path, config)
-        job = Job.of(config, method, source.topology, self._device, source.vae_dtype, self._environment)
+        stored = source.placement(method).dtype
+        job = Job.of(config, method, source.topology, self._device, stored, self._environment)
         reasons = backend.reasons(self._environment, job)
         if reasons:
             raise EngineRefusedError(path, reasons)

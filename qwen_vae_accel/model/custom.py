@@ -9,13 +9,22 @@ from torch import nn
 
 from qwen_vae_accel.model.offload import is_hooked
 
+# Names, in the class that accelerate() gives a VAE, the class that the VAE had.
+PLAIN_CLASS = "__qwen_vae_accel_plain_class__"
+
+
+def plain_class(vae: nn.Module) -> type:
+    """The class of ``vae``, accelerated or not."""
+    return getattr(type(vae), PLAIN_CLASS, type(vae))
+
 
 def custom_method(vae: nn.Module, method: str) -> str:
     """Why ``encode`` or ``decode`` of ``vae`` is not the one of its diffusers class; empty if it is."""
+    cls = plain_class(vae)
     for name in (method, f"_{method}", f"tiled_{method}"):
         if not _is_own(vae, name):
             return f"vae.{name} was patched before accelerate()"
-        owners = [cls for cls in type(vae).__mro__ if name in vars(cls)]
+        owners = [owner for owner in cls.__mro__ if name in vars(owner)]
         if len(owners) > 1 and not owners[0].__module__.startswith("diffusers."):
             return f"{owners[0].__name__} overrides {name}"
     return ""

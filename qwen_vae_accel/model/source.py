@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import repeat
 from operator import attrgetter, is_
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,12 @@ from qwen_vae_accel.errors import UnsupportedVAEError
 from qwen_vae_accel.model.custom import custom_module
 from qwen_vae_accel.model.image_vae import ImageDecoder, ImageEncoder
 from qwen_vae_accel.model.layers import State, under
-from qwen_vae_accel.model.offload import execution_device, is_hooked, values
+from qwen_vae_accel.model.offload import PARTS, Placement, is_plain, values
 from qwen_vae_accel.model.topology import Topology, inspect_vae
 from qwen_vae_accel.visits import fork_safe_lock
 
-_PARTS = {"encode": ("encoder", "quant_conv"), "decode": ("decoder", "post_quant_conv")}
 _version = attrgetter("_version")
+_requires_grad = attrgetter("requires_grad")
 
 
 def image_state(parameters: Mapping[str, Tensor], method: str) -> dict[str, Tensor]:
@@ -43,7 +44,7 @@ def image_state(parameters: Mapping[str, Tensor], method: str) -> dict[str, Tens
     Returns:
         Weights named from inside the encoder or decoder, plus ``quant_conv.*`` or ``post_quant_conv.*``.
     """
-    network, quant = _PARTS[method]
+    network, quant = PARTS[method]
     state = under(parameters, network)
     state.update({f"{quant}.{name}": value for name, value in under(parameters, quant).items()})
     found = {}
@@ -72,11 +73,6 @@ def fingerprint(state: State, dtype: torch.dtype) -> str:
     return digest.hexdigest()
 
 
-def _vae_dtype(vae: nn.Module) -> torch.dtype:
-    dtype = getattr(vae, "dtype", None)
-    return dtype if isinstance(dtype, torch.dtype) else next(vae.parameters()).dtype
-
-
 @dataclass(slots=True)
 class _Seen:
     """The parameters of one network as they were at the last look; no versions where inference mode keeps none."""
@@ -87,18 +83,20 @@ class _Seen:
     slots: list[dict[str, nn.Parameter | None]]
     slot_names: list[str]
     parameters: list[Tensor]
+    plain: list[Tensor]  # those of them that have an address
     addresses: list[int]
     versions: list[int] | None
     dtypes: list[torch.dtype]
-    vae_dtype: torch.dtype
-    device: torch.device
+    spaces: list[dict[str, Any]]  # attributes of the VAE and its modules,
+    forwards: list[Any]  # and their own forward, which every offloading hook replaces
+    placement: Placement
     change: str = ""  # that made it another network
     custom: str = ""  # see custom_module,
     hooks: int = -1  # and how many hooks torch had made by then
 
     @classmethod
-    def look(cls, vae: nn.Module, method: str) -> _Seen:
-        children = [(vae._modules, part, child) for part in _PARTS[method] if (child := getattr(vae, part, None)) is not None]
+    def look(cls, vae: nn.Module, method: str, parked_from: torch.device | None = None) -> _Seen:
+        children = [(vae._modules, part, child) for part in PARTS[method] if (child := getattr(vae, part, None)) is not None]
         for _, _, module in children:
             # The list grows while it is walked: children of children, to the leaves.
             children += [(module._modules, name, child) for name, child in module._modules.items() if child is not None]
@@ -110,6 +108,8 @@ class _Seen:
             if parameter is not None
         ]
         parameters: list[Tensor] = [slot[name] for slot, name in slots]
+        plain = list(filter(is_plain, parameters))
+        spaces = [vae.__dict__, *(module.__dict__ for module in modules)]
         return cls(
             owners=owners,
             names=names,
@@ -117,11 +117,13 @@ class _Seen:
             slots=[slot for slot, _ in slots],
             slot_names=[name for _, name in slots],
             parameters=parameters,
-            addresses=list(map(Tensor.data_ptr, parameters)),
-            versions=None if any(p.is_inference() for p in parameters) else list(map(_version, parameters)),
+            plain=plain,
+            addresses=list(map(Tensor.data_ptr, plain)),
+            versions=None if any(p.is_inference() for p in plain) else list(map(_version, plain)),
             dtypes=[p.dtype for p in parameters],
-            vae_dtype=_vae_dtype(vae),
-            device=execution_device(vae),
+            spaces=spaces,
+            forwards=_forwards(spaces),
+            placement=Placement.of(vae, method, parked_from),
         )
 
     def structure(self) -> tuple[Any, ...]:
@@ -135,13 +137,18 @@ class _Seen:
 
     def current(self) -> bool:
         """Whether nothing has changed since; a few microseconds."""
-        parameters = self.parameters
+        plain = self.plain
         return (
             all(map(is_, map(dict.get, self.owners, self.names), self.modules))
-            and all(map(is_, map(dict.get, self.slots, self.slot_names), parameters))
-            and list(map(Tensor.data_ptr, parameters)) == self.addresses
-            and (self.versions is None or list(map(_version, parameters)) == self.versions)
+            and all(map(is_, map(dict.get, self.slots, self.slot_names), self.parameters))
+            and all(map(is_, _forwards(self.spaces), self.forwards))
+            and list(map(Tensor.data_ptr, plain)) == self.addresses
+            and (self.versions is None or list(map(_version, plain)) == self.versions)
         )
+
+
+def _forwards(spaces: list[dict[str, Any]]) -> list[Any]:
+    return list(map(dict.get, spaces, repeat("forward")))
 
 
 class ModelSource:
@@ -159,9 +166,10 @@ class ModelSource:
         self.vae = vae
         self.folder = None if folder is None else Path(folder).expanduser().absolute()
         self.topology: Topology = inspect_vae(vae)
+        self.parked_from: torch.device | None = None  # see Placement.of
         self._lock = fork_safe_lock()
         self._seen: dict[str, _Seen] = {}
-        self._structures = {method: _Seen.look(vae, method).structure() for method in _PARTS}
+        self._structures = {method: _Seen.look(vae, method).structure() for method in PARTS}
         self._generation = {"encode": 0, "decode": 0}
         self._models: dict[tuple[str, torch.dtype, torch.device], ImageEncoder | ImageDecoder] = {}
         self._fingerprints: dict[tuple[str, torch.dtype], str] = {}
@@ -171,10 +179,9 @@ class ModelSource:
         """The VAE's configuration; empty where it has none."""
         return dict(getattr(self.vae, "config", {}) or {})
 
-    @property
-    def vae_dtype(self) -> torch.dtype:
-        """The dtype the VAE says it has; walks its modules, so :meth:`glance` is for calls."""
-        return _vae_dtype(self.vae)
+    def placement(self, method: str) -> Placement:
+        """Where and in which dtype the network of ``method`` computes; looks at its weights now."""
+        return self.glance(method)[1]
 
     def generation(self, method: str) -> int:
         """A number that grows whenever the weights behind ``method`` have changed; looks at them now."""
@@ -185,14 +192,13 @@ class ModelSource:
                 self._forget(method)
         return self._generation[method]
 
-    def glance(self, method: str) -> tuple[int, torch.dtype, torch.device]:
-        """:meth:`generation`, the dtype the VAE says it has, and the device it computes on.
+    def glance(self, method: str) -> tuple[int, Placement]:
+        """:meth:`generation`, and where and in which dtype the network computes."""
+        return self.generation(method), self._seen[method].placement
 
-        The last two are those of the last look: asking the VAE walks its modules (0.5 ms), and only offloading hooks can
-        change the device while the parameters stay as they are.
-        """
-        generation, seen = self.generation(method), self._seen[method]
-        return generation, seen.vae_dtype, execution_device(self.vae) if is_hooked(self.vae) else seen.device
+    def requires_grad(self, method: str) -> bool:
+        """Whether a gradient of the network's weights can be asked for, as :meth:`generation` saw them last."""
+        return any(map(_requires_grad, self._seen[method].parameters))
 
     def custom(self, method: str) -> str:
         """Why the network of ``method`` is no longer the one that is known, or does more than that; empty if it is.
@@ -204,7 +210,7 @@ class ModelSource:
         if seen.custom or seen.hooks != RemovableHandle.next_id:
             seen.hooks = RemovableHandle.next_id
             seen.custom = custom_module(self.vae, seen.modules)
-        return seen.change or seen.custom
+        return seen.change or seen.custom or seen.placement.reason
 
     def moved(self) -> None:
         """Tell that the VAE's parameters were replaced by ``.to()``; a change of device alone is no new generation."""
@@ -236,7 +242,7 @@ class ModelSource:
         change = self._seen[method].change
         if change:
             raise UnsupportedVAEError(type(self.vae).__name__, [change])
-        return image_state(values(self.vae), method)
+        return image_state(values(self.vae, method), method)
 
     def fingerprint(self, method: str, dtype: torch.dtype) -> str:
         """See :func:`fingerprint`; computed once per generation."""
@@ -253,7 +259,7 @@ class ModelSource:
             self._models.clear()
 
     def _look(self, method: str) -> _Seen:
-        seen = _Seen.look(self.vae, method)
+        seen = _Seen.look(self.vae, method, self.parked_from)
         if seen.structure() != self._structures[method]:
             try:
                 topology = inspect_vae(self.vae)

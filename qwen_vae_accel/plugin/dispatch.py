@@ -21,6 +21,7 @@ from qwen_vae_accel.engines.store import EngineStore
 from qwen_vae_accel.errors import BackendUnavailableError, ConfigError, EngineError, EngineMissingError
 from qwen_vae_accel.journal import Journal
 from qwen_vae_accel.model import ModelSource
+from qwen_vae_accel.model.offload import Placement
 from qwen_vae_accel.plan import Choice, EngineKey, Miss, Plan, Size
 from qwen_vae_accel.visits import fork_safe_lock
 
@@ -35,13 +36,15 @@ _LAST_RESORT_ROWS = 128
 class Request:
     """One call, as far as it decides who serves it.
 
-    ``generation`` is that of the weights at the call; ``tile_pixels`` is 0 where the image is computed in one piece.
+    ``generation`` is that of the weights at the call; ``tile_pixels`` is 0 where the image is computed in one piece. With a
+    ``reason`` it is diffusers' own to serve.
     """
 
     job: Job
     size: Size
     generation: int
     tile_pixels: int = 0
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +94,15 @@ class Dispatcher:
         config: what the user wants.
         source: the VAE's networks.
         journal: told of everything that happens.
-        device: where the VAE is now; a backend named in ``config`` must be able to run there.
+
+    A backend named in ``config`` must be able to run where the networks compute now.
 
     Raises:
         BackendUnavailableError: if ``config`` names a backend that cannot run here.
         ConfigError, EngineError: if the named backend lacks an engine directory, or the directory cannot be one.
     """
 
-    def __init__(self, config: AccelConfig, source: ModelSource, journal: Journal, device: torch.device) -> None:
+    def __init__(self, config: AccelConfig, source: ModelSource, journal: Journal) -> None:
         self._config = config
         self._source = source
         self._journal = journal
@@ -108,8 +112,8 @@ class Dispatcher:
         self._misses: dict[tuple[str, Job, Size, str], tuple[object, str]] = {}  # with the directory's state at the time
         self._adopted: dict[tuple[str, str], Plan] = {}
         self._lock = fork_safe_lock()
-        self._engines = self._engine_candidates(device)
-        self._direct = self._direct_candidates(device)
+        self._engines = self._engine_candidates()
+        self._direct = self._direct_candidates()
         self.runtime: EngineRuntime | None = None
         if config.engine_dir is not None and self._engines:
             store = EngineStore(config.engine_dir)
@@ -128,19 +132,21 @@ class Dispatcher:
             self._environments[device] = Environment.detect(device)
         return self._environments[device]
 
-    def job(self, method: str, device: torch.device, vae_dtype: torch.dtype) -> Job:
-        """The job of ``method`` under the configured dtypes."""
-        job = Job.of(self._config, method, self._source.topology, device, vae_dtype, self.environment(device))
-        asked = self._config.compute_dtype(method, vae_dtype)
+    def job(self, method: str, placement: Placement) -> Job:
+        """The job of ``method`` where it computes, under the configured dtypes."""
+        environment = self.environment(placement.device)
+        job = Job.of(self._config, method, self._source.topology, placement.device, placement.dtype, environment)
+        asked = self._config.compute_dtype(method, placement.dtype)
         if job.dtype != asked:
             self._journal.compute(method, asked, job.dtype, "this CPU has no instructions for it")
         return job
 
-    def _jobs(self, device: torch.device) -> list[Job]:
-        dtype = self._source.vae_dtype
-        return [self.job(method, device, dtype) for method in self._config.methods]
+    def _jobs(self) -> list[Job]:
+        """The jobs of the task, but for those that only diffusers can do now."""
+        placements = {method: self._source.placement(method) for method in self._config.methods}
+        return [self.job(method, placement) for method, placement in placements.items() if not placement.reason]
 
-    def _engine_candidates(self, device: torch.device) -> tuple[EngineBackend, ...]:
+    def _engine_candidates(self) -> tuple[EngineBackend, ...]:
         name = self._config.backend
         if name == "auto":
             return engine_backends() if self._config.engine_dir is not None else ()
@@ -151,30 +157,30 @@ class Dispatcher:
             return ()
         if self._config.engine_dir is None:
             raise ConfigError(f"backend {name!r} runs engines from a folder: give engine_dir")
-        self._require(backend, device)
+        self._require(backend)
         return (backend,)
 
-    def _direct_candidates(self, device: torch.device) -> tuple[DirectBackend, ...]:
+    def _direct_candidates(self) -> tuple[DirectBackend, ...]:
         name = self._config.backend
         backend = None if name == "auto" else get_backend(name)
         if isinstance(backend, DirectBackend):
-            self._require(backend, device)
+            self._require(backend)
             return (backend,)
         candidates = direct_backends()
         if name == "auto" and self._config.float8("decode"):
             # A precision asked for by name, so nothing else takes its place; encoding may still go elsewhere.
-            self._require(get_backend("fused"), device, ("decode",))
+            self._require(get_backend("fused"), ("decode",))
         for candidate in candidates if name == "auto" else ():
-            reasons = [text for job in self._jobs(device) for text in candidate.reasons(self.environment(device), job)]
+            reasons = [text for job in self._jobs() for text in candidate.reasons(self.environment(job.device), job)]
             if not reasons:
                 logger.info("backend 'auto' takes %r where no engine serves", candidate.name)
                 break
             logger.info("backend 'auto' leaves out %r: %s", candidate.name, "; ".join(dict.fromkeys(reasons)))
         return candidates
 
-    def _require(self, backend: Backend, device: torch.device, methods: tuple[str, ...] = ("encode", "decode")) -> None:
-        jobs = [job for job in self._jobs(device) if job.method in methods]
-        reasons = [text for job in jobs for text in backend.reasons(self.environment(device), job)]
+    def _require(self, backend: Backend, methods: tuple[str, ...] = ("encode", "decode")) -> None:
+        jobs = [job for job in self._jobs() if job.method in methods]
+        reasons = [text for job in jobs for text in backend.reasons(self.environment(job.device), job)]
         if reasons:
             hint = "backend='auto' takes one that can run."
             if self._config.float8("decode"):
@@ -335,13 +341,13 @@ class Dispatcher:
 
     # Ahead of time.
 
-    def prepare(self, device: torch.device) -> list[tuple[str, Callable[[], object]]]:
+    def prepare(self) -> list[tuple[str, Callable[[], object]]]:
         """The steps of a warm-up, each with its name: engines of the plan to load or build, or a direct program to make."""
         steps: list[tuple[str, Callable[[], object]]] = []
-        for job in self._jobs(device):
+        for job in self._jobs():
             method = job.method
             for backend in self._engines:
-                if backend.reasons(self.environment(device), job):
+                if backend.reasons(self.environment(job.device), job):
                     continue
                 for key in self._plan(backend, method).engines(method):
                     wanted = self.wanted(backend, job, key)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import types
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,12 +17,14 @@ from qwen_vae_accel.errors import HandleError, InvalidInputError, UnsupportedVAE
 from qwen_vae_accel.journal import ORIGINAL, Journal, Report
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.model.custom import custom_method
-from qwen_vae_accel.model.offload import execution_device, run_pre_forward
+from qwen_vae_accel.model.offload import Placement, run_pre_forward
 from qwen_vae_accel.model.topology import METHODS
 from qwen_vae_accel.plan import MIN_SIDE, Size
+from qwen_vae_accel.plugin.compiled import Traced
 from qwen_vae_accel.plugin.dispatch import Dispatcher, Request
 from qwen_vae_accel.plugin.parking import Parking
-from qwen_vae_accel.plugin.patch import HANDLE, PATCHED, handle_of, remove_leftovers, replacements, wrapped
+from qwen_vae_accel.plugin.patch import PATCHED, handle_of, install, pack, patched_since, remove
+from qwen_vae_accel.plugin.plain import not_plain
 from qwen_vae_accel.plugin.processing import PostProcessing, PreProcessing, Replacement, processors_of
 from qwen_vae_accel.progress import progress_bar
 from qwen_vae_accel.visits import Visits, fork_safe_lock
@@ -98,19 +99,17 @@ class Handle:
         self._replacements: list[Replacement] = []
         self._journal = Journal()
         self._source = ModelSource(vae, config.engine_dir)
-        self._dispatcher = Dispatcher(config, self._source, self._journal, execution_device(vae))
+        self._dispatcher = Dispatcher(config, self._source, self._journal)
         self._active = True
         self._restored = False
         self._callers = Visits()
         self._requests: dict[tuple[Any, ...], Request] = {}
         self._one_original = fork_safe_lock()
-        remove_leftovers(vae)
+        self._traced = Traced.of(self, self._source.topology)
+        remove(vae, {})  # what a copy of an accelerated VAE may carry
         self._custom = {method: custom_method(vae, method) for method in METHODS}
-        self._before = {name: vae.__dict__[name] for name in PATCHED if name in vae.__dict__}
         self._original: dict[str, Callable[..., Any]] = {name: getattr(vae, name) for name in PATCHED}
-        for name, function in replacements(type(vae)).items():
-            vae.__dict__[name] = types.MethodType(function, vae)
-        vae.__dict__[HANDLE] = self
+        self._before = install(vae, self)
         self._parking = Parking(vae)
         self._park()
         if pipeline is not None:
@@ -166,26 +165,16 @@ class Handle:
                 "restore() inside a call of the VAE (from a hook or a signal handler) would wait for itself; call it later"
             )
         if self._active:
-            for name in PATCHED:
-                patch = self.vae.__dict__.get(name)
-                if getattr(patch, "__qwen_vae_accel__", False) is False:
-                    raise HandleError(
-                        f"vae.{name} was patched again after accelerate(); undo that first, or the other patch would be lost"
-                    )
+            patched = patched_since(self.vae)
+            if patched:
+                raise HandleError(f"{patched}; undo that first, or the other patch would be lost")
             for replacement in self._replacements:
                 replacement.check_removable()
         self._active = False  # calls that begin from now on go diffusers' way; each step below can be repeated
         while self._replacements:
             self._replacements[0].remove()
             del self._replacements[0]
-        for name in PATCHED:
-            if getattr(self.vae.__dict__.get(name), "__qwen_vae_accel__", False):
-                if name in self._before:
-                    self.vae.__dict__[name] = self._before[name]
-                else:
-                    del self.vae.__dict__[name]
-        if self.vae.__dict__.get(HANDLE) is self:
-            del self.vae.__dict__[HANDLE]
+        remove(self.vae, self._before)
         self._callers.wait()
         self._dispatcher.forget()
         with self._one_original:
@@ -214,7 +203,7 @@ class Handle:
         if note:
             raise HandleError(note)
         run_pre_forward(self.vae)
-        steps = self._dispatcher.prepare(execution_device(self.vae))
+        steps = self._dispatcher.prepare()
         with progress_bar(disable=not progress) as update:
             for index, (name, step) in enumerate(steps):
                 update(name, index, len(steps))
@@ -245,45 +234,62 @@ class Handle:
             return self._original[method](x, return_dict=return_dict)
 
     def _serve(self, method: str, x: Tensor, return_dict: bool) -> Any:
-        run_pre_forward(self.vae)
-        generation, dtype, device = self._source.glance(method)
-        request = self._request(method, x, generation, dtype, device)
-        reason = self._original_reason(method, x)
+        reason = not_plain(x) or self._custom[method]
+        if not reason:
+            run_pre_forward(self.vae)
+            generation, placement = self._source.glance(method)
+            reason = self._source.custom(method)
+        if not reason:
+            request = self._request(method, x, generation, placement)
+            reason = request.reason or self._original_reason(method, x, placement)
         if reason:
-            self._journal.call(method, ORIGINAL)
-            if self._journal.fallback(method, ORIGINAL, reason):
-                logger.warning("%s is not accelerated: %s", method, reason)
-            with self._one_original:  # diffusers keeps the state of a call in the VAE itself
-                self._unpark()
-                return self._original[method](x, return_dict=return_dict)
-        image = x[:, :, 0].to(request.job.dtype)
+            return self._serve_original(method, x, return_dict, reason)
+        job, dtype = request.job, placement.dtype
+        image = x[:, :, 0].to(job.device, job.dtype).resolve_neg()
         if self.vae.use_slicing and len(image) > 1:
             output = torch.cat([self._dispatcher.run(request, one).to(dtype) for one in image.split(1)])
         else:
             output = self._dispatcher.run(request, image).to(dtype)
-        return wrapped(method, output.unsqueeze(2), return_dict)
+        return pack(method, output.unsqueeze(2), return_dict)
 
-    def _request(self, method: str, x: Tensor, generation: int, dtype: torch.dtype, device: torch.device) -> Request:
+    def _serve_original(self, method: str, x: Tensor, return_dict: bool, reason: str) -> Any:
+        self._journal.call(method, ORIGINAL)
+        if self._journal.fallback(method, ORIGINAL, reason):
+            logger.warning("%s is not accelerated: %s", method, reason)
+        with self._one_original:  # diffusers keeps the state of a call in the VAE itself
+            self._unpark()
+            return self._original[method](x, return_dict=return_dict)
+
+    def _request(self, method: str, x: Tensor, generation: int, placement: Placement) -> Request:
         """The request of a call that is like one seen before, or a new one after a look at the input."""
         vae: Any = self.vae
         limits = (vae.tile_sample_min_height, vae.tile_sample_min_width) if vae.use_tiling else None
         if not isinstance(x, Tensor):
-            self._check_input(method, x, device)
-        key = (method, x.shape, x.dtype, x.device, dtype, device, limits)
+            self._check_input(method, x)
+        key = (method, x.shape, x.dtype, x.device, placement, limits)
         request = self._requests.get(key)
         if request is None or request.generation != generation:
-            self._check_input(method, x, device)
-            job = self._dispatcher.job(method, x.device, dtype)
+            self._check_input(method, x)
+            job = self._dispatcher.job(method, placement)
             scale = 1 if method == "encode" else job.topology.scale
             size = Size(x.shape[4] * scale, x.shape[3] * scale)
             large = limits is not None and (size.height > limits[0] or size.width > limits[1])
-            request = Request(job, size, generation, limits[0] if limits and large else 0)
+            elsewhere = self._elsewhere(method, x, placement)
+            request = Request(job, size, generation, limits[0] if limits and large else 0, elsewhere)
             if len(self._requests) >= _REQUESTS:
                 self._requests.clear()
             self._requests[key] = request
         return request
 
-    def _check_input(self, method: str, x: Tensor, device: torch.device) -> None:
+    def _elsewhere(self, method: str, x: Tensor, placement: Placement) -> str:
+        """Why hooks must have a say about an input that is not where the network is; empty if we know what they do."""
+        if x.device == placement.device or placement.moves_input:
+            return ""
+        if not placement.hooked:
+            raise InvalidInputError(f"{method} was given a tensor on {x.device}, but the VAE is on {placement.device}")
+        return f"its input is on {x.device} and the network on {placement.device}, with hooks that may move either"
+
+    def _check_input(self, method: str, x: Tensor) -> None:
         topology = self._source.topology
         channels, smallest = (topology.image_channels, MIN_SIDE) if method == "encode" else (topology.z_dim, 1)
         what = "images [B, C, T, H, W]" if method == "encode" else "latents [B, C, T, h, w]"
@@ -302,17 +308,15 @@ class Handle:
             raise InvalidInputError(
                 f"encode takes {what} with sides that are multiples of {multiple} pixels, was given {shape}"
             )
-        if x.device != device:
-            raise InvalidInputError(f"{method} was given a tensor on {x.device}, but the VAE is on {device}")
 
-    def _original_reason(self, method: str, x: Tensor) -> str:
+    def _original_reason(self, method: str, x: Tensor, placement: Placement) -> str:
         if x.shape[2] != 1:
             return f"{x.shape[2]} frames: only single images are accelerated"
-        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.vae.parameters())):
+        if torch.is_grad_enabled() and (x.requires_grad or self._source.requires_grad(method)):
             return "gradients are asked for; call it under torch.no_grad() or torch.inference_mode() to have it fast"
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.is_autocast_enabled(placement.device.type):
             return "autocast is on, which chooses dtypes itself"
-        return self._custom[method] or self._source.custom(method)
+        return ""
 
     def _moved(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._dispatcher.forget()
@@ -328,9 +332,11 @@ class Handle:
         if self.config.offload_reference:
             self._source.release()  # networks over views of the weights would keep their memory
             self._parking.park()
+            self._source.parked_from = self._parking.home
             self._source.moved()
 
     def _unpark(self) -> None:
         if self._parking.nbytes:
             self._parking.unpark()
+            self._source.parked_from = None
             self._source.moved()

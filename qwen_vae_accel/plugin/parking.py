@@ -10,6 +10,8 @@ import logging
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 from qwen_vae_accel.model.offload import is_hooked
 
@@ -28,6 +30,11 @@ class Parking:
         self._parked: list[Tensor] = []
 
     @property
+    def home(self) -> torch.device | None:
+        """Where the parked parameters were, and compute; None while none are parked."""
+        return next(self._vae.parameters()).device if self._parked else None
+
+    @property
     def nbytes(self) -> int:
         """Bytes of GPU memory that the parked values would take."""
         return sum(parameter.nbytes for parameter in self._parked)
@@ -36,7 +43,7 @@ class Parking:
         """Move the values to the CPU; nothing on a VAE that is there already, or is parked."""
         parameters = list(self._vae.parameters())
         device = parameters[0].device
-        if self._parked or device.type != "cuda" or is_hooked(self._vae):
+        if self._parked or device.type != "cuda" or any(map(is_hooked, self._vae.modules())):
             return
         # Parameters that share memory are left where they are: moved one by one, they would no longer share it.
         owners = [parameter.untyped_storage().data_ptr() for parameter in parameters]
@@ -50,8 +57,10 @@ class Parking:
         """Bring the values back to where the first parameter is."""
         parked, self._parked = self._parked, []
         device = next(self._vae.parameters()).device
-        for parameter in parked:
-            _move(parameter, device)
+        # The call that needs them may be one under a mode or a transform, which must not see this.
+        with _disable_current_modes(), temporarily_clear_interpreter_stack():
+            for parameter in parked:
+                _move(parameter, device)
 
 
 def _move(parameter: Tensor, device: torch.device) -> None:

@@ -1,12 +1,20 @@
-"""The methods that stand in for a VAE's own, and what they give back."""
+"""Into the class of one VAE and out again: a subclass whose ``encode`` and ``decode`` ask for the handle.
+
+Methods of a class find the object that they are called on. Methods bound to the object and stored in it would go along
+into its shallow copies, and compute there with the original's weights.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from qwen_vae_accel.model.custom import PLAIN_CLASS, plain_class
+from qwen_vae_accel.plugin import compiled
 
 HANDLE = "_qwen_vae_accel"
 PATCHED = ("encode", "decode", "_apply")
@@ -18,16 +26,47 @@ def handle_of(vae: nn.Module) -> Any:
     return handle if handle is not None and handle.vae is vae else None
 
 
-def remove_leftovers(vae: nn.Module) -> None:
-    """Take out the patches that a copy of an accelerated VAE carries; they have no handle of their own."""
-    vae.__dict__.pop(HANDLE, None)
+def install(vae: nn.Module, handle: Any) -> dict[str, Any]:
+    """Let ``handle`` serve the calls of ``vae``.
+
+    Returns:
+        The patches that others had put into the VAE itself, for :func:`remove`.
+    """
+    before = {name: vae.__dict__.pop(name) for name in PATCHED if name in vae.__dict__}
+    vae.__dict__[HANDLE] = handle
+    cls: Any = type(vae)
+    vae.__class__ = _accelerated(cls)
+    return before
+
+
+def patched_since(vae: nn.Module) -> str:
+    """What somebody else has changed in ``vae`` since :func:`install` and would lose by :func:`remove`; empty if nothing."""
     for name in PATCHED:
-        if getattr(vae.__dict__.get(name), "__qwen_vae_accel__", False):
-            del vae.__dict__[name]
+        patch = vae.__dict__.get(name)
+        if patch is not None and not getattr(patch, "__qwen_vae_accel__", False):
+            return f"vae.{name} was patched again after accelerate()"
+    if PLAIN_CLASS not in vars(type(vae)):
+        return "the class of the VAE was changed after accelerate()"
+    return ""
 
 
-def wrapped(method: str, x: Tensor, return_dict: bool) -> Any:
+def remove(vae: nn.Module, before: Mapping[str, Any]) -> None:
+    """Make ``vae`` what it was before :func:`install`; for a copy that carries traces of one, a plain VAE."""
+    for name in (HANDLE, *PATCHED):
+        if name == HANDLE or getattr(vae.__dict__.get(name), "__qwen_vae_accel__", False):
+            vae.__dict__.pop(name, None)
+    vae.__dict__.update(before)
+    if PLAIN_CLASS in vars(type(vae)):
+        vae.__class__ = plain_class(vae)
+
+
+def pack(method: str, x: Tensor, return_dict: bool) -> Any:
+    """``x`` as diffusers' ``encode`` or ``decode`` returns it."""
     decoder_output, encoder_output, distribution = _output_types()
+    return _packed(method, x, return_dict, decoder_output, encoder_output, distribution)
+
+
+def _packed(method: str, x: Tensor, return_dict: bool, decoder_output: Any, encoder_output: Any, distribution: Any) -> Any:
     if method == "decode":
         return decoder_output(sample=x) if return_dict else (x,)
     posterior = distribution(x)
@@ -42,26 +81,56 @@ def _output_types() -> tuple[Any, Any, Any]:
     return DecoderOutput, AutoencoderKLOutput, DiagonalGaussianDistribution
 
 
-def replacements(cls: type) -> dict[str, Callable[..., Any]]:
-    """The methods that stand in for those of ``cls``: same names, same signatures, same documentation."""
+def _plain_twin(vae: nn.Module) -> nn.Module:
+    """A plain VAE that shares all of ``vae``: what a copy, a pickle or a replica of it is made from."""
+    cls: Any = plain_class(vae)
+    handle = handle_of(vae)
+    twin: nn.Module = cls.__new__(cls)
+    twin.__dict__.update(vae.__dict__)
+    remove(twin, {} if handle is None else handle._before)
+    return twin
+
+
+@functools.cache
+def _accelerated(cls: type) -> type:
+    """The subclass of ``cls`` that asks for the handle: same name, same signatures, same documentation."""
+    types = _output_types()
+
+    def call(vae: nn.Module, method: str, x: Tensor, return_dict: bool) -> Any:
+        handle = handle_of(vae)
+        if handle is None:
+            return getattr(cls, method)(vae, x, return_dict=return_dict)
+        if not torch.compiler.is_dynamo_compiling():
+            return handle._call(method, x, return_dict)
+        if not compiled.traceable(vae, method, x):
+            return handle._original[method](x, return_dict=return_dict)
+        return _packed(method, compiled.output(vae, handle._traced, method, x), return_dict, *types)
 
     @functools.wraps(cls.encode)  # type: ignore[attr-defined]
     def encode(self: nn.Module, x: Tensor, return_dict: bool = True) -> Any:
-        handle = handle_of(self)
-        return handle._call("encode", x, return_dict) if handle else cls.encode(self, x, return_dict)  # type: ignore[attr-defined]
+        return call(self, "encode", x, return_dict)
 
     @functools.wraps(cls.decode)  # type: ignore[attr-defined]
     def decode(self: nn.Module, z: Tensor, return_dict: bool = True) -> Any:
-        handle = handle_of(self)
-        return handle._call("decode", z, return_dict) if handle else cls.decode(self, z, return_dict)  # type: ignore[attr-defined]
+        return call(self, "decode", z, return_dict)
 
     @functools.wraps(cls._apply)  # type: ignore[attr-defined]
     def _apply(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         handle = handle_of(self)
-        original = handle._original["_apply"] if handle else functools.partial(cls._apply, self)  # type: ignore[attr-defined]
-        return handle._moved(original, args, kwargs) if handle else original(*args, **kwargs)
+        if handle is None:
+            return cls._apply(self, *args, **kwargs)  # type: ignore[attr-defined]
+        return handle._moved(handle._original["_apply"], args, kwargs)
 
-    functions: dict[str, Callable[..., Any]] = {"encode": encode, "decode": decode, "_apply": _apply}
-    for function in functions.values():
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
+        # From protocol 2 on, pickle insists on an object of the very class that it is told to make.
+        return _plain_twin(self).__reduce_ex__(1)
+
+    def _replicate_for_data_parallel(self: nn.Module) -> Any:
+        return _plain_twin(self)._replicate_for_data_parallel()
+
+    methods: dict[str, Callable[..., Any]] = {"encode": encode, "decode": decode, "_apply": _apply}
+    for function in methods.values():
         function.__qwen_vae_accel__ = True  # type: ignore[attr-defined]
-    return functions
+    copying = {"__reduce_ex__": __reduce_ex__, "_replicate_for_data_parallel": _replicate_for_data_parallel}
+    same = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(cls)(cls.__name__, (cls,), {**same, **methods, **copying, PLAIN_CLASS: cls})

@@ -19,6 +19,7 @@ from torch import Tensor
 from qwen_vae_accel import accelerate
 from qwen_vae_accel.errors import ConfigError, HandleError
 from qwen_vae_accel.journal import Journal
+from qwen_vae_accel.plugin.patch import handle_of
 from qwen_vae_accel.plugin.processing import PostProcessing, pixels, processors_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -353,7 +354,7 @@ def test_restore_refuses_to_drop_another_patch(micro: Any) -> None:
     pipeline.image_processor.postprocess = lambda image: ours(image)  # type: ignore[method-assign]
     with pytest.raises(HandleError, match="image_processor.postprocess was patched again"):
         handle.restore()
-    assert "decode" in micro.__dict__
+    assert handle_of(micro) is not None
     pipeline.image_processor.postprocess = ours  # type: ignore[method-assign]
     handle.restore()
     assert "postprocess" not in pipeline.image_processor.__dict__

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from qwen_vae_accel import accelerate
 from qwen_vae_accel.errors import HandleError
 from qwen_vae_accel.journal import Journal
+from qwen_vae_accel.plugin.patch import handle_of
 from qwen_vae_accel.plugin.processing import PreProcessing
 from qwen_vae_accel.plugin.processing.preprocess import PIPELINES
 from tests.pipelines.cases import BY_NAME, CASES, IMAGE_TO_IMAGE
@@ -345,7 +346,7 @@ def test_restore_refuses_to_drop_another_patch() -> None:
     processor.preprocess = lambda *args, **kwargs: ours(*args, **kwargs)
     with pytest.raises(HandleError, match=r"image_processor\.preprocess was patched again"):
         handle.restore()
-    assert "decode" in pipeline.vae.__dict__ and "postprocess" in processor.__dict__
+    assert handle_of(pipeline.vae) is not None and "postprocess" in processor.__dict__
     processor.preprocess = ours
     handle.restore()
     assert not {"preprocess", "postprocess"} & set(processor.__dict__)

@@ -1,0 +1,80 @@
+"""A call of an accelerated VAE inside code that ``torch.compile`` compiles: one operator, opaque to the compiler.
+
+Everything here but the operator's body runs while Dynamo traces, and is written for it: what it reads becomes a guard of
+the compiled code.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qwen_vae_accel.errors import HandleError
+from qwen_vae_accel.model.offload import PARTS
+from qwen_vae_accel.model.topology import Topology
+
+_numbers = itertools.count()
+_handles: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """What a trace needs of a handle: its number, and how the sizes of output and input depend on each other."""
+
+    number: int
+    moments: int
+    image_channels: int
+    scale: int
+
+    @classmethod
+    def of(cls, handle: Any, topology: Topology) -> Traced:
+        """Enter ``handle`` where the operator finds it for as long as it lives."""
+        number = next(_numbers)
+        _handles[number] = handle
+        return cls(number, 2 * topology.z_dim, topology.image_channels, topology.scale)
+
+
+@torch.library.custom_op("qwen_vae_accel::run", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def run(x: Tensor, number: int, method: str, channels: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    """``encode`` or ``decode`` by handle ``number``: ``x [B, C, 1, h, w]`` to ``[B, channels, 1, height, width]``."""
+    handle = _handles.get(number)
+    if handle is None:
+        raise HandleError("the compiled code belongs to an accelerated VAE that is gone; compile it anew")
+    output: Tensor = handle._call(method, x, False)[0]
+    if method == "encode":
+        output = output.parameters  # type: ignore[attr-defined]
+    return output.to(x.device, dtype).contiguous()
+
+
+@run.register_fake
+def _(x: Tensor, number: int, method: str, channels: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    return x.new_empty((x.shape[0], channels, 1, height, width), dtype=dtype)
+
+
+def traceable(vae: nn.Module, method: str, x: Tensor) -> bool:
+    """Whether the operator may stand for the call; else the trace goes through diffusers' own code, as without us."""
+    if torch.compiler.is_exporting() or type(x) not in (Tensor, nn.Parameter) or x.dim() != 5 or x.shape[2] != 1:
+        return False
+    if torch.is_autocast_enabled(x.device.type):
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    parts = [part for name in PARTS[method] if (part := getattr(vae, name, None)) is not None]
+    return not x.requires_grad and not any(p.requires_grad for part in parts for p in part.parameters())
+
+
+def output(vae: nn.Module, traced: Traced, method: str, x: Tensor) -> Tensor:
+    """The operator's output for ``x``."""
+    batch, _, _, height, width = x.shape
+    part: Any = getattr(vae, PARTS[method][0])
+    dtype = part.conv_in.weight.dtype
+    if method == "decode":
+        size = (traced.image_channels, height * traced.scale, width * traced.scale)
+    else:
+        size = (traced.moments, height // traced.scale, width // traced.scale)
+    return run(x, traced.number, method, *size, dtype)
