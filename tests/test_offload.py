@@ -10,7 +10,6 @@ import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
 from accelerate.hooks import remove_hook_from_module
-from diffusers.hooks import apply_group_offloading
 from torch import nn
 
 from qwen_vae_accel import accelerate
@@ -65,21 +64,6 @@ def test_sequential_offload(micro, first, config):
     assert_same(micro, before)
     handle.restore()
     remove_hook_from_module(micro, recurse=True)
-
-
-@pytest.mark.usefixtures("no_grad")
-@pytest.mark.parametrize("first", ["offload", "accelerate"])
-@pytest.mark.parametrize("kind", [{"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}])
-def test_group_offload(micro, first, kind):
-    before = exact(micro)
-    if first == "accelerate":
-        handle = accelerate(micro)
-    apply_group_offloading(micro, onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), **kind)
-    if first == "offload":
-        handle = accelerate(micro)
-    assert_same(micro, before)
-    assert calls(handle) == fast(encode=1, decode=1)
-    handle.restore()
 
 
 # Pipelines.

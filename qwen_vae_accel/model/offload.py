@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# The parts of a VAE that each method runs, in the order of their parameters.
-PARTS = {"encode": ("encoder", "quant_conv"), "decode": ("decoder", "post_quant_conv")}
+from qwen_vae_accel.model.topology import PARTS
+
 # The modules that see a method's input first.
 _ENTRIES = {"encode": ("encoder", "encoder.conv_in"), "decode": ("post_quant_conv",)}
 
@@ -36,7 +36,7 @@ class Placement:
     Attributes:
         device: of its output; ``meta`` where it has no values.
         dtype: of its output.
-        hooked: whether any of its modules carries a hook that may move what passes through it.
+        hooked: whether hooks may have it compute elsewhere.
         moves_input: whether its hooks bring an input from another device, and leave the output on ``device``.
         reason: why an image network cannot stand in for it; empty if one can.
     """
@@ -74,11 +74,13 @@ class Placement:
         if len(dtypes) > 1:
             reasons.append(f"its weights are in {_listed(dtypes)}")
         hooks = [hook for part in PARTS[method] for hook in _hooks_in(getattr(vae, part, None))]
+        # The VAE's own group loads at forward only: encode and decode then compute where the weights rest.
+        resting = [hook for hook in _hooks(vae) if hasattr(hook, "group")]
         first = [hook for name in _ENTRIES[method] for hook in _hooks(_submodule(vae, name))]
         return cls(
             device=next(iter(devices), torch.device("meta")),
             dtype=next(iter(dtypes), torch.float32),
-            hooked=bool(hooks),
+            hooked=bool(hooks or resting),
             moves_input=any(_moves_arguments(hook) for hook in first) and not any(_returns_output(hook) for hook in hooks),
             reason=next(iter(reasons), ""),
         )

@@ -23,8 +23,8 @@ from qwen_vae_accel.errors import UnsupportedVAEError
 from qwen_vae_accel.model.custom import custom_module
 from qwen_vae_accel.model.image_vae import ImageDecoder, ImageEncoder
 from qwen_vae_accel.model.layers import State, under
-from qwen_vae_accel.model.offload import PARTS, Placement, is_plain, values
-from qwen_vae_accel.model.topology import Topology, inspect_vae
+from qwen_vae_accel.model.offload import Placement, is_plain, values
+from qwen_vae_accel.model.topology import PARTS, Topology, inspect_vae
 from qwen_vae_accel.visits import fork_safe_lock
 
 _version = attrgetter("_version")

@@ -18,7 +18,9 @@ from torch import nn
 
 from qwen_vae_accel.errors import UnsupportedVAEError
 
-METHODS = ("encode", "decode")
+# The parts of a VAE that each method runs.
+PARTS = {"encode": ("encoder", "quant_conv"), "decode": ("decoder", "post_quant_conv")}
+METHODS = tuple(PARTS)
 
 # Everything the two networks may hold, in diffusers' names. A key that matches nothing here is a reason to refuse.
 _RESNET = r"(norm1\.gamma|norm2\.gamma|conv1\.(weight|bias)|conv2\.(weight|bias)|conv_shortcut\.(weight|bias))"

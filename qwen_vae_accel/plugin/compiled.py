@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_vae_accel.errors import HandleError
-from qwen_vae_accel.model.offload import PARTS
-from qwen_vae_accel.model.topology import Topology
+from qwen_vae_accel.model.topology import PARTS, Topology
 
 _numbers = itertools.count()
 _handles: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
@@ -56,16 +55,37 @@ def _(x: Tensor, number: int, method: str, channels: int, height: int, width: in
     return x.new_empty((x.shape[0], channels, 1, height, width), dtype=dtype)
 
 
-def traceable(vae: nn.Module, method: str, x: Tensor) -> bool:
-    """Whether the operator may stand for the call; else the trace goes through diffusers' own code, as without us."""
-    if torch.compiler.is_exporting() or type(x) not in (Tensor, nn.Parameter) or x.dim() != 5 or x.shape[2] != 1:
-        return False
+def why_traced(vae: nn.Module, method: str, x: Tensor) -> str:
+    """Why the trace goes through diffusers' own code, as without us; empty where the operator stands for the call."""
+    if torch.compiler.is_exporting():
+        return "torch.export traces the call"
+    if type(x) is not Tensor and type(x) is not nn.Parameter:
+        return "its input is no plain tensor"
+    if x.dim() != 5 or x.shape[2] != 1:
+        return "only single images are accelerated"
     if torch.is_autocast_enabled(x.device.type):
-        return False
-    if not torch.is_grad_enabled():
-        return True
-    parts = [part for name in PARTS[method] if (part := getattr(vae, name, None)) is not None]
-    return not x.requires_grad and not any(p.requires_grad for part in parts for p in part.parameters())
+        return "autocast is on, which chooses dtypes itself"
+    if torch.is_grad_enabled() and (x.requires_grad or _requires_grad(vae, method)):
+        return "gradients are asked for"
+    return ""
+
+
+def _requires_grad(vae: nn.Module, method: str) -> bool:
+    for name in PARTS[method]:  # loops, since Dynamo does not follow a generator expression here
+        for parameter in getattr(vae, name).parameters():
+            if parameter.requires_grad:
+                return True
+    return False
+
+
+def note(number: int, method: str, reason: str) -> None:
+    """Count a call that became part of a trace; compiled code does not tell how often it runs it."""
+    handle = _handles.get(number)
+    if handle is not None:
+        handle._note_original(method, f"{reason} (compiled into the code around it)")
+
+
+note._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo calls it once, while it traces
 
 
 def output(vae: nn.Module, traced: Traced, method: str, x: Tensor) -> Tensor:

@@ -253,12 +253,15 @@ class Handle:
         return pack(method, output.unsqueeze(2), return_dict)
 
     def _serve_original(self, method: str, x: Tensor, return_dict: bool, reason: str) -> Any:
-        self._journal.call(method, ORIGINAL)
-        if self._journal.fallback(method, ORIGINAL, reason):
-            logger.warning("%s is not accelerated: %s", method, reason)
+        self._note_original(method, reason)
         with self._one_original:  # diffusers keeps the state of a call in the VAE itself
             self._unpark()
             return self._original[method](x, return_dict=return_dict)
+
+    def _note_original(self, method: str, reason: str) -> None:
+        self._journal.call(method, ORIGINAL)
+        if self._journal.fallback(method, ORIGINAL, reason):
+            logger.warning("%s is not accelerated: %s", method, reason)
 
     def _request(self, method: str, x: Tensor, generation: int, placement: Placement) -> Request:
         """The request of a call that is like one seen before, or a new one after a look at the input."""

@@ -32,10 +32,12 @@ def install(vae: nn.Module, handle: Any) -> dict[str, Any]:
     Returns:
         The patches that others had put into the VAE itself, for :func:`remove`.
     """
-    before = {name: vae.__dict__.pop(name) for name in PATCHED if name in vae.__dict__}
+    before = {name: vae.__dict__[name] for name in PATCHED if name in vae.__dict__}
     vae.__dict__[HANDLE] = handle
     cls: Any = type(vae)
     vae.__class__ = _accelerated(cls)
+    for name in before:  # last: until then they stand before the methods of the class
+        del vae.__dict__[name]
     return before
 
 
@@ -98,13 +100,18 @@ def _accelerated(cls: type) -> type:
 
     def call(vae: nn.Module, method: str, x: Tensor, return_dict: bool) -> Any:
         handle = handle_of(vae)
-        if handle is None:
-            return getattr(cls, method)(vae, x, return_dict=return_dict)
-        if not torch.compiler.is_dynamo_compiling():
-            return handle._call(method, x, return_dict)
-        if not compiled.traceable(vae, method, x):
-            return handle._original[method](x, return_dict=return_dict)
-        return _packed(method, compiled.output(vae, handle._traced, method, x), return_dict, *types)
+        before = None
+        if handle is not None:
+            if not torch.compiler.is_dynamo_compiling():
+                return handle._call(method, x, return_dict)
+            reason = compiled.why_traced(vae, method, x)
+            if not reason:
+                return _packed(method, compiled.output(vae, handle._traced, method, x), return_dict, *types)
+            compiled.note(handle._traced.number, method, reason)
+            before = handle._before.get(method)
+        if before is not None:
+            return before(x, return_dict=return_dict)
+        return getattr(cls, method)(vae, x, return_dict=return_dict)
 
     @functools.wraps(cls.encode)  # type: ignore[attr-defined]
     def encode(self: nn.Module, x: Tensor, return_dict: bool = True) -> Any:
