@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen_vae_accel.config import unknown_key
-from qwen_vae_accel.errors import ConfigError
+from qwen_vae_accel.errors import ConfigError, shown
 from qwen_vae_accel.model.spelling import QUERY_LIMIT
 
 Capability = tuple[int, int]
 
+_NUMBER = re.compile(r"[0-9]{1,18}")
 _CAPABILITY = re.compile(r"(\d{1,2})\.(\d)")
 
 
@@ -27,7 +28,8 @@ def parse_capabilities(text: str) -> tuple[Capability, ...]:
     for part in text.split(","):
         match = _CAPABILITY.fullmatch(part.strip())
         if match is None:
-            raise ConfigError(f"compute capability {part.strip()!r} must be MAJOR.MINOR, such as 8.9 (several: 8.6,8.9,12.0)")
+            what = f"compute capability {shown(part.strip())}"
+            raise ConfigError(f"{what} must be MAJOR.MINOR, such as 8.9 (several: 8.6,8.9,12.0)")
         found.append((int(match[1]), int(match[2])))
     return tuple(sorted(set(found)))
 
@@ -81,8 +83,8 @@ class BuildSettings:
         for pair in pairs:
             name, _, text = pair.partition("=")
             value = {"true": True, "false": False}.get(text.strip().lower())
-            if value is None and not text.strip().isdigit():
-                raise ConfigError(f"setting {pair!r} must be NAME=VALUE, the value true, false or a whole number")
+            if value is None and not _NUMBER.fullmatch(text.strip()):
+                raise ConfigError(f"setting {shown(pair)} must be NAME=VALUE, the value true, false or a whole number")
             values[name.strip()] = int(text) if value is None else value
         return cls.from_dict(values)
 
