@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qwen_vae_accel.kernels.blocks import check_flat, is_pixel, load_tile, split_channels, tile
 from qwen_vae_accel.kernels.compiling import Kernel
@@ -75,10 +76,34 @@ def qkv_reference(a: Tensor, grid: Grid, weights: ConvWeights) -> Tensor:
     return pixels @ weights.weight.float().T + weights.bias
 
 
+def token_tile(tokens: Tensor, batch: int, rows: int, columns: int, device: Device):
+    """Like ``blocks.tile``, of ``rows`` tokens of one image: beyond its last token a bulk copy reads zeros."""
+    if not device.tma:
+        return tokens
+    return TensorDescriptor.from_tensor(tokens.view(batch, -1, tokens.shape[1]), [1, rows, columns])
+
+
+@triton.jit
+def load_tokens(src, b, token, column, count, WIDTH: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr):
+    """``BM`` tokens from ``token`` on of image ``b``, columns ``column .. column + BK``; zero outside the image.
+
+    A probability of 0 times a NaN of the next image would be NaN.
+    """
+    if TMA:
+        value = src.load([b, token, column]).reshape([BM, BK])
+    else:
+        value = load_tile(src, b * count + token, column, (b + 1) * count, WIDTH, BM, BK, TMA)
+    return value
+
+
+# Scores of -infinity alone, in the first keys that a program sees, may be followed by numbers: below all of those, yet finite.
+_LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+
+
 @Kernel
 @triton.jit(do_not_specialize=["count", "width", "all_tokens", "splits", "scale"])
 def _attention_kernel(
-    q0, q1, k0, k1, v0, v1,  # [B * T, 3 * C] tokens, as tiles of N0 and N1 columns
+    q0, q1, k0, k1, v0, v1,  # [B, T, 3 * C] tokens, as tiles of N0 and N1 columns
     out,  # [rows, C]
     partial,  # [splits * B * T, C] fp32
     tops,  # [splits * B * T] fp32, log2 of the softmax denominators
@@ -88,41 +113,42 @@ def _attention_kernel(
 ):  # fmt: skip
     split = tl.program_id(1)
     b = tl.program_id(2)
-    base = b * count
     first = tl.program_id(0) * BM
     blocks = tl.cdiv(count, BN)
     begin = blocks * split // splits * BN
     end = blocks * (split + 1) // splits * BN
-    qa = load_tile(q0, base + first, 0, all_tokens, 3 * C, BM, N0, TMA)
-    qb = load_tile(q1, base + first, N0, all_tokens, 3 * C, BM, N1, TMA)
-    top = tl.full([BM], -float("inf"), tl.float32)
+    qa = load_tokens(q0, b, first, 0, count, 3 * C, BM, N0, TMA)
+    qb = load_tokens(q1, b, first, N0, count, 3 * C, BM, N1, TMA)
+    top = tl.full([BM], _LOWEST, tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc0 = tl.zeros([BM, N0], tl.float32)
     acc1 = tl.zeros([BM, N1], tl.float32)
     for n in tl.range(begin, end, BN):
-        s = tl.dot(qa, load_tile(k0, base + n, C, all_tokens, 3 * C, BN, N0, TMA).T)
-        s = tl.dot(qb, load_tile(k1, base + n, C + N0, all_tokens, 3 * C, BN, N1, TMA).T, s)
-        # One fused multiply-add scales and masks: the last tile may reach into the next image.
+        s = tl.dot(qa, load_tokens(k0, b, n, C, count, 3 * C, BN, N0, TMA).T)
+        s = tl.dot(qb, load_tokens(k1, b, n, C + N0, count, 3 * C, BN, N1, TMA).T, s)
+        # One fused multiply-add scales and masks: the last tile may reach beyond the image.
         s = s * scale + tl.where(n + tl.arange(0, BN) < count, 0.0, -float("inf"))[None, :]
         new_top = tl.maximum(top, tl.max(s, 1))
         p = tl.exp2(s - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(p, 1)
         top = new_top
-        va = load_tile(v0, base + n, 2 * C, all_tokens, 3 * C, BN, N0, TMA)
-        vb = load_tile(v1, base + n, 2 * C + N0, all_tokens, 3 * C, BN, N1, TMA)
+        va = load_tokens(v0, b, n, 2 * C, count, 3 * C, BN, N0, TMA)
+        vb = load_tokens(v1, b, n, 2 * C + N0, count, 3 * C, BN, N1, TMA)
         p = p.to(va.dtype)
         acc0 = tl.dot(p, va, acc0 * shrink[:, None])
         acc1 = tl.dot(p, vb, acc1 * shrink[:, None])
 
     token = first + tl.arange(0, BM)
     mask = (token < count)[:, None]
-    acc0 = acc0 / total[:, None]
-    acc1 = acc1 / total[:, None]
+    # Of scores of -infinity alone: NaN, but for splits, where sums of 0 count for nothing when they are merged.
+    divisor = tl.where(total == 0.0, 1.0, total) if SPLIT else total
+    acc0 = acc0 / divisor[:, None]
+    acc1 = acc1 / divisor[:, None]
     n0 = tl.arange(0, N0)[None, :]
     n1 = N0 + tl.arange(0, N1)[None, :]
     if SPLIT:
-        row = split * all_tokens + base + token
+        row = split * all_tokens + b * count + token
         to = row.to(tl.int64)[:, None] * C
         tl.store(partial + to + n0, acc0, mask=mask)
         tl.store(partial + to + n1, acc1, mask=mask)
@@ -189,7 +215,7 @@ def attention(
     if config.specialized:
         attention_sm90(tokens, grid, out, partial, tops, splits)
     else:
-        parts = [tile(tokens, rows, columns, device) for rows in (bm, bn, bn) for columns in (n0, n1)]
+        parts = [token_tile(tokens, grid.batch, rows, columns, device) for rows in (bm, bn, bn) for columns in (n0, n1)]
         _attention_kernel[(triton.cdiv(count, bm), splits, grid.batch)](
             *parts, out, out if partial is None else partial, out if tops is None else tops,
             count, grid.width, grid.pixels, splits, channels**-0.5 * math.log2(math.e),

@@ -60,8 +60,21 @@ def store_tile(dst, row, column, rows, value, WIDTH: tl.constexpr, BM: tl.conste
 def round_to(value, dtype: tl.constexpr):
     """fp32 -> ``dtype``; float8 (e4m3) has no infinity: larger values become its largest."""
     if dtype == tl.float8e4nv:
-        value = tl.minimum(tl.maximum(value, -448.0), 448.0)
+        value = clamp(value, -448.0, 448.0)
     return value.to(dtype)
+
+
+@triton.jit
+def clamp(value, low, high):
+    """As PyTorch does it: NaN stays NaN."""
+    value = tl.maximum(value, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(value, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def scaled(value, scale):
+    """``value * scale`` for float8, where infinity must not become a number: NaN, as value * 0 is NaN for it, else 0."""
+    return value * scale + value * 0.0
 
 
 @triton.jit
@@ -71,12 +84,19 @@ def is_pixel(rows, pitch, image_rows):
 
 
 @triton.jit
+def inverse_norm(squares):
+    """1 / norm of pixels from their sums of squares; NaN of NaN."""
+    return tl.rsqrt(tl.maximum(squares, 1e-24, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
 def normalize(acc, inverse, gamma, column, BM: tl.constexpr, N: tl.constexpr, NORM: tl.constexpr, scale=None):
     """``acc * inverse * gamma``, then SiLU if NORM is 2, then times ``scale`` if given (float8)."""
     out = acc * inverse[:, None] * tl.load(gamma + column + tl.arange(0, N))[None, :]
     if NORM == 2:
         # Two neighbours share one reciprocal: 1/a = b * (1/ab). The special-function unit is this epilogue's bottleneck.
-        # The clamp keeps the product finite; below it, SiLU is under 1e-16.
+        # The clamp keeps the product finite; below it, SiLU is under 1e-16. It swallows NaN, so that a neighbour stays what it
+        # is; the product with ``out`` has it again.
         e = 1.0 + tl.exp2(tl.minimum(out * -1.4426950408889634, 60.0))
         a, b = tl.split(tl.reshape(e, [BM, N // 2, 2]))
         both = 1.0 / (a * b)

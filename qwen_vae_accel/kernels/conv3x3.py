@@ -27,10 +27,12 @@ from qwen_vae_accel.kernels.blocks import (
     NORM_ONLY,
     NORM_SILU,
     check_flat,
+    inverse_norm,
     is_pixel,
     load_tile,
     normalize,
     rms_norm_reference,
+    scaled,
     split_channels,
     store_tile,
     tile,
@@ -110,19 +112,19 @@ def _conv_tile(
         acc0 += load_tile(r0, row, 0, rows, N, BM, N0, TMA).to(tl.float32)
     acc0 = tl.where(pixel, acc0, 0.0)
     if WRITE_X:
-        store_tile(x0, row, 0, rows, acc0 if x_scale is None else acc0 * x_scale, N, BM, N0, TMA)
+        store_tile(x0, row, 0, rows, acc0 if x_scale is None else scaled(acc0, x_scale), N, BM, N0, TMA)
     if N1 > 0:
         acc1 += tl.load(bias + N0 + tl.arange(0, N1))[None, :]
         if RESIDUAL:
             acc1 += load_tile(r1, row, N0, rows, N, BM, N1, TMA).to(tl.float32)
         acc1 = tl.where(pixel, acc1, 0.0)
         if WRITE_X:
-            store_tile(x1, row, N0, rows, acc1 if x_scale is None else acc1 * x_scale, N, BM, N1, TMA)
+            store_tile(x1, row, N0, rows, acc1 if x_scale is None else scaled(acc1, x_scale), N, BM, N1, TMA)
     if NORM > 0:
         squares = tl.sum(acc0 * acc0, 1)
         if N1 > 0:
             squares += tl.sum(acc1 * acc1, 1)
-        inverse = tl.rsqrt(tl.maximum(squares, 1e-24))
+        inverse = inverse_norm(squares)
         acc0 = normalize(acc0, inverse, gamma, 0, BM, N0, NORM, n_scale)
         if N1 > 0:
             acc1 = normalize(acc1, inverse, gamma, N0, BM, N1, NORM, n_scale)

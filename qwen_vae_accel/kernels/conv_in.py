@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qwen_vae_accel.kernels.blocks import (
     check_flat,
+    inverse_norm,
     is_pixel,
     load_tile,
     normalize,
@@ -70,7 +71,7 @@ def _conv_in_kernel(
     acc1 = tl.where(pixel[:, None], acc1 + tl.load(bias + N0 + tl.arange(0, N1))[None, :], 0.0)
     store_tile(x0, row, 0, rows, acc0, N, BM, N0, TMA)
     store_tile(x1, row, N0, rows, acc1, N, BM, N1, TMA)
-    inverse = tl.rsqrt(tl.maximum(tl.sum(acc0 * acc0, 1) + tl.sum(acc1 * acc1, 1), 1e-24))
+    inverse = inverse_norm(tl.sum(acc0 * acc0, 1) + tl.sum(acc1 * acc1, 1))
     store_tile(n0, row, 0, rows, normalize(acc0, inverse, gamma, 0, BM, N0, 2), N, BM, N0, TMA)
     store_tile(n1, row, N0, rows, normalize(acc1, inverse, gamma, N0, BM, N1, 2), N, BM, N1, TMA)
 

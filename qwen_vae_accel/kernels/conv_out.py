@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen_vae_accel.kernels.blocks import check_flat, is_pixel, load_tile, tile
+from qwen_vae_accel.kernels.blocks import check_flat, clamp, is_pixel, load_tile, tile
 from qwen_vae_accel.kernels.compiling import Kernel
 from qwen_vae_accel.kernels.layout import Grid, from_flat
 from qwen_vae_accel.kernels.tuning import Device
@@ -76,7 +76,7 @@ def _sum_taps_kernel(
             # Past the last row lies only the neighbour of the very last pixel.
             r = tl.where(r < rows, r, 0)
             total += tl.load(products + (tap * C + c) * plane + r, mask=mask, other=0.0)
-        total = tl.minimum(tl.maximum(total, -1.0), 1.0)
+        total = clamp(total, -1.0, 1.0)
         to = (b.to(tl.int64) * C + c) * height * width + y * width + x
         tl.store(image + to, total.to(image.dtype.element_ty), mask=mask)
 

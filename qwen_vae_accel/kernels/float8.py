@@ -43,8 +43,9 @@ def calibrated_layers() -> dict[str, str]:
 
 
 def quantize(value: Tensor, scale: Tensor | float) -> Tensor:
-    """``value * scale`` in e4m3; too large values become the largest number, NaN stays NaN."""
-    return (value.float() * scale).clamp(-LARGEST, LARGEST).to(FLOAT8)
+    """``value * scale`` in e4m3. Too large numbers become the largest; infinity, which e4m3 lacks, becomes NaN."""
+    scaled = value.float() * scale
+    return (scaled.clamp(-LARGEST, LARGEST) + scaled * 0.0).to(FLOAT8)
 
 
 def quantize_weight(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qwen_vae_accel.kernels.blocks import (
     check_flat,
+    inverse_norm,
     load_tile,
     normalize,
     rms_norm_reference,
@@ -82,7 +83,7 @@ def _upsample_kernel(
     to = large[:, None] * N
     tl.store(x + to + n0, acc0.to(x.dtype.element_ty), mask=written)
     tl.store(x + to + n1, acc1.to(x.dtype.element_ty), mask=written)
-    inverse = tl.rsqrt(tl.maximum(tl.sum(acc0 * acc0, 1) + tl.sum(acc1 * acc1, 1), 1e-24))
+    inverse = inverse_norm(tl.sum(acc0 * acc0, 1) + tl.sum(acc1 * acc1, 1))
     acc0 = normalize(acc0, inverse, gamma, 0, BM, N0, 2, n_scale)
     acc1 = normalize(acc1, inverse, gamma, N0, BM, N1, 2, n_scale)
     tl.store(normed + to + n0, round_to(acc0, normed.dtype.element_ty), mask=written)

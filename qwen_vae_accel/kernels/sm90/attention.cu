@@ -57,21 +57,22 @@ struct Shared {
   DEVICE u32 empty(u32 slot) const { return bar(1 + SLOTS + slot); }
 };
 
-struct Range { int base, first, begin, end; };  // first tokens of the image and of the block's queries; its keys
+struct Range { int image, first, begin, end; };  // tokens within the image: the first of the block's queries; its keys
 
 // ---- the feeding warp ---------------------------------------------------------------------------------------------
 DEVICE void feed(const Shared& s, const TensorMap* queries, const TensorMap* keys, const Range& range, u32 rank) {
   mbar_expect(s.queries_full(), Q_BYTES);
   for (int i = 0; i < WARPGROUPS * CHUNKS; ++i)
-    tma_load_2d(s.base + i * Q_CHUNK_BYTES, queries, s.queries_full(), i % CHUNKS * CHUNK, range.first + i / CHUNKS * ROWS);
+    tma_load_3d(s.base + i * Q_CHUNK_BYTES, queries, s.queries_full(), i % CHUNKS * CHUNK, range.first + i / CHUNKS * ROWS,
+                range.image);
   Ring ring;
   for (int key = range.begin; key < range.end; key += KEYS)
     for (int kind = 1; kind <= 2; ++kind) {  // keys, then values
       mbar_wait_cluster(s.empty(ring.slot), ring.parity ^ 1);
       mbar_expect(s.full(ring.slot), SLOT_BYTES);
       for (int c = 0; c < CHUNKS; ++c)
-        tma_load_2d_multicast(s.at(ring.slot) + c * CHUNK_BYTES + rank * SHARE * ROW_BYTES, keys, s.full(ring.slot),
-                              kind * CHANNELS + c * CHUNK, key + rank * SHARE, (1 << CLUSTER) - 1);
+        tma_load_3d_multicast(s.at(ring.slot) + c * CHUNK_BYTES + rank * SHARE * ROW_BYTES, keys, s.full(ring.slot),
+                              kind * CHANNELS + c * CHUNK, key + rank * SHARE, range.image, (1 << CLUSTER) - 1);
       ring.advance();
     }
 }
@@ -85,12 +86,13 @@ DEVICE void release(const Shared& s, u32 slot, bool leader) {
 }
 
 DEVICE float infinity() { return __int_as_float(0x7F800000); }
+constexpr float LOWEST = -3.402823466e38f;  // keys whose scores are all -infinity may be followed by others: not -infinity
 
 // Accumulators 4 * j + 2 * r + {0, 1} of a thread are columns 8 * j + 2 * (lane % 4) + {0, 1} of its row r: row
 // 16 * warp + lane / 4 + 8 * r of the warpgroup's 64.
 struct Rows {
-  float top[2] = {-infinity(), -infinity()};  // largest score when last rescaled, times scale
-  float total[2] = {0.f, 0.f};                // this thread's share of the softmax denominator
+  float top[2] = {LOWEST, LOWEST};  // largest score when last rescaled, times scale
+  float total[2] = {0.f, 0.f};      // this thread's share of the softmax denominator
 };
 
 // Rescale what there is to the largest of the scores so far, if it has outgrown the headroom. `left`: columns from there
@@ -139,12 +141,13 @@ DEVICE void store(float (&sum)[2][HALF / 2], Rows& rows, const Args& args, const
   for (int r = 0; r < 2; ++r) {
     rows.total[r] += __shfl_xor_sync(~0u, rows.total[r], 1);
     rows.total[r] += __shfl_xor_sync(~0u, rows.total[r], 2);
-    const float inverse = 1.f / rows.total[r];
-    const int token = range.first - range.base + wg * ROWS + warp * 16 + lane / 4 + 8 * r;
+    // Of scores of -infinity alone: NaN, but for splits, where 0 sums count for nothing when they are merged.
+    const float inverse = 1.f / (SPLIT && rows.total[r] == 0.f ? 1.f : rows.total[r]);
+    const int token = range.first + wg * ROWS + warp * 16 + lane / 4 + 8 * r;
     if (token >= args.count) continue;
-    const int image = range.base / args.count, y = token / args.width, x = token % args.width;
-    const i64 row = SPLIT ? i64(blockIdx.y) * args.all_tokens + range.base + token
-                          : i64(image * (args.count / args.width + 1) + y + 1) * (args.width + 1) + x + 1;
+    const int y = token / args.width, x = token % args.width;
+    const i64 row = SPLIT ? i64(blockIdx.y) * args.all_tokens + range.image * args.count + token
+                          : i64(range.image * (args.count / args.width + 1) + y + 1) * (args.width + 1) + x + 1;
     const i64 start = row * CHANNELS + lane % 4 * 2;
 #pragma unroll
     for (int j = 0; j < CHANNELS / 8; ++j) {
@@ -181,7 +184,7 @@ DEVICE void compute(const Shared& s, const Args& args, const Range& range, u32 w
     ring.advance();
     if (wg == 0 && key == range.begin) named_arrive(1, 256);
 
-    keep_in_range(score, sum, rows, args.scale, range.base + args.count - key, lane);
+    keep_in_range(score, sum, rows, args.scale, args.count - key, lane);
 
     mbar_wait(s.full(ring.slot), ring.parity);
     const u64 values = matrix_descriptor<ROW_BYTES>(s.at(ring.slot), PATTERN_BYTES, CHUNK_BYTES);
@@ -206,16 +209,17 @@ DEVICE void compute(const Shared& s, const Args& args, const Range& range, u32 w
 }
 
 // Grid: tiles of queries (rounded up to whole clusters), splits of the keys, images. `queries` and `keys` describe the same
-// tokens [B * count, 3 * CHANNELS], in boxes of 64 channels by ROWS and by SHARE tokens.
+// tokens [B, count, 3 * CHANNELS], in boxes of 64 channels by ROWS and by SHARE tokens. Beyond an image they read zeros: a
+// probability of 0 times a NaN of the next image would be NaN.
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(128 * (WARPGROUPS + 1), 1)
 attention(const __grid_constant__ TensorMap queries, const __grid_constant__ TensorMap keys, const __grid_constant__ Args args) {
   extern __shared__ __align__(1024) unsigned char memory[];
   const u32 warp = __shfl_sync(~0u, threadIdx.x / 32, 0), wg = warp / 4;
   const Shared s{smem_address(memory)};
   const u32 rank = CLUSTER > 1 ? cluster_ctarank() : 0;
-  const int base = blockIdx.z * args.count, blocks = (args.count + KEYS - 1) / KEYS;
-  const Range range{base, base + int(blockIdx.x) * WARPGROUPS * ROWS, base + blocks * int(blockIdx.y) / args.splits * KEYS,
-                    base + blocks * int(blockIdx.y + 1) / args.splits * KEYS};
+  const int blocks = (args.count + KEYS - 1) / KEYS;
+  const Range range{int(blockIdx.z), int(blockIdx.x) * WARPGROUPS * ROWS, blocks * int(blockIdx.y) / args.splits * KEYS,
+                    blocks * int(blockIdx.y + 1) / args.splits * KEYS};
   if (threadIdx.x == 0) {
     tensormap_prefetch(&queries);
     tensormap_prefetch(&keys);

@@ -63,12 +63,12 @@ def _plan(
     device: int, dtype: torch.dtype, grid: Grid, splits: int, tokens: int, out: int, partial: int, tops: int
 ) -> driver.Launch:
     driver.bind_context(device)  # describing tensors needs one, and this thread may be new to CUDA
-    width = 3 * CHANNELS
+    width, count = 3 * CHANNELS, grid.height * grid.width
+    shape, strides = (width, count, grid.batch), (2 * width, 2 * width * count)
 
     def boxes(rows: int) -> ctypes.Array:
-        return driver.encode_tensor_map(tokens, dtype, (width, grid.pixels), (2 * width,), (64, rows), (1, 1), 128)
+        return driver.encode_tensor_map(tokens, dtype, shape, strides, (64, rows, 1), (1, 1, 1), 128)
 
-    count = grid.height * grid.width
     scale = CHANNELS**-0.5 * math.log2(math.e)
     args = _Args(out, partial, tops, count, grid.width, grid.pixels, splits, scale)
     with torch.cuda.device(device):

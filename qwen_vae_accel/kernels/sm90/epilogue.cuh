@@ -45,11 +45,14 @@ DEVICE uint4 pack_8(const float (&v)[8]) {
   return make_uint4(pack2(v[0], v[1]), pack2(v[2], v[3]), pack2(v[4], v[5]), pack2(v[6], v[7]));
 }
 
-// Eight channels of a pixel, at `element` of an output in 16 bits or, times `scale`, in float8.
-template <bool Float8> DEVICE void store_8(void* out, i64 element, const float (&v)[8], float scale, bool inside) {
+// Eight channels of a pixel, at `element` of an output in 16 bits or, times `scale`, in float8. That lacks infinity, which
+// becomes NaN: v * 0 is NaN for it, else 0. What a norm gives is finite or NaN.
+template <bool Float8, bool Norm> DEVICE void store_8(void* out, i64 element, const float (&v)[8], float scale, bool inside) {
   if constexpr (Float8) {
-    const uint2 packed = make_uint2(pack4_e4m3(v[0] * scale, v[1] * scale, v[2] * scale, v[3] * scale),
-                                    pack4_e4m3(v[4] * scale, v[5] * scale, v[6] * scale, v[7] * scale));
+    float w[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) w[j] = Norm ? v[j] * scale : fmaf(v[j], scale, v[j] * 0.f);
+    const uint2 packed = make_uint2(pack4_e4m3(w[0], w[1], w[2], w[3]), pack4_e4m3(w[4], w[5], w[6], w[7]));
     store_8_bytes(static_cast<unsigned char*>(out) + element, packed, inside);
   } else {
     store_16(static_cast<u16*>(out) + element, pack_8(v), inside);
@@ -58,7 +61,7 @@ template <bool Float8> DEVICE void store_8(void* out, i64 element, const float (
 
 // v * scale * gamma, then SiLU. bf16: y * sigmoid(y) = h + h * tanh(h) with h = y / 2, one special-function instruction
 // whose error (2^-11 of tanh) stays under bf16's rounding. fp16: two sigmoids from two exponentials and one reciprocal;
-// the clamp keeps their product finite.
+// the clamp keeps their product finite (it swallows NaN, which the product with v has again).
 DEVICE void normalize_8(float (&v)[8], float scale, const float (&gamma)[8]) {
 #if NORM == 2 && BF16
   scale *= 0.5f;
@@ -160,7 +163,7 @@ DEVICE void epilogue(float (&acc)[MB][NB / 2], Residual& residual, Ring& rr, con
       for (int j = 0; j < 8; ++j) v[j] += bias[j];
       if constexpr (R_RING) add_8(v, residual_part(s, buffer, q));
       else if (RESIDUAL) add_8(v, residual[q / 2][q % 2][R_EARLY ? g : 0]);
-      if (!NORM) store_8<X8>(args.x, p.x + offset_of(q / 2, q % 2, g, args.x_row), v, args.x_scale, p.inside[q / 2][q % 2]);
+      if (!NORM) store_8<X8, false>(args.x, p.x + offset_of(q / 2, q % 2, g, args.x_row), v, args.x_scale, p.inside[q / 2][q % 2]);
 #pragma unroll
       for (int j = 0; j < 8; ++j) sum[q / 2][q % 2] += v[j] * v[j];
       put_8(acc[q / 2], v, g, q % 2);
@@ -175,7 +178,7 @@ DEVICE void epilogue(float (&acc)[MB][NB / 2], Residual& residual, Ring& rr, con
   if constexpr (NORM > 0) {  // x is stored here too: its stores drain while the next values are computed
     reduce_squares(sum, s, wg, rank, tile_count);
 #pragma unroll
-    for (int q = 0; q < 2 * MB; ++q) sum[q / 2][q % 2] = rsqrtf(fmaxf(sum[q / 2][q % 2], 1e-24f));
+    for (int q = 0; q < 2 * MB; ++q) sum[q / 2][q % 2] = rsqrtf(max_or_nan(sum[q / 2][q % 2], 1e-24f));
 #pragma unroll
     for (int g = 0; g < GROUPS; ++g) {
       float gamma[8];
@@ -185,9 +188,9 @@ DEVICE void epilogue(float (&acc)[MB][NB / 2], Residual& residual, Ring& rr, con
         float v[8];
         take_8(v, acc[q / 2], g, q % 2);
         const bool inside = p.inside[q / 2][q % 2];
-        if (WRITE_X) store_8<X8>(args.x, p.x + offset_of(q / 2, q % 2, g, args.x_row), v, args.x_scale, inside);
+        if (WRITE_X) store_8<X8, false>(args.x, p.x + offset_of(q / 2, q % 2, g, args.x_row), v, args.x_scale, inside);
         normalize_8(v, sum[q / 2][q % 2], gamma);
-        store_8<N8>(args.n, p.n + offset_of(q / 2, q % 2, g, args.n_row), v, args.n_scale, inside);
+        store_8<N8, true>(args.n, p.n + offset_of(q / 2, q % 2, g, args.n_row), v, args.n_scale, inside);
       }
     }
   }

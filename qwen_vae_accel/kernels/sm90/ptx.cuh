@@ -92,16 +92,17 @@ DEVICE void tma_load_4d(u32 dst, const TensorMap* map, u32 bar, int c0, int c1, 
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
       ::"r"(dst), "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
 }
-DEVICE void tma_load_2d(u32 dst, const TensorMap* map, u32 bar, int c0, int c1) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
-               ::"r"(dst), "l"(map), "r"(bar), "r"(c0), "r"(c1) : "memory");
+DEVICE void tma_load_3d(u32 dst, const TensorMap* map, u32 bar, int c0, int c1, int c2) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
+      ::"r"(dst), "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2) : "memory");
 }
 // To the same place of every block of the cluster whose bit is set in `blocks`, counted by each one's own barrier.
-DEVICE void tma_load_2d_multicast(u32 dst, const TensorMap* map, u32 bar, int c0, int c1, u16 blocks) {
+DEVICE void tma_load_3d_multicast(u32 dst, const TensorMap* map, u32 bar, int c0, int c1, int c2, u16 blocks) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-      " [%0], [%1, {%3, %4}], [%2], %5;"
-      ::"r"(dst), "l"(map), "r"(bar), "r"(c0), "r"(c1), "h"(blocks) : "memory");
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1, {%3, %4, %5}], [%2], %6;"
+      ::"r"(dst), "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "h"(blocks) : "memory");
 }
 DEVICE void bulk_load(u32 dst, const void* src, u32 bytes, u32 bar) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
@@ -198,7 +199,7 @@ DEVICE float unpack_lo(u32 v) { return half_to_float(u16(v)); }
 DEVICE float unpack_hi(u32 v) { return half_to_float(u16(v >> 16)); }
 #endif
 
-// Four e4m3 numbers, too large values clamped.
+// Four e4m3 numbers. Too large ones are clamped, infinity too; NaN stays NaN.
 DEVICE u32 pack4_e4m3(float a, float b, float c, float d) {
   u16 low, high;
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(b), "f"(a));
@@ -206,6 +207,11 @@ DEVICE u32 pack4_e4m3(float a, float b, float c, float d) {
   return u32(low) | u32(high) << 16;
 }
 
+DEVICE float max_or_nan(float a, float b) {
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
 DEVICE float exp2_approx(float v) {
   float r;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
