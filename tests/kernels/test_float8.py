@@ -51,9 +51,12 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreter 
 
 
 def test_quantize_saturates():
-    value = torch.tensor([1e9, -1e9, 500.0, 0.3, float("inf"), 0.0])
-    assert quantize(value, 1.0).float().tolist() == [448, -448, 448, 0.3125, 448, 0]
-    assert quantize(torch.tensor([float("nan")]), 2.0).isnan().all()
+    value = torch.tensor([1e9, -1e9, 500.0, 0.3, 0.0])
+    assert quantize(value, 1.0).float().tolist() == [448, -448, 448, 0.3125, 0]
+
+
+def test_quantize_keeps_nan_and_makes_it_of_infinity():
+    assert quantize(torch.tensor([float("nan"), float("inf"), -float("inf")]), 2.0).isnan().all()
 
 
 def test_weight_scales_use_the_range_and_beat_the_largest_value_alone():

@@ -62,7 +62,7 @@ def assert_same(image: Tensor, output_type: str = "pil", served: str = "device",
         assert actual.dtype == expected.dtype and actual.shape == expected.shape and actual.strides == expected.strides
         assert np.array_equal(actual, expected, equal_nan=True)
     assert journal_calls(journal) == {served: 1}
-    assert torch.equal(image, before)
+    assert torch.equal(image.nan_to_num(nan=9.0), before.nan_to_num(nan=9.0))
 
 
 def images(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -130,6 +130,16 @@ def test_nan_and_infinity() -> None:
     with pytest.warns(RuntimeWarning, match="invalid value"):
         assert actual[0].tobytes() == VaeImageProcessor().postprocess(image)[0].tobytes()
     assert "NaN" in journal.report("", []).as_dict()["fallbacks"][0]["reason"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("where", [(slice(None),), (0, 0, 0, 0), (1, 2, -1, -1)], ids=["everywhere", "first", "last"])
+def test_nan_is_seen_wherever_it_is(where: tuple[Any, ...], dtype: torch.dtype) -> None:
+    image = images(2, 3, 333, 211, dtype=dtype)
+    image[where] = torch.nan
+    assert_same(image, "np")
+    denormalize = VaeImageProcessor()._denormalize_conditionally
+    assert pixels.on_device(image, denormalize) is None and pixels.in_bands(image, denormalize) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import types
+import warnings
 from typing import Any
 
 import diffusers
@@ -355,3 +356,18 @@ def test_restore_refuses_to_drop_another_patch() -> None:
 def test_a_pipeline_without_an_image_processor(micro: Any) -> None:
     with accelerate(types.SimpleNamespace(vae=micro)) as handle:
         assert handle.report().as_dict()["left_alone"] == []
+
+
+def test_nan_and_infinity_are_diffusers_own() -> None:
+    """No image of bytes has them; others go diffusers' way."""
+    values = np.full((1, 32, 32, 3), 0.5, dtype=np.float32)
+    values[0, 3, 4] = np.nan, np.inf, -np.inf
+    images = [values, torch.from_numpy(values).permute(0, 3, 1, 2), Image.fromarray(values[0, :, :, 0]), [values[0]] * 2]
+    for image in images:
+        processor, journal = replaced()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # diffusers' own, of negative numbers
+            expected = VaeImageProcessor(vae_scale_factor=16).preprocess(image)
+            actual = processor.preprocess(image)
+        assert torch.equal(actual.nan_to_num(nan=9.0), expected.nan_to_num(nan=9.0)) and actual.isnan().any()
+        assert calls(journal) == {"diffusers": 1}
