@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import io
 import threading
 import weakref
@@ -15,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from qwen_vae_accel import Handle, accelerate
+from qwen_vae_accel.accuracy import FACTOR, ROUNDING, Error, measure
 from qwen_vae_accel.backends.base import EngineBackend, EngineImage, Environment, Job
 from qwen_vae_accel.plan import EngineKey
 
@@ -24,9 +27,6 @@ TINY_VAE = DATA / "tiny_qwen_image_vae"
 CPU = torch.device("cpu")
 # What the ready-made fake engines serve.
 SIZES = ["32x32", "48x32", "64x32", "32x64"]
-
-# float32 against diffusers: decode in absolute terms (images in [-1, 1]), encode relative to the largest magnitude.
-EXACT = 5e-6
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -58,9 +58,69 @@ def decoded(vae: nn.Module, z: Tensor) -> Tensor:
 
 
 def distance(output: Tensor, reference: Tensor, method: str) -> float:
-    """The measure that :data:`EXACT` bounds."""
+    """Largest difference, to show that two outputs are not the same: decoded in absolute terms, moments beside the largest."""
     scale = 1.0 if method == "decode" else reference.abs().max().item()
     return (output.float() - reference.float()).abs().max().item() / scale
+
+
+def exact_vae(vae: nn.Module) -> nn.Module:
+    """A copy of ``vae`` that computes everything in float64, as diffusers would but for its upsampling.
+
+    That goes through float32 whatever its input; it copies pixels and computes nothing.
+    """
+    double = copy.deepcopy(vae).double()
+    for module in double.modules():
+        if isinstance(module, nn.Upsample):
+            module.forward = functools.partial(nn.Upsample.forward, module)
+    return double
+
+
+class Reference:
+    """What one network of diffusers computes for one input: in float64, and as the VAE is, whose error is the yardstick.
+
+    Args:
+        vae: a VAE, accelerated or not; it is copied.
+        method: ``"encode"`` or ``"decode"``.
+        x: the input as the VAE takes it, with or without the frame axis.
+        dtype: compute dtype of the yardstick, if not the VAE's own.
+        double: the float64 network ``[B, C, H, W] -> [B, C', H', W']``; None: a copy of the VAE.
+    """
+
+    def __init__(
+        self,
+        vae: nn.Module,
+        method: str,
+        x: Tensor,
+        dtype: torch.dtype | None = None,
+        double: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        run = moments if method == "encode" else decoded
+        x = x.detach() if x.dim() == 5 else x.detach().unsqueeze(2)
+        with torch.no_grad():
+            plain = vae if double is not None and dtype is None else copy.deepcopy(vae)
+            plain = plain if dtype is None else plain.to(dtype)
+            rounded = x.to(plain.dtype)
+            self.theirs = run(plain, rounded)[:, :, 0]
+            if double is not None:
+                self.exact = double(rounded[:, :, 0].double())
+            else:
+                self.exact = run(exact_vae(vae), rounded.double())[:, :, 0]
+        self.yardstick = measure(self.theirs, self.exact)
+        assert self.yardstick.relative <= ROUNDING[plain.dtype], "diffusers in float64 computes something else"
+
+    def error(self, output: Tensor) -> Error:
+        """How far ``output``, with or without the frame axis, is from float64."""
+        return measure(output if output.dim() == 4 else output[:, :, 0], self.exact)
+
+    def holds(self, output: Tensor) -> bool:
+        """Whether ``output`` meets the criterion of :mod:`qwen_vae_accel.accuracy`."""
+        return self.error(output).within(self.yardstick.allowed())
+
+    def check(self, output: Tensor) -> None:
+        """Assert it."""
+        error = self.error(output)
+        allowed = f"{error.times(self.yardstick):.2f} times diffusers' own error of {self.yardstick}"
+        assert error.within(self.yardstick.allowed()), f"{error} is {allowed}; {FACTOR} is allowed"
 
 
 def spread_gammas(vae: nn.Module, seed: int = 0) -> nn.Module:

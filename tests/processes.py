@@ -24,7 +24,7 @@ from qwen_vae_accel.engines.manifest import EngineRecord
 from qwen_vae_accel.engines.store import EngineStore
 from qwen_vae_accel.plan import EngineKey, Profile, Size
 from tests.conftest import random_vae
-from tests.helpers import FakeBackend, decoded, randn
+from tests.helpers import FakeBackend, Reference, decoded, randn
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.processes"])
@@ -241,13 +241,13 @@ def decode_once(root: Path, options: dict[str, Any], ready: Any = None, go: Any 
     if ready is not None:
         fake.on_build = lambda: (ready.set(), go.wait(PATIENCE))
     with torch.no_grad():
-        exact = decoded(vae, z)
+        exact = Reference(vae, "decode", z)
         handle = accelerate(vae, backend="tensorrt", engine_dir=root, **options)
         image = decoded(vae, z)
     return {
         "report": handle.report().as_dict(),
         "events": [kind for kind, _ in fake.events if kind != "free"],
-        "right": bool(torch.allclose(image, exact, atol=1e-5)),
+        "right": exact.holds(image),
     }
 
 

@@ -43,9 +43,13 @@ def test_every_case_has_a_row_with_its_error_against_float32(micro: nn.Module, f
     assert len(found) == 8
     assert all(row.median_ms and row.p10_ms <= row.median_ms <= row.p90_ms and row.samples == 3 for row in found.values())
     assert found["diffusers fp32", "decode"].relative_l2 == 0
-    assert found["eager fp32", "encode"].relative_l2 < 1e-5
-    assert 1e-4 < found["eager bf16", "decode"].relative_l2 < 5e-2
-    assert found["tensorrt fp32", "decode"].relative_l2 < 1e-5
+    for label, task, dtype in (
+        ("eager fp32", "encode", torch.float32), ("eager bf16", "decode", torch.bfloat16), ("tensorrt fp32", "decode", torch.float32),
+    ):  # fmt: skip
+        source = ModelSource(micro)
+        own = published_error(source, Job(task, source.topology, dtype, CPU)).relative
+        # Of two that are this far from float64, and no further than that from each other.
+        assert 0.1 * own < found[label, task].relative_l2 < (FACTOR + 1) * own
     assert fake.count("build") == 2
     assert "encode" not in micro.__dict__
 

@@ -10,17 +10,18 @@ import pytest
 import torch
 
 from qwen_vae_accel import AccelConfig
+from qwen_vae_accel.accuracy import measure
 from qwen_vae_accel.backends import registry
 from qwen_vae_accel.backends.base import DirectBackend, EngineBackend, Environment, Job
 from qwen_vae_accel.backends.eager import EagerBackend
 from qwen_vae_accel.backends.inductor import InductorBackend
 from qwen_vae_accel.config import BACKENDS
-from qwen_vae_accel.engines.selfcheck import TOLERANCE, compare, machine_id, sample_input
+from qwen_vae_accel.engines.selfcheck import machine_id, psnr_db, sample_input
 from qwen_vae_accel.errors import AccelError, BackendUnavailableError
 from qwen_vae_accel.model import inspect_vae
 from qwen_vae_accel.plan import Size
 from tests.conftest import random_vae
-from tests.helpers import CPU, ROOT, picture, randn
+from tests.helpers import CPU, ROOT
 
 H200 = Environment(
     device_type="cuda",
@@ -129,25 +130,8 @@ def test_inputs_of_the_self_check(method):
 def test_measures_of_the_self_check(error, relative, psnr):
     exact = torch.ones(1, 3, 8, 8)
     exact[..., ::2] = -1
-    found = compare(exact + error, exact, "decode")
-    assert found == (pytest.approx(relative, rel=1e-3), pytest.approx(psnr, rel=1e-3))
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_one_number_that_is_not_finite_fails_the_self_check(value):
-    exact = picture(1, 3, 8, 8)
-    output = exact.clone()
-    output[0, 0, 3, 3] = value
-    relative, psnr = compare(output, exact, "decode")
-    assert not any(relative <= tolerance for tolerance in TOLERANCE.values()) and psnr < 0
-
-
-def test_tolerances_catch_what_is_wrong_and_let_rounding_pass():
-    exact = randn(1, 3, 64, 64)
-    for dtype, tolerance in TOLERANCE.items():
-        assert compare(exact.to(dtype), exact, "decode")[0] < tolerance / 5
-        assert compare(exact.roll(1, 2), exact, "decode")[0] > tolerance
-        assert compare(exact + 2 * tolerance * randn(1, 3, 64, 64, seed=1), exact, "decode")[0] > tolerance
+    assert measure(exact + error, exact).relative == pytest.approx(relative, rel=1e-3)
+    assert psnr_db(exact + error, exact, "decode") == pytest.approx(psnr, rel=1e-3)
 
 
 # Import and errors.

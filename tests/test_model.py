@@ -9,17 +9,20 @@ import weakref
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import AutoencoderKL, AutoencoderKLWan
 from torch import nn
 
 from qwen_vae_accel import accelerate
+from qwen_vae_accel.accuracy import measure
 from qwen_vae_accel.backends.base import export_network
 from qwen_vae_accel.errors import UnsupportedVAEError
 from qwen_vae_accel.model import ModelSource, inspect_vae
+from qwen_vae_accel.model.published import published_network
 from qwen_vae_accel.model.source import build_model, image_state
 from qwen_vae_accel.model.tiling import decode_banded, encode_banded
 from tests.conftest import MICRO, TOPOLOGIES, random_vae
-from tests.helpers import CPU, EXACT, decoded, distance, moments, photo, picture, randn
+from tests.helpers import CPU, Reference, decoded, distance, moments, photo, picture, randn
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -51,18 +54,41 @@ def photos(vae: nn.Module, method: str, height: int, width: int, batch: int) -> 
     return x if method == "encode" else reference(vae, "encode", x)[:, :16]
 
 
-# Exactness in float32.
+# Exactness: against float64, beside diffusers' own error.
+
+
+@pytest.mark.parametrize("name", [*TOPOLOGIES, "tiny", "full"])
+@pytest.mark.parametrize("method", METHODS)
+def test_in_float64_the_network_is_that_of_diffusers(request, name, method):
+    """What the self-checks of engines compare with: a millionth of the error that float32 makes."""
+    vae = request.getfixturevalue(name) if name in ("tiny", "full") else random_vae(name)
+    x = sample(vae, method, 44, 36, batch=2)
+    exact = Reference(vae, method, x)
+    assert exact.error(network(vae, method, torch.float64)(x.double())).within(exact.yardstick.allowed(1e-6))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_published_network_is_diffusers_own(micro, method):
+    """From a copy: whatever was done to the VAE it came from."""
+    x = sample(micro, method, 44, 36)
+    plain = reference(micro, method, x)
+    accelerate(micro)
+    micro.enable_tiling(8, 8)
+    micro.encoder.register_forward_hook(lambda *_: 1 / 0)
+    micro.decoder.register_forward_hook(lambda *_: 1 / 0)
+    cpu_offload(micro, execution_device=CPU)
+    assert torch.equal(published_network(micro, method, torch.float32, CPU)(x), plain)
 
 
 @pytest.mark.parametrize(("name", "width", "height"), [("coffee", 256, 192), ("astronaut", 200, 136), ("chelsea", 168, 248)])
 def test_photo_through_the_trained_vae(tiny, name, width, height):
     x = photo(name, width, height)[:, :, 0]
-    exact = reference(tiny, "encode", x)
-    assert distance(network(tiny, "encode")(x), exact, "encode") <= EXACT
-    z = exact[:, :16]
-    image = reference(tiny, "decode", z)
-    assert distance(network(tiny, "decode")(z), image, "decode") <= EXACT
-    assert (image - x).square().mean() < 0.02, "the latents are not those of a picture"
+    exact = Reference(tiny, "encode", x)
+    exact.check(network(tiny, "encode")(x))
+    z = exact.theirs[:, :16]
+    image = Reference(tiny, "decode", z)
+    image.check(network(tiny, "decode")(z))
+    assert (image.theirs - x).square().mean() < 0.02, "the latents are not those of a picture"
 
 
 @pytest.mark.parametrize(
@@ -83,13 +109,14 @@ def test_photo_through_the_trained_vae(tiny, name, width, height):
 def test_every_batch_and_odd_and_even_sizes(request, size, method, batch, height, width):
     vae = request.getfixturevalue(size)
     x = sample(vae, method, height, width, batch) if size == "full" else photos(vae, method, height, width, batch)
-    output, exact = network(vae, method)(x), reference(vae, method, x)
-    assert output.shape == exact.shape
+    double = network(vae, method, torch.float64)
+    output, exact = network(vae, method)(x), Reference(vae, method, x, double=double)
+    assert output.shape == exact.exact.shape
     assert output.is_contiguous()
-    assert distance(output, exact, method) <= EXACT
+    exact.check(output)
     # Every image of the batch is itself, not one of the others.
-    for index in range(batch):
-        assert distance(output[index : index + 1], reference(vae, method, x[index : index + 1]), method) <= EXACT
+    alone = torch.cat([double(one) for one in x.double().split(1)])
+    assert measure(output, alone).within(exact.yardstick.allowed())
 
 
 @pytest.mark.parametrize("name", TOPOLOGIES)
@@ -97,7 +124,7 @@ def test_every_batch_and_odd_and_even_sizes(request, size, method, batch, height
 def test_other_topologies(name, method):
     vae = random_vae(name)
     x = sample(vae, method, 44, 36, batch=2)
-    assert distance(network(vae, method)(x), reference(vae, method, x), method) <= EXACT
+    Reference(vae, method, x).check(network(vae, method)(x))
 
 
 @pytest.mark.parametrize(
@@ -133,21 +160,21 @@ def test_decoder_clamps(tiny):
     z = 30 * randn(1, 16, 4, 4)
     output = network(tiny, "decode")(z)
     assert output.abs().max() == 1
-    assert distance(output, reference(tiny, "decode", z), "decode") <= EXACT
+    Reference(tiny, "decode", z).check(output)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_only_the_newest_temporal_slice_acts(tiny, method):
     x = photo(width=64, height=64)[:, :, 0]
     x = x if method == "encode" else reference(tiny, "encode", x)[:, :16]
-    exact = reference(tiny, method, x)
+    exact = Reference(tiny, method, x)
     oldest = {name: p.flip(2) if p.dim() == 5 else p for name, p in tiny.named_parameters()}
     wrong = build_model(image_state(oldest, method), method)(x)
-    assert distance(wrong, exact, method) > 0.1, "the data cannot tell one slice from another"
+    assert distance(wrong, exact.theirs, method) > 0.1, "the data cannot tell one slice from another"
     older = [p for p in tiny.parameters() if p.dim() == 5 and p.shape[2] > 1]
     for parameter in older:
         parameter[:, :, :-1] = torch.nan
-    assert distance(network(tiny, method)(x), exact, method) <= EXACT
+    exact.check(network(tiny, method)(x))
 
 
 # Half precision.
@@ -374,24 +401,24 @@ def _seconds(function) -> float:
 
 def test_first_use_in_inference_mode_serves_later_calls(micro):
     z = randn(1, 4, 1, 4, 5)
-    exact = decoded(micro, z)
+    exact = Reference(micro, "decode", z)
     accelerate(micro)
     with torch.inference_mode():
         inside = decoded(micro, z)
     outside = decoded(micro, z)
     assert torch.equal(inside, outside)
-    assert distance(outside, exact, "decode") <= EXACT
+    exact.check(outside)
 
 
 def test_weights_loaded_in_inference_mode(micro):
     z = randn(1, 4, 1, 4, 5)
-    exact = decoded(micro, z)
+    exact = Reference(micro, "decode", z)
     with torch.inference_mode():
         vae = copy.deepcopy(micro)
     accelerate(vae)
-    assert distance(decoded(vae, z), exact, "decode") <= EXACT
+    exact.check(decoded(vae, z))
     with torch.inference_mode():
-        assert distance(decoded(vae, z), exact, "decode") <= EXACT
+        exact.check(decoded(vae, z))
 
 
 # Fingerprints.
@@ -429,7 +456,7 @@ def test_export_static(name, method):
     vae = random_vae(name)
     model, x = network(vae, method), sample(vae, method, 48, 64)
     exported = torch.export.export(model, (x,)).module()
-    assert distance(exported(x), reference(vae, method, x), method) <= EXACT
+    Reference(vae, method, x).check(exported(x))
 
 
 @pytest.mark.parametrize("name", ["micro", "two halvings", "2.1"])
@@ -448,7 +475,7 @@ def test_export_dynamic(name, method, ranges):
     for height in ranges[0]:
         for width in ranges[1]:
             x = sample(vae, method, height, width)
-            assert distance(exported(x), reference(vae, method, x), method) <= EXACT
+            Reference(vae, method, x).check(exported(x))
 
 
 # Tiling.
@@ -460,16 +487,17 @@ def test_bands_are_exact(name, tile):
     vae = random_vae(name)
     for height, width in ((96, 24), (133, 30), (200, 17)):
         x = sample(vae, "encode", height, width, batch=2)
-        exact = reference(vae, "encode", x)
-        assert distance(encode_banded(network(vae, "encode"), x, tile), exact, "encode") <= EXACT
-        z = exact[:, : exact.shape[1] // 2]
-        assert distance(decode_banded(network(vae, "decode"), z, tile), reference(vae, "decode", z), "decode") <= EXACT
+        exact = Reference(vae, "encode", x)
+        exact.check(encode_banded(network(vae, "encode"), x, tile))
+        z = exact.theirs.chunk(2, dim=1)[0]
+        Reference(vae, "decode", z).check(decode_banded(network(vae, "decode"), z, tile))
 
 
 def test_bands_of_a_photo_are_exact(tiny):
     x = photo(width=200, height=328)[:, :, 0]
-    exact = reference(tiny, "encode", x)
-    assert distance(encode_banded(network(tiny, "encode"), x, 128), exact, "encode") <= EXACT
-    image = decode_banded(network(tiny, "decode"), exact[:, :16], 128)
-    assert distance(image, reference(tiny, "decode", exact[:, :16]), "decode") <= EXACT
+    exact = Reference(tiny, "encode", x)
+    exact.check(encode_banded(network(tiny, "encode"), x, 128))
+    z = exact.theirs[:, :16]
+    image = decode_banded(network(tiny, "decode"), z, 128)
+    Reference(tiny, "decode", z).check(image)
     assert image.is_contiguous()

@@ -14,7 +14,7 @@ from qwen_vae_accel.backends import registry
 from qwen_vae_accel.backends.eager import EagerBackend
 from qwen_vae_accel.engines.manifest import NAME
 from qwen_vae_accel.errors import BackendUnavailableError, BuildError, ConfigError, EngineError, EngineMissingError
-from tests.helpers import EXACT, SIZES, decoded, distance, latents, open_engines
+from tests.helpers import SIZES, Reference, decoded, latents, open_engines
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -74,13 +74,13 @@ def test_an_engine_that_somebody_builds_is_taken(micro, fake, engines, tmp_path)
 @pytest.mark.parametrize("on_miss", ["fallback", "error", "build"])
 @pytest.mark.parametrize("size", ["40x40", "4096x8"])
 def test_sizes_outside_the_plan(micro, fake, engines, size, on_miss):
-    exact = decoded(micro, latents(size))
+    exact = Reference(micro, "decode", latents(size))
     handle = open_engines(micro, engines, on_miss=on_miss)
     if on_miss == "error":
         with pytest.raises(EngineMissingError, match=f"{size} is not a static size of the plan"):
             decoded(micro, latents(size))
         return
-    assert distance(decoded(micro, latents(size)), exact, "decode") <= EXACT
+    exact.check(decoded(micro, latents(size)))
     report = handle.report().as_dict()
     assert report["calls"]["decode"] == {"eager": 1}
     assert f"{size} is not a static size" in report["fallbacks"][0]["reason"]
@@ -120,24 +120,24 @@ def other_weights(path: Path) -> None:
 def test_a_bad_engine_is_never_loaded(micro, fake, engines, spoil, reason):
     path = engines / "32x32" / "vae_decoder.fake"
     spoil(path)
-    exact = decoded(micro, latents("32x32"))
+    exact = Reference(micro, "decode", latents("32x32"))
     with open_engines(micro, engines, on_miss="error"), pytest.raises(EngineMissingError, match=reason):
         decoded(micro, latents("32x32"))
     with open_engines(micro, engines, on_miss="fallback") as handle:
-        assert distance(decoded(micro, latents("32x32")), exact, "decode") <= EXACT
+        exact.check(decoded(micro, latents("32x32")))
         assert reason in handle.report().as_dict()["fallbacks"][0]["reason"]
     assert not fake.events, "it was loaded, built, or run"
     with open_engines(micro, engines, on_miss="build") as handle:
-        assert distance(decoded(micro, latents("32x32")), exact, "decode") <= EXACT
+        exact.check(decoded(micro, latents("32x32")))
         assert handle.report().as_dict()["calls"]["decode"] == {"tensorrt": 1}
     assert [kind for kind, _ in fake.events][:2] == ["build", "load"]
 
 
 def test_a_manifest_that_is_not_json_is_never_overwritten(micro, fake, engines):
     (engines / NAME).write_text("{broken")
-    exact = decoded(micro, latents("32x32"))
+    exact = Reference(micro, "decode", latents("32x32"))
     handle = open_engines(micro, engines, on_miss="build")
-    assert distance(decoded(micro, latents("32x32")), exact, "decode") <= EXACT
+    exact.check(decoded(micro, latents("32x32")))
     assert "is not JSON" in handle.report().as_dict()["fallbacks"][0]["reason"]
     assert (engines / NAME).read_text() == "{broken"
     with pytest.raises(EngineError, match="is not JSON"):
@@ -156,9 +156,9 @@ def test_the_engine_of_another_backend_is_not_ours(micro, fake, engines):
 def test_a_failed_load_falls_back_once(micro, fake, engines):
     fake.fail_load = RuntimeError("version mismatch")
     handle = open_engines(micro, engines, on_miss="fallback")
-    exact = handle._original["decode"](latents("32x32"), return_dict=False)[0]
+    exact = Reference(micro, "decode", latents("32x32"))
     for _ in range(2):
-        assert distance(decoded(micro, latents("32x32")), exact, "decode") <= EXACT
+        exact.check(decoded(micro, latents("32x32")))
     assert fake.count("load") == 1
     assert "cannot load it: version mismatch" in handle.report().as_dict()["fallbacks"][0]["reason"]
     assert handle.report().as_dict()["engines"] == []

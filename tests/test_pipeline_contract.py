@@ -10,9 +10,10 @@ from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDis
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
 from qwen_vae_accel import accelerate
+from qwen_vae_accel.accuracy import measure
 from tests.conftest import random_vae
-from tests.contract import X, Z, calls, exact, fast
-from tests.helpers import EXACT, decoded, distance, moments, photo, picture, randn
+from tests.contract import X, Z, assert_same, calls, fast, outputs, references
+from tests.helpers import Reference, decoded, moments, photo, picture, randn
 
 #
 # Names, signatures, return types.
@@ -63,25 +64,24 @@ def test_return_types(micro):
 @pytest.mark.parametrize("batch", [1, 2, 4])
 def test_images_are_those_of_diffusers(tiny, batch):
     x = torch.cat([photo(name, 64, 48) for name in ("coffee", "astronaut", "chelsea", "coffee")[:batch]])
-    before = moments(tiny, x)
-    image = decoded(tiny, before[:, :16])
+    z = moments(tiny, x)[:, :16]
+    before = references(tiny, x, z)
     handle = accelerate(tiny)
-    assert distance(moments(tiny, x), before, "encode") <= EXACT
-    assert distance(decoded(tiny, before[:, :16]), image, "decode") <= EXACT
+    assert_same(tiny, before, x, z)
     assert calls(handle) == fast(encode=1, decode=1)
 
 
 @pytest.mark.usefixtures("no_grad")
 def test_the_whole_posterior_is_there(micro):
-    plain = random_vae().encode(X).latent_dist
+    before = Reference(micro, "encode", X)
     accelerate(micro)
     ours = micro.encode(X).latent_dist
+    before.check(ours.parameters)
+    theirs = type(ours)(ours.parameters)  # what diffusers makes of the same moments
     for name in ("mean", "logvar", "std", "var"):
-        assert torch.allclose(getattr(ours, name), getattr(plain, name), atol=2e-5, rtol=1e-5), name
-    assert torch.allclose(ours.mode(), plain.mode(), atol=1e-5)
-    drawn = [p.sample(torch.Generator().manual_seed(3)) for p in (ours, plain)]
-    assert torch.allclose(*drawn, atol=2e-5)
-    assert torch.allclose(ours.kl(), plain.kl(), rtol=1e-4)
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    assert torch.equal(ours.mode(), theirs.mode()) and torch.equal(ours.kl(), theirs.kl())
+    assert torch.equal(*(p.sample(torch.Generator().manual_seed(3)) for p in (ours, theirs)))
 
 
 @pytest.mark.usefixtures("no_grad")
@@ -89,12 +89,10 @@ def test_the_whole_posterior_is_there(micro):
 def test_other_vaes_of_the_family(name):
     vae = random_vae(name)
     x = picture(2, vae.config.get("input_channels", 3), 1, 40, 32)
-    before = moments(vae, x)
-    z = before[:, : before.shape[1] // 2]
-    image = decoded(vae, z)
+    z = moments(vae, x).chunk(2, dim=1)[0]
+    before = references(vae, x, z)
     handle = accelerate(vae)
-    assert distance(moments(vae, x), before, "encode") <= EXACT
-    assert distance(decoded(vae, z), image, "decode") <= EXACT
+    assert_same(vae, before, x, z)
     assert calls(handle) == fast(encode=1, decode=1)
 
 
@@ -104,11 +102,10 @@ def test_other_vaes_of_the_family(name):
 @pytest.mark.usefixtures("no_grad")
 def test_slicing(micro):
     x, z = picture(3, 3, 1, 48, 64), randn(3, 4, 1, 6, 8)
-    before = exact(micro, x, z)
+    before = references(micro, x, z)
     handle = accelerate(micro)
     micro.enable_slicing()
-    assert distance(moments(micro, x), before[0], "encode") <= EXACT
-    assert distance(decoded(micro, z), before[1], "decode") <= EXACT
+    assert_same(micro, before, x, z)
     assert calls(handle) == fast(encode=3, decode=3)
 
 
@@ -116,13 +113,11 @@ def test_slicing(micro):
 def test_tiling_is_exact_and_clamped(tiny):
     """diffusers blends tiles and does not clamp; ours is the image of the untiled VAE."""
     x = photo(width=72, height=136)
-    before = moments(tiny, x)
-    z = 1.5 * before[:, :16]
-    image = decoded(tiny, z)
+    z = 1.5 * moments(tiny, x)[:, :16]
+    before = references(tiny, x, z)
     handle = accelerate(tiny)
     tiny.enable_tiling(tile_sample_min_height=64, tile_sample_min_width=64)
-    assert distance(moments(tiny, x), before, "encode") <= EXACT
-    assert distance(decoded(tiny, z), image, "decode") <= EXACT
+    assert_same(tiny, before, x, z)
     assert decoded(tiny, 10 * z).abs().max() == 1
     assert calls(handle) == fast(encode=1, decode=2)
 
@@ -150,25 +145,24 @@ def test_tiling_bounds_the_largest_activation(micro):
 def test_inputs_of_another_dtype(micro, dtype, vae_dtype):
     """Edit pipelines cast images to the dtype of the prompt; results come in the VAE's."""
     micro.to(vae_dtype)
-    before = exact(micro, X.to(dtype).to(vae_dtype), Z.to(dtype).to(vae_dtype))
+    before = references(micro, X.to(dtype), Z.to(dtype))
     handle = accelerate(micro)
-    after = exact(micro, X.to(dtype), Z.to(dtype))
-    for ours, theirs in zip(after, before, strict=True):
-        assert ours.dtype == theirs.dtype == vae_dtype
-        assert (ours - theirs).abs().max() < (1e-4 if vae_dtype == torch.float32 else 0.05)
-    assert calls(handle) == fast(encode=1, decode=1)
+    assert_same(micro, before, X.to(dtype), Z.to(dtype))
+    assert {output.dtype for output in outputs(micro, X.to(dtype), Z.to(dtype))} == {vae_dtype}
+    assert calls(handle) == fast(encode=2, decode=2)
 
 
 @pytest.mark.usefixtures("no_grad")
 def test_encode_and_decode_in_dtypes_of_their_own(tiny):
     x = photo(width=96, height=64)
-    before = moments(tiny, x)
-    tiny.to(torch.bfloat16)
+    tiny.to(torch.bfloat16)  # the checkpoint's own dtype
+    x = x.bfloat16()
+    exact = Reference(tiny, "encode", x)
     accelerate(tiny, encode_dtype="float32", decode_dtype="bfloat16")
     after = moments(tiny, x)
     assert after.dtype == torch.bfloat16
-    # The weights are those of a bfloat16 checkpoint: what is left is the rounding of the result.
-    assert torch.allclose(after.float(), before.bfloat16().float(), rtol=8e-3, atol=1e-3)
+    # What is left is the rounding of the result.
+    assert exact.error(after).within(measure(exact.exact.bfloat16(), exact.exact).allowed(1.01))
     assert decoded(tiny, after[:, :16]).dtype == torch.bfloat16
 
 
@@ -184,12 +178,11 @@ def test_encode_and_decode_in_dtypes_of_their_own(tiny):
     ],
 )
 def test_inputs_in_any_memory_layout(micro, change):
-    before = exact(micro)
+    before = references(micro)
     x, z = change(X.clone()), change(Z.clone())
     kept = x.clone(), z.clone()
     handle = accelerate(micro)
-    assert distance(moments(micro, x), before[0], "encode") <= EXACT
-    assert distance(decoded(micro, z), before[1], "decode") <= EXACT
+    assert_same(micro, before, x, z)
     assert torch.equal(x, kept[0]) and torch.equal(z, kept[1]), "inputs are only read"
     assert calls(handle) == fast(encode=1, decode=1)
 
@@ -209,8 +202,8 @@ def test_results_are_the_callers_own(micro):
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (9, 15), (17, 8), (1140 // 8, 1472 // 8)])
 def test_sizes_that_are_no_multiple(micro, height, width):
     x = picture(1, 3, 1, height, width)
-    before = moments(micro, x)
+    before = Reference(micro, "encode", x)
     handle = accelerate(micro)
-    assert distance(moments(micro, x), before, "encode") <= EXACT
-    assert before.shape[3:] == (height // 8, width // 8)
+    before.check(moments(micro, x))
+    assert before.exact.shape[2:] == (height // 8, width // 8)
     assert calls(handle) == fast(encode=1)

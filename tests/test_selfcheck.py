@@ -15,7 +15,7 @@ from qwen_vae_accel.engines.manifest import NAME
 from qwen_vae_accel.errors import EngineMissingError
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.plan import Size
-from tests.helpers import CPU, EXACT, decoded, distance, latents, open_engines
+from tests.helpers import CPU, Reference, decoded, latents, open_engines
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -26,7 +26,7 @@ def checks(folder: Path, size: str = "32x32") -> dict:
 
 def test_the_result_of_the_self_check_is_kept(micro, fake, engines):
     (result,) = checks(engines).values()
-    assert result["passed"] and result["relative_error"] < result["tolerance"] and float(result["psnr_db"]) > 80
+    assert result["passed"] and result["relative_error"] < result["relative_limit"] and float(result["psnr_db"]) > 80
     assert next(iter(checks(engines))).endswith("/32x32")
     handle = open_engines(micro, engines)
     decoded(micro, latents("32x32"))
@@ -60,9 +60,9 @@ def test_inputs_of_self_checks_are_made_on_the_cpu(micro, method):
 @pytest.mark.parametrize("error", [0.1, float("nan"), float("inf")])
 def test_a_wrong_engine_is_not_published(micro, fake, tmp_path, error):
     fake.error = error
-    exact = decoded(micro, latents("32x32"))
+    exact = Reference(micro, "decode", latents("32x32"))
     handle = accelerate(micro, backend="tensorrt", engine_dir=tmp_path, sizes=["32x32"])
-    assert distance(decoded(micro, latents("32x32")), exact, "decode") <= EXACT
+    exact.check(decoded(micro, latents("32x32")))
     assert "self-check failed at 32x32" in handle.report().as_dict()["fallbacks"][0]["reason"]
     assert not list(tmp_path.rglob("*.fake"))
     assert not (tmp_path / NAME).exists() or not json.loads((tmp_path / NAME).read_text())["engines"]
@@ -70,12 +70,12 @@ def test_a_wrong_engine_is_not_published(micro, fake, tmp_path, error):
 
 @pytest.mark.parametrize("error", [0.1, float("nan")])
 def test_an_engine_that_is_wrong_on_this_machine_is_refused_and_the_record_says_so(micro, fake, engines, monkeypatch, error):
-    exact = decoded(micro, latents("32x32"))
+    exact = Reference(micro, "decode", latents("32x32"))
     monkeypatch.setattr("platform.node", lambda: "another-host")
     fake.error = error
     with open_engines(micro, engines, on_miss="fallback") as handle:
         for _ in range(2):
-            assert distance(decoded(micro, latents("32x32")), exact, "decode") <= EXACT
+            exact.check(decoded(micro, latents("32x32")))
         report = handle.report().as_dict()
         assert report["calls"]["decode"] == {"eager": 2}
         assert len(report["self_checks"]) == 1
@@ -90,7 +90,7 @@ def test_an_engine_that_is_wrong_on_this_machine_is_refused_and_the_record_says_
     assert not fake.calls
     # To build it again is what on_miss="build" is for.
     with open_engines(micro, engines, on_miss="build") as handle:
-        assert distance(decoded(micro, latents("32x32")), exact, "decode") <= EXACT
+        exact.check(decoded(micro, latents("32x32")))
         assert handle.report().as_dict()["calls"]["decode"] == {"tensorrt": 1}
 
 
@@ -102,14 +102,14 @@ def test_an_engine_of_the_wrong_shape_is_refused(micro, fake, tmp_path, monkeypa
 
 
 def test_an_engine_that_crashes_in_its_self_check_is_refused(micro, fake, tmp_path):
-    exact = decoded(micro, latents("32x32"))
+    exact = Reference(micro, "decode", latents("32x32"))
 
     def crash() -> None:
         raise RuntimeError("illegal memory access")
 
     fake.on_run = crash
     handle = accelerate(micro, backend="tensorrt", engine_dir=tmp_path, sizes=["32x32"])
-    assert distance(decoded(micro, latents("32x32")), exact, "decode") <= EXACT
+    exact.check(decoded(micro, latents("32x32")))
     assert "illegal memory access" in handle.report().as_dict()["fallbacks"][0]["reason"]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qwen_vae_accel import accelerate
-from tests.helpers import EXACT, SIZES, decoded, distance, image, latents, moments, open_engines, randn
+from tests.helpers import SIZES, Reference, decoded, image, latents, moments, open_engines, randn
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -45,19 +45,19 @@ def repeat(function, times: int):
 @pytest.mark.parametrize("max_resident", [None, 1, 2])
 def test_threads_on_same_and_different_sizes(micro, fake, engines, max_resident):
     inputs = {size: latents(size) for size in SIZES[:3]}
-    exact = {size: decoded(micro, z) for size, z in inputs.items()}
+    exact = {size: Reference(micro, "decode", z) for size, z in inputs.items()}
     x = image("32x32")
-    exact_moments = moments(micro, x)
+    exact_moments = Reference(micro, "encode", x)
     handle = open_engines(micro, engines, max_resident=max_resident)
 
     def decode(size: str):
         def run() -> None:
-            assert distance(decoded(micro, inputs[size]), exact[size], "decode") <= EXACT
+            exact[size].check(decoded(micro, inputs[size]))
 
         return repeat(run, 12)
 
     def encode() -> None:
-        assert distance(moments(micro, x), exact_moments, "encode") <= EXACT
+        exact_moments.check(moments(micro, x))
 
     run_threads(*(decode(size) for size in inputs for _ in range(2)), repeat(encode, 12))
     report = handle.report().as_dict()
@@ -80,7 +80,7 @@ def test_threads_on_same_and_different_sizes(micro, fake, engines, max_resident)
 def test_threads_that_come_while_an_engine_is_loading_wait_for_it(micro, fake, engines):
     handle = open_engines(micro, engines)
     z = latents("32x32")
-    exact = handle._original["decode"](z, return_dict=False)[0]
+    exact = Reference(micro, "decode", z)
     loading, go = threading.Event(), threading.Event()
     fake.on_load = lambda: (loading.set(), go.wait(30))
     results = []
@@ -97,7 +97,7 @@ def test_threads_that_come_while_an_engine_is_loading_wait_for_it(micro, fake, e
 
     run_threads(lambda: results.append(decoded(micro, z)), late, late, late, late, release)
     assert fake.count("load") == 1 and len(results) == 5
-    assert all(distance(result, exact, "decode") <= EXACT for result in results)
+    assert all(map(exact.holds, results))
 
 
 def test_a_load_does_not_hold_up_other_engines(micro, fake, engines):
@@ -138,13 +138,13 @@ def test_an_engine_in_use_is_never_released(micro, fake, engines):
 
 
 def test_first_requests_of_many_threads_build_once(micro, fake, tmp_path):
-    exact = decoded(micro, latents("32x32"))
+    exact = Reference(micro, "decode", latents("32x32"))
     handle = accelerate(micro, backend="tensorrt", engine_dir=tmp_path, sizes=["32x32"])
     barrier = threading.Barrier(6)
 
     def first() -> None:
         barrier.wait(30)
-        assert distance(decoded(micro, latents("32x32")), exact, "decode") <= EXACT
+        exact.check(decoded(micro, latents("32x32")))
 
     run_threads(*[first] * 6)
     report = handle.report().as_dict()
@@ -170,7 +170,7 @@ def test_a_self_check_runs_once_for_many_threads(micro, fake, engines, monkeypat
 def test_restore_while_another_thread_decodes(micro, fake, engines, monkeypatch, where):
     """The call under way finishes with its engine; then every engine goes, and none comes back."""
     z = latents("32x32")
-    exact = decoded(micro, z)
+    exact = Reference(micro, "decode", z)
     handle = open_engines(micro, engines)
     decoded(micro, z)
     running, go = threading.Event(), threading.Event()
@@ -182,7 +182,7 @@ def test_restore_while_another_thread_decodes(micro, fake, engines, monkeypatch,
         monkeypatch.setattr(handle._dispatcher, "run", lambda *args: (running.set(), go.wait(30), run(*args))[-1])
 
     def decode() -> None:
-        assert distance(decoded(micro, z), exact, "decode") <= EXACT
+        exact.check(decoded(micro, z))
 
     def restore() -> None:
         assert running.wait(30)

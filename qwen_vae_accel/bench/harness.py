@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qwen_vae_accel.accuracy import measure
 from qwen_vae_accel.backends.base import Job
 from qwen_vae_accel.bench.cases import BASELINE, SHORT, BenchError, Case, Method, Run
-from qwen_vae_accel.engines.selfcheck import compare, sample_input
+from qwen_vae_accel.engines.selfcheck import psnr_db, sample_input
 from qwen_vae_accel.kernels.timing import elapsed_ms
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.plan import Size
@@ -170,9 +171,8 @@ class Harness:
     def _errors(self, task: str, output: Tensor, exact: Tensor) -> tuple[float, float, float]:
         if output.shape != exact.shape:
             raise BenchError(f"the output is {list(output.shape)}, expected {list(exact.shape)}")
-        output = output.float()
-        relative, psnr = compare(output, exact, task)
-        return relative, psnr, (output - exact).abs().max().item()
+        largest = (output.float() - exact).abs().max().item()
+        return measure(output, exact).relative, psnr_db(output, exact, task), largest
 
     # Time.
 

@@ -1,4 +1,4 @@
-"""``qwen-vae-accel verify``: engines of a folder, or a backend that needs none, against the exact model in float32."""
+"""``qwen-vae-accel verify``: engines of a folder, or a backend that needs none, against the exact network in float64."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def verify(
     as_json: common.Json = False,
     verbose: common.Verbose = False,
 ) -> None:
-    """Compare with the exact model in float32: relative error and PSNR. Exit code 1 if any result is bad.
+    """Compare with the exact network in float64: PSNR, and errors beside diffusers' own. Exit code 1 if any result is bad.
 
     With --engine-dir, every engine there, hashed again; their sizes and dtypes are their own. There, what lets others than
     you and root change the engines is bad too: loading one runs the code in it. With --backend fused or
@@ -66,14 +66,15 @@ def verify(
 
 def _table(first: str) -> Table:
     table = Table()
-    for column in (first, "size", "PSNR dB", "relative error", "allowed", "result"):
+    for column in (first, "size", "PSNR dB", "relative error", "allowed", "worst line", "allowed", "result"):
         table.add_column(column, justify="right" if column == "PSNR dB" else "left", overflow="fold")
     return table
 
 
 def _add_row(table: Table, name: str, size: object, result: Verification) -> None:
     verdict = "good" if result.passed else plain("bad", style="red")
-    errors = f"{result.relative_error:.1e}", f"{result.tolerance:.0e}"
+    numbers = result.relative_error, result.relative_limit, result.line_error, result.line_limit
+    errors = (f"{number:.1e}" for number in numbers)
     table.add_row(name, str(size), f"{result.psnr_db:.1f}", *errors, verdict)
 
 
@@ -99,7 +100,7 @@ def _verify_engines(vae: Path, engine_dir: Path, device: torch.device) -> edge.O
             for profile, result in results:
                 _add_row(table, status.path, profile.optimum, result)
             if reasons:
-                table.add_row(status.path, "", "", "", "", plain("refused: " + "; ".join(reasons), style="red"))
+                table.add_row(status.path, *[""] * 6, plain("refused: " + "; ".join(reasons), style="red"))
             update(status.path, True)
     writers = inspector.writers()
     said = [plain(f"others may change what is run from here: {text}", style="red") for text in writers]

@@ -159,11 +159,7 @@ class Inspector:
             for profile in record.profiles
             if (name := check_name(self._machine, profile)) in record.verification
         }
-        reasons += [
-            f"self-check of {name} failed: relative error {result.relative_error:.2e}, allowed {result.tolerance:.0e}"
-            for name, result in checks.items()
-            if not result.passed
-        ]
+        reasons += [f"self-check of {name} failed: {result.errors()}" for name, result in checks.items() if not result.passed]
         return EngineStatus(path, self._size(path), record, tuple(reasons), checks)
 
     def _expected(self, path: str, record: EngineRecord) -> Expected:
@@ -302,8 +298,8 @@ class Inspector:
                 result = selfcheck.check(source, job, program, profile.optimum, index, self._machine)
                 checks[check_name(self._machine, profile)] = result
                 if not result.passed:
-                    allowed = f"relative error {result.relative_error:.2e}, {job.dtype} allows {result.tolerance:.0e}"
-                    raise EngineRefusedError(path, [f"self-check failed at {profile.optimum} against this VAE: {allowed}"])
+                    difference = f"self-check failed at {profile.optimum} against this VAE: {result.errors()}"
+                    raise EngineRefusedError(path, [difference])
             if hash_file(file) != image.sha256:
                 raise EngineRefusedError(path, ["the file changed while it was being checked"])
         except AccelError:

@@ -359,10 +359,7 @@ class EngineRuntime:
 
     def _judge(self, wanted: Wanted, profile: Profile, result: Verification) -> None:
         if not result.passed:
-            difference = (
-                f"self-check failed at {profile.optimum}: relative error {result.relative_error:.2e} against the exact model, "
-                f"{wanted.job.dtype} allows {result.tolerance:.0e} ({result.at})"
-            )
+            difference = f"self-check failed at {profile.optimum} against the exact network: {result.errors()} ({result.at})"
             raise EngineRefusedError(str(self.store.root / wanted.path), [difference])
 
     # Building.

@@ -5,26 +5,33 @@ from __future__ import annotations
 import hashlib
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwen_vae_accel.accuracy import ROUNDING, Error, measure
 from qwen_vae_accel.backends.base import Environment, Job, Program
 from qwen_vae_accel.engines.manifest import Verification
+from qwen_vae_accel.errors import UnsupportedVAEError
 from qwen_vae_accel.model import ModelSource
+from qwen_vae_accel.model.published import published_network
 from qwen_vae_accel.model.tiling import run_banded
 from qwen_vae_accel.plan import Size
 
-# ||engine - exact|| / ||exact||, the exact model in float32. float32 leaves room for TF32, which PyTorch allows
-# convolutions by default; bfloat16 for the 1.7e-2 of diffusers' own bfloat16 path on random weights.
-TOLERANCE = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-# Trained weights stay under 3e-2 (47 dB), but random ones of full size reach 1.4e-1: only garbage is refused.
-FLOAT8_TOLERANCE = 2e-1
-_BAND = 512
+# e4m3 has no yardstick in diffusers. Trained weights stay under 3e-2 (47 dB), but random ones of full size reach 1.4e-1:
+# only garbage is refused.
+FLOAT8_LIMIT = Error(2e-1, math.inf)
+# Image rows per band of the exact network: at a width of 1024 its float64 activations take 1.5 GB. A band is computed with
+# up to 112 rows more on either side.
+_BAND = 256
+# Diffusers' own error is measured on an image of this size: it takes 20 MB, and is much the same on larger ones.
+_YARDSTICK = Size(64, 64)
+_yardsticks: WeakKeyDictionary[ModelSource, dict[tuple[Any, ...], Error]] = WeakKeyDictionary()
 
 
 def machine_id(environment: Environment) -> str:
@@ -56,35 +63,69 @@ def sample_input(job: Job, size: Size, config: Mapping[str, Any]) -> Tensor:
 
 
 def exact_output(source: ModelSource, job: Job, x: Tensor) -> Tensor:
-    """What the exact model computes in float32, in bands where the image is large."""
-    network = source.model(job.method, torch.float32, job.device)
-    return run_banded(network, x, _BAND)
+    """What the exact network computes of ``x`` in float64, in bands where the image is large."""
+    network = source.model(job.method, torch.float64, job.device)
+    return run_banded(network, x.double(), _BAND)
 
 
-def compare(output: Tensor, exact: Tensor, method: str) -> tuple[float, float]:
-    """Relative L2 error and PSNR in dB of ``output`` against ``exact``; infinite error where it is not finite."""
-    difference = output.float() - exact
-    if not torch.isfinite(difference).all():
-        return math.inf, -math.inf
-    relative = (difference.norm() / exact.norm().clamp_min(1e-30)).item()
-    mse = difference.square().mean().item()
+def published_error(source: ModelSource, job: Job) -> Error:
+    """How far diffusers' own computation of this VAE in ``job``'s dtype on its device is from float64.
+
+    Measured once for weights that stay as they are. A VAE of a class that is not diffusers' is measured as PyTorch computes
+    the exact network.
+
+    Raises:
+        UnsupportedVAEError: if they are too far apart to be the same computation.
+    """
+    known = _yardsticks.setdefault(source, {})
+    tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    key = (job.method, job.dtype, job.device, source.generation(job.method), tf32)
+    if key not in known:
+        x = sample_input(job, _YARDSTICK, source.config).to(job.dtype)
+        theirs: Callable[[Tensor], Tensor]
+        try:
+            theirs = published_network(source.vae, job.method, job.dtype, job.device)
+        except UnsupportedVAEError:
+            theirs = source.model(job.method, job.dtype, job.device)
+        found = measure(theirs(x), exact_output(source, job, x))
+        if not found.relative <= ROUNDING[job.dtype]:
+            reason = (
+                f"diffusers computes it {found.relative:.1e} away from the exact network in {job.dtype}: that is no rounding"
+            )
+            raise UnsupportedVAEError(type(source.vae).__name__, [reason])
+        known[key] = found
+    return known[key]
+
+
+def error_limit(source: ModelSource, job: Job) -> Error:
+    """The most that a program for ``job`` may be off: :data:`FACTOR` times diffusers' own error, or what float8 may."""
+    return FLOAT8_LIMIT if job.float8 else published_error(source, job).allowed()
+
+
+def psnr_db(output: Tensor, exact: Tensor, method: str) -> float:
+    """PSNR against ``exact``: peak to peak 2 for images, the reference's range for moments."""
+    mse = (output.double() - exact.double()).square().mean().item()
+    if not math.isfinite(mse):
+        return -math.inf
     peak = 2.0 if method == "decode" else (exact.max() - exact.min()).item()
-    return relative, math.inf if mse == 0 else 10 * math.log10(max(peak, 1e-30) ** 2 / mse)
+    return math.inf if mse == 0 else 10 * math.log10(max(peak, 1e-30) ** 2 / mse)
 
 
 def check(source: ModelSource, job: Job, program: Program, size: Size, profile: int, machine: str) -> Verification:
-    """Run ``program`` once and compare; ``job``'s dtype picks the tolerance."""
+    """Run ``program`` once and compare it with the exact network, see :mod:`qwen_vae_accel.accuracy`.
+
+    Raises:
+        UnsupportedVAEError: if diffusers itself computes something else than the exact network.
+    """
     try:
         with torch.no_grad():
+            limit = error_limit(source, job)
             x = sample_input(job, size, source.config).to(job.dtype)
-            exact = exact_output(source, job, x.float())
+            exact = exact_output(source, job, x)
             output = program(x, profile)
+            found = measure(output, exact)
+            psnr = psnr_db(output, exact, job.method) if output.shape == exact.shape else -math.inf
     finally:
         source.release()
-    if output.shape == exact.shape:
-        relative, psnr = compare(output, exact, job.method)
-    else:
-        relative, psnr = math.inf, -math.inf
-    tolerance = FLOAT8_TOLERANCE if job.float8 else TOLERANCE[job.dtype]
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return Verification(relative <= tolerance, relative, tolerance, psnr, machine, now)
+    return Verification(found.within(limit), found.relative, limit.relative, found.line, limit.line, psnr, machine, now)

@@ -19,6 +19,8 @@ NORM_FLOOR = 1e-12
 # oneDNN's channels_last kernel adds all taps of all input channels in one fp32 chain; its blocked kernel, which a
 # contiguous input selects, adds short ones. From this width on the chain costs more accuracy (4x) than the copies time (7 %).
 _CPU_WIDE = 256
+# Scores of the attention that are held at once in float64, for which there is no fused kernel: 256 MB.
+_SCORES = 2**25
 # Pixels per block of the CPU's norm: 2048 pixels x 384 channels in fp32 is 3 MB, about one L2 cache.
 _CPU_BLOCK = 2048
 
@@ -102,7 +104,7 @@ class Upsample(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """``x / ||x|| * sqrt(C) * gamma`` over the channels of each pixel, in float32, rounded once; optionally then SiLU."""
+    """``x / ||x|| * sqrt(C) * gamma`` over the channels of each pixel, in at least float32, rounded once; optionally then SiLU."""
 
     def __init__(self, state: State, silu: bool) -> None:
         super().__init__()
@@ -121,9 +123,10 @@ class RMSNorm(nn.Module):
         # Eager PyTorch walks memory once per operation; block by block those walks stay inside the CPU's cache.
         flat = pixels.reshape(-1, pixels.shape[-1])
         out = torch.empty_like(flat)
-        gamma = self.gamma.float() * flat.shape[1] ** 0.5
+        wide_dtype = torch.promote_types(flat.dtype, torch.float32)
+        gamma = self.gamma.to(wide_dtype) * flat.shape[1] ** 0.5
         for source, target in zip(flat.split(_CPU_BLOCK), out.split(_CPU_BLOCK), strict=True):
-            wide = source.float()
+            wide = source.to(wide_dtype)
             norm = torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min_(NORM_FLOOR)
             y = (wide / norm).mul_(gamma)
             target.copy_(F.silu(y, inplace=True) if self.silu else y)
@@ -146,6 +149,13 @@ class ResidualBlock(nn.Module):
         return self.conv2(self.norm2(self.conv1(self.norm1(x)))).add_(shortcut)
 
 
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if q.dtype != torch.float64:
+        return F.scaled_dot_product_attention(q, k, v)
+    rows = max(1, _SCORES // (k.shape[0] * k.shape[2]))
+    return torch.cat([F.scaled_dot_product_attention(some, k, v) for some in q.split(rows, dim=2)], dim=2)
+
+
 class Attention(nn.Module):
     """Single-head self-attention over all pixels of one image, plus the input."""
 
@@ -159,7 +169,7 @@ class Attention(nn.Module):
         # [B, 3C, h, w] -> [B, 1, N, 3C]; flatten and unflatten, unlike reshape, put no guard on dynamic sizes.
         qkv = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1)
         q, k, v = qkv.chunk(3, dim=-1)
-        mixed = F.scaled_dot_product_attention(q, k, v).squeeze(1)
+        mixed = _attend(q, k, v).squeeze(1)
         return self.proj(mixed.transpose(1, 2).unflatten(2, x.shape[2:])).add_(x)
 
 

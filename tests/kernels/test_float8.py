@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from qwen_vae_accel.backends.base import Job
 from qwen_vae_accel.backends.fused.calibration import measured_peaks
-from qwen_vae_accel.engines.selfcheck import compare
+from qwen_vae_accel.engines.selfcheck import psnr_db
 from qwen_vae_accel.kernels import FusedConfig, FusedDecoder
 from qwen_vae_accel.kernels.conv3x3 import Norm, conv, conv_reference
 from qwen_vae_accel.kernels.float8 import FLOAT8, LARGEST, calibrated_layers, input_scales, quantize, quantize_weight, simulate
@@ -100,7 +100,7 @@ def test_at_least_46_db_on_photos(tiny, dtype):
         network = simulate(tiny.model("decode", dtype, CPU), input_scales(tiny.state("decode"), peaks))
         for name in ("coffee", "astronaut", "chelsea"):
             z = tiny.model("encode", torch.float32, CPU)(photo(name)[:, :, 0])[:, :16]
-            psnr = compare(network(z.to(dtype)), exact(z), "decode")[1]
+            psnr = psnr_db(network(z.to(dtype)), exact(z), "decode")
             assert 46 <= psnr < 55, name  # above 55, some layer was not quantised
 
 

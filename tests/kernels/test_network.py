@@ -1,4 +1,4 @@
-"""Whole decoder and encoder against diffusers in fp32, under the interpreter; plans, topology, lazy import."""
+"""Whole decoder and encoder against float64 beside diffusers, under the interpreter; plans, topology, lazy import."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from qwen_vae_accel.kernels.sm90.schedules import Mode, choose_schedule, ends_ea
 from qwen_vae_accel.kernels.topology import decoder_shapes, encoder_shapes
 from qwen_vae_accel.kernels.tuning import Device, Tuning
 from qwen_vae_accel.kernels.upsample_conv import upsample_conv
+from qwen_vae_accel.model import ModelSource
+from tests.helpers import Reference
 from tests.kernels.cases import CONFIG, NO_TMA, SMALL_TUNING, TMA, image_state, random_vae
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreter tests; the GPU has test_gpu.py")
@@ -29,6 +31,12 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreter 
 
 def meta(shapes):
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def reference(vae, part, image):
+    method = {"decoder": "decode", "encoder": "encode"}[part]
+    double = ModelSource(vae).model(method, torch.float64, torch.device("cpu"))
+    return Reference(vae, method, image, torch.float16, double)
 
 
 def run_poisoned(network, image):
@@ -98,11 +106,7 @@ def test_network_with_hopper_layers(part, shape):
     network._hopper = HopperConvs(torch.device("cpu"), SMALL_TUNING, StandIn)
     image = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     out = run_poisoned(network, image.half()).float()
-    if part == "decoder":
-        expected = vae.decode(image[:, :, None]).sample[:, :, 0]
-    else:
-        expected = vae.encode(image[:, :, None]).latent_dist.parameters[:, :, 0]
-    assert (out - expected).norm() / expected.norm() < 5e-3
+    reference(vae, part, image).check(out)
     layers = [layer for _, layer in network._hopper._layers.values()]
     assert len(layers) == (31 if part == "decoder" else 23)
     assert all(layer.calls == 1 for layer in layers)
@@ -119,12 +123,7 @@ def test_network_agrees_with_diffusers(part, shape):
     )  # fmt: skip
     image = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     out = run_poisoned(network, image.half()).float()
-    if part == "decoder":
-        expected = vae.decode(image[:, :, None]).sample[:, :, 0]
-    else:
-        expected = vae.encode(image[:, :, None]).latent_dist.parameters[:, :, 0]
-    assert out.shape == expected.shape
-    assert (out - expected).norm() / expected.norm() < 5e-3
+    reference(vae, part, image).check(out)
 
 
 def test_weights_of_the_published_size_are_packed_once():

@@ -18,8 +18,9 @@ from qwen_vae_accel.errors import InvalidInputError
 from qwen_vae_accel.model import ModelSource
 from tests.helpers import FakeBackend
 from tests.pipelines.cases import BY_NAME, IMAGE_TO_IMAGE, TEXT_TO_IMAGE
+from tests.pipelines.exact import RequestReference
 from tests.pipelines.factory import STEPS, Case, micro_vae
-from tests.pipelines.test_matrix import TOLERANCE, assert_fast, largest_difference
+from tests.pipelines.test_matrix import ONE_STEP, assert_fast, largest_difference
 
 
 class OwnProcessor(VaeImageProcessor):
@@ -66,7 +67,7 @@ def test_float32_vae_in_a_bfloat16_pipeline(case: Case) -> None:
             with pytest.raises(RuntimeError):
                 case.request(pipeline)
         else:
-            assert largest_difference(case.request(pipeline), plain) <= TOLERANCE[torch.float32]
+            assert largest_difference(case.request(pipeline), plain) <= ONE_STEP
             assert_fast(handle, case)
     assert case is not TEXT_TO_IMAGE or plain is not None
 
@@ -83,14 +84,14 @@ def test_editing_with_a_float32_vae_in_a_bfloat16_pipeline(name: str) -> None:
             case.request(pipeline)
         pipeline.vae.to(torch.bfloat16)
         fast = case.request(pipeline)
-    assert largest_difference(fast, case.request(pipeline)) <= TOLERANCE[torch.bfloat16]
+    RequestReference(pipeline, lambda: case.request(pipeline)).check(fast)
 
 
 def test_decoding_in_bfloat16_for_a_float32_vae() -> None:
     pipeline = TEXT_TO_IMAGE.pipeline()
-    plain = TEXT_TO_IMAGE.request(pipeline)
+    exact = RequestReference(pipeline, lambda: TEXT_TO_IMAGE.request(pipeline), torch.bfloat16)
     with accelerate(pipeline, backend="eager", decode_dtype="bfloat16") as handle:
-        assert largest_difference(TEXT_TO_IMAGE.request(pipeline), plain) <= TOLERANCE[torch.bfloat16]
+        exact.check(TEXT_TO_IMAGE.request(pipeline))
         assert_fast(handle, TEXT_TO_IMAGE)
 
 
@@ -148,12 +149,12 @@ def test_interrupt_inside_an_engine(fake: FakeBackend, tmp_path: Any) -> None:
 
 
 def test_pipeline_to_another_dtype_and_back() -> None:
-    pipeline = TEXT_TO_IMAGE.pipeline()
-    plain = TEXT_TO_IMAGE.request(pipeline)
+    pipeline, half = TEXT_TO_IMAGE.pipeline(), TEXT_TO_IMAGE.pipeline().to(torch.bfloat16)
+    exact = RequestReference(half, lambda: TEXT_TO_IMAGE.request(half))
     with accelerate(pipeline, backend="eager") as handle:
         pipeline.to(torch.bfloat16)
         assert pipeline.vae.dtype == torch.bfloat16
-        assert largest_difference(TEXT_TO_IMAGE.request(pipeline), plain) <= 4 * TOLERANCE[torch.bfloat16]
+        exact.check(TEXT_TO_IMAGE.request(pipeline))
         pipeline.to("cpu", torch.float32)
         TEXT_TO_IMAGE.request(pipeline)
         assert_fast(handle, TEXT_TO_IMAGE, requests=2)

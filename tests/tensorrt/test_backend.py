@@ -25,7 +25,7 @@ from qwen_vae_accel.errors import BackendUnavailableError, BuildError, ConfigErr
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.plan import EngineKey
 from tests.fixtures_cli import Cli
-from tests.helpers import CPU, EXACT, decoded, distance, moments, picture, randn
+from tests.helpers import CPU, Reference, decoded, moments, picture, randn
 from tests.tensorrt.conftest import job_of, key_of, missing_rtx
 from tests.tensorrt.standin import StandIn, engine_file
 
@@ -272,12 +272,12 @@ def test_requests_go_to_the_nearest_profile_of_one_engine(
     plugin()
     sizes = ["32x32:64x64:128x128", "64x64:128x128:192x192", "64x32:128x64:192x96"]
     options = {"backend": "tensorrt", "engine_dir": tmp_path / "engines", "multi_profile": True, "sizes": sizes}
-    expected = [decoded(micro, randn(1, 4, 1, *latent)) for latent in ((8, 8), (15, 15), (8, 17), (4, 4))]
+    expected = [Reference(micro, "decode", randn(1, 4, 1, *latent)) for latent in ((8, 8), (15, 15), (8, 17), (4, 4))]
     with accelerate(micro, task="i2i", on_miss="build", **options) as handle:
         handle.warmup(progress=False)
         trt.calls.clear()
         for latent, reference in zip(((8, 8), (15, 15), (8, 17), (4, 4)), expected, strict=True):
-            assert distance(decoded(micro, randn(1, 4, 1, *latent)), reference, "decode") < EXACT
+            reference.check(decoded(micro, randn(1, 4, 1, *latent)))
         assert moments(micro, picture(2, 3, 1, 64, 128)).shape == (2, 8, 1, 8, 16)
         report = handle.report().as_dict()
     # 64x64 -> 0, 120x120 -> 1, 136x64 -> 2, 32x32 -> 0; each new profile is checked once before it is used.
@@ -299,12 +299,12 @@ def test_the_guides_static_config_loads_its_directory(
         "trt_vae_config": {"trt_engine_path": str(engines), "multi_profile": False},
     }
     z = randn(1, 4, 1, 8, 8)
-    reference = decoded(micro, z)
+    reference = Reference(micro, "decode", z)
     with accelerate(micro, backend="tensorrt", engine_dir=engines, sizes=["64x64"]) as handle:
         handle.warmup(progress=False)
     text = json.dumps(document)
     with accelerate(micro, dataclasses.replace(AccelConfig.from_json(text), on_miss="error")) as handle:
-        assert distance(decoded(micro, z), reference, "decode") < EXACT
+        reference.check(decoded(micro, z))
         assert handle.report().as_dict()["calls"]["decode"] == {"tensorrt": 1}
     assert (engines / "64x64" / "vae_decoder.trt").is_file()
     assert not (engines / "64x64" / "vae_encoder.trt").exists(), "text-to-image makes and loads no encoder"
@@ -338,12 +338,12 @@ def test_a_failing_run_falls_back_and_says_why(
 ) -> None:
     plugin()
     z = randn(1, 4, 1, 8, 8)
-    reference = decoded(micro, z)
+    reference = Reference(micro, "decode", z)
     options = {"backend": "tensorrt", "engine_dir": tmp_path / "engines", "sizes": ["64x64"]}
     with accelerate(micro, **options) as handle:
         decoded(micro, z)
         trt.fail.add("execute_async_v3")
-        assert distance(decoded(micro, z), reference, "decode") < EXACT
+        reference.check(decoded(micro, z))
         fallbacks = handle.report().as_dict()["fallbacks"]
     assert len(fallbacks) == 1 and "did not run the engine" in fallbacks[0]["reason"]
     with (
@@ -361,9 +361,9 @@ def test_an_engine_that_computes_something_else_is_never_shown(
     trt.networks["decode"] = lambda x: right(x) if x.device.type == "meta" else right(x).flip(3)
     options = {"backend": "tensorrt", "engine_dir": tmp_path / "engines", "sizes": ["64x64"], "on_miss": "build"}
     z = randn(1, 4, 1, 8, 8)
-    reference = decoded(micro, z)
+    reference = Reference(micro, "decode", z)
     with accelerate(micro, **options) as handle:
-        assert distance(decoded(micro, z), reference, "decode") < EXACT
+        reference.check(decoded(micro, z))
         assert "self-check failed" in handle.report().as_dict()["fallbacks"][0]["reason"]
         assert handle.report().as_dict()["calls"]["decode"] == {"eager": 1}
 
@@ -388,7 +388,7 @@ def test_foreign_engines_are_adopted_by_what_they_say_and_served(
     )
     config = dataclasses.replace(config, on_miss="error")
     z, x = randn(1, 4, 1, 12, 12), picture(1, 3, 1, 72, 64)
-    references = decoded(micro, z), moments(micro, x)
+    references = Reference(micro, "decode", z), Reference(micro, "encode", x)
     with accelerate(micro, config), pytest.raises(EngineMissingError):
         decoded(micro, z)
     for name in inspector.unknown():
@@ -397,8 +397,8 @@ def test_foreign_engines_are_adopted_by_what_they_say_and_served(
         assert str(record.profiles[0].maximum) == "96x96"
         assert record.scratch == (1024, 1024), "as the engine says"
     with accelerate(micro, config) as handle:
-        assert distance(decoded(micro, z), references[0], "decode") < EXACT
-        assert distance(moments(micro, x), references[1], "encode") < EXACT
+        references[0].check(decoded(micro, z))
+        references[1].check(moments(micro, x))
         assert handle.report().as_dict()["calls"] == {"decode": {"tensorrt": 1}, "encode": {"tensorrt": 1}}
     assert trt.violations == []
 

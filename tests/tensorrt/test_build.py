@@ -34,7 +34,7 @@ from qwen_vae_accel.model.layers import RMSNorm
 from qwen_vae_accel.model.spelling import QUERY_LIMIT, PlainNorm, query_chunks, spell
 from qwen_vae_accel.plan import Plan, Profile, Size
 from tests.conftest import random_vae
-from tests.helpers import CPU, EXACT, TINY_VAE, picture, randn
+from tests.helpers import CPU, TINY_VAE, Reference, picture, randn
 from tests.tensorrt.conftest import job_of, key_of
 
 GUIDE_MULTI = Plan.make(None, multi_profile=True)
@@ -49,19 +49,12 @@ def _input(method: str, source: ModelSource, height: int, width: int) -> Tensor:
 
 
 @pytest.mark.parametrize("method", ["encode", "decode"])
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, EXACT), (torch.bfloat16, 1.05), (torch.float16, 1.05)], ids=str)
-def test_the_spelled_network_is_the_exact_one(tiny: nn.Module, method: str, dtype: torch.dtype, bound: float) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_spelled_network_is_the_exact_one(tiny: nn.Module, method: str, dtype: torch.dtype) -> None:
     source = ModelSource(tiny)
     x = _input(method, source, 12, 9) if method == "decode" else _input(method, source, 96, 72)
     with torch.no_grad():
-        exact = source.model(method, torch.float32, CPU)(x)
-        network = source.model(method, dtype, CPU)
-        spelled = spell(network, chunks=4)(x.to(dtype)).float()
-        scale = exact.abs().max() if method == "encode" else torch.tensor(1.0)
-        if dtype == torch.float32:
-            assert (spelled - exact).abs().max() / scale < bound
-        else:  # rounding once where the exact network in that dtype rounds once or twice: no worse than it
-            assert (spelled - exact).norm() < bound * (network(x.to(dtype)).float() - exact).norm()
+        Reference(tiny, method, x, dtype).check(spell(source.model(method, dtype, CPU), chunks=4)(x.to(dtype)))
 
 
 def test_spelling_shares_the_weights_and_leaves_the_network(tiny: nn.Module) -> None:
@@ -90,35 +83,33 @@ def test_number_of_query_runs(pixels: int, limit: int, chunks: int) -> None:
 @pytest.mark.parametrize("name", ["tiny", "2.1"])
 @pytest.mark.parametrize("method", ["encode", "decode"])
 def test_the_exported_program_is_exact_at_every_size_of_its_profiles(tiny: nn.Module, method: str, name: str) -> None:
-    source = ModelSource(tiny if name == "tiny" else random_vae(name))
+    vae = tiny if name == "tiny" else random_vae(name)
+    source = ModelSource(vae)
     key = key_of(method, "64x64:128x96:160x160,64x64:96x128:144x224", multi_profile=True)
     job = job_of(source, method)
     limit = 100 if name == "tiny" else 25  # of 18x28 latent pixels for 144x224, or 9x14
     program, chunks = export(source.model(method, torch.float32, CPU), job, input_shapes(job, key), limit)
     assert chunks == 6
-    run, exact = program.module(), source.model(method, torch.float32, CPU)
+    run, double = program.module(), source.model(method, torch.float64, CPU)
     for size in (Size(64, 64), Size(128, 96), Size(160, 160), Size(144, 224), Size(72, 88), Size(101, 99)):
         size = size.floor(job.multiple)
         x = _input(method, source, *job.input_hw(size))
         with torch.no_grad():
-            reference = exact(x)
-            difference = (run(x) - reference).abs().max()
-        # Two evaluations in float32, each with rounding of its own.
-        assert difference <= 4 * EXACT * max(1.0, reference.abs().max().item()), str(size)
+            Reference(vae, method, x, double=double).check(run(x))
 
 
 @pytest.mark.parametrize("sizes", ["64x64:64x96:64x128", "16x16"])
 @pytest.mark.parametrize("method", ["encode", "decode"])
 def test_fixed_sides_and_the_least_size_are_exported(method: str, sizes: str) -> None:
-    source = ModelSource(random_vae())
+    vae = random_vae()
+    source = ModelSource(vae)
     key, job = key_of(method, sizes, multi_profile=True), job_of(source, method)
-    exact = source.model(method, torch.float32, CPU)
     with torch.device("meta"):  # the default device has no say
         program, _ = export(source.model(method, torch.float32, CPU), job, input_shapes(job, key), 10)
     for size in (key.profiles[0].minimum, key.profiles[0].optimum, key.profiles[0].maximum):
         x = _input(method, source, *job.input_hw(size))
         with torch.no_grad():
-            assert (program.module()(x) - exact(x)).abs().max() <= 1e-5, str(size)
+            Reference(vae, method, x).check(program.module()(x))
 
 
 # Engines.

@@ -19,10 +19,9 @@ from qwen_vae_accel import accelerate
 from qwen_vae_accel.backends.base import Environment
 from qwen_vae_accel.backends.tensorrt import TensorRTBackend
 from qwen_vae_accel.backends.tensorrt import flavour as flavours
-from qwen_vae_accel.engines.selfcheck import TOLERANCE
 from qwen_vae_accel.errors import EngineMissingError
 from qwen_vae_accel.model import ModelSource
-from tests.helpers import decoded, moments, picture, randn
+from tests.helpers import Reference, decoded, moments, picture, randn
 from tests.tensorrt.conftest import job_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(3600)]
@@ -52,10 +51,6 @@ def vae(machine: Environment, tiny: nn.Module) -> Iterator[nn.Module]:
         yield tiny.to("cuda")
 
 
-def _relative(output: torch.Tensor, reference: torch.Tensor) -> float:
-    return ((output.float() - reference.float()).norm() / reference.float().norm()).item()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("multi", [False, True], ids=["static", "multi-profile"])
 def test_engines_are_built_reloaded_and_right(
@@ -77,11 +72,11 @@ def test_engines_are_built_reloaded_and_right(
         print(handle.warmup(progress=False), f"{time.perf_counter() - start:.1f} s")
     with torch.no_grad():
         inputs = [(randn(1, 16, 1, h // 8, w // 8).cuda(), picture(2, 3, 1, h, w).cuda()) for w, h in sizes]
-        references = [(decoded(vae, z), moments(vae, x)) for z, x in inputs]
+        references = [(Reference(vae, "decode", z, dtype), Reference(vae, "encode", x, dtype)) for z, x in inputs]
         with accelerate(vae, on_miss="error", **options) as handle:
             for (z, x), (image, parameters) in zip(inputs, references, strict=True):
-                assert _relative(decoded(vae, z), image) < TOLERANCE[dtype]
-                assert _relative(moments(vae, x), parameters) < TOLERANCE[dtype]
+                image.check(decoded(vae, z))
+                parameters.check(moments(vae, x))
             report = handle.report()
     print(report)
     assert report.as_dict()["calls"] == {"decode": {"tensorrt": len(sizes)}, "encode": {"tensorrt": len(sizes)}}
@@ -91,7 +86,7 @@ def test_engines_are_built_reloaded_and_right(
 def test_runs_follow_the_callers_stream_and_threads_do_not_meet(vae: nn.Module, tmp_path: Path) -> None:
     options = {"backend": "tensorrt", "engine_dir": tmp_path, "dtype": "fp16", "sizes": ["256x256"]}
     latents = [randn(1, 16, 1, 32, 32, seed=seed).cuda() for seed in range(8)]
-    references = [decoded(vae, z) for z in latents]
+    references = [Reference(vae, "decode", z, torch.float16) for z in latents]
     wrong: list[str] = []
 
     def work(seed: int, own_stream: bool) -> None:
@@ -105,9 +100,8 @@ def test_runs_follow_the_callers_stream_and_threads_do_not_meet(vae: nn.Module, 
                     busy = busy @ busy * 1e-3
                 # The input is made by work that the engine's run must wait for.
                 z = latents[index] + (busy.sum() * 0).nan_to_num()
-                error = _relative(decoded(vae, z), references[index])
-                if not error < TOLERANCE[torch.float16]:
-                    wrong.append(f"thread {seed}, turn {turn}: {error}")
+                if not references[index].holds(decoded(vae, z)):
+                    wrong.append(f"thread {seed}, turn {turn}")
 
     with accelerate(vae, on_miss="build", **options) as handle:
         handle.warmup(progress=False)
@@ -161,4 +155,4 @@ def test_the_file_also_loads_as_torch_tensorrts_own_module(vae: nn.Module, tmp_p
     )
     z = randn(1, 16, 1, 32, 32).cuda()
     output = module(z[:, :, 0].half())
-    assert _relative(output, decoded(vae, z)[:, :, 0]) < TOLERANCE[torch.float16]
+    Reference(vae, "decode", z, torch.float16).check(output)

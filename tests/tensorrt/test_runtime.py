@@ -15,7 +15,7 @@ from qwen_vae_accel.backends.tensorrt.engine import TensorRTError, deserialize
 from qwen_vae_accel.backends.tensorrt.runtime import TensorRTProgram
 from qwen_vae_accel.errors import EngineError
 from qwen_vae_accel.model import ModelSource
-from tests.helpers import CPU, EXACT, randn
+from tests.helpers import CPU, Reference, randn
 from tests.tensorrt.conftest import job_of, key_of
 from tests.tensorrt.standin import ExecutionContextAllocationStrategy, StandIn, engine_file
 
@@ -28,9 +28,8 @@ def program(trt: StandIn, data: bytes, dtype: torch.dtype = torch.float32) -> Te
     return TensorRTProgram(engine, dtype, CPU, trt.streams, len(data))
 
 
-def exact(source: ModelSource, x: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return source.model("decode", torch.float32, CPU)(x.float())
+def exact(source: ModelSource, x: torch.Tensor, dtype: torch.dtype = torch.float32) -> Reference:
+    return Reference(source.vae, "decode", x, dtype)
 
 
 # What comes out.
@@ -43,8 +42,7 @@ def test_output_is_the_networks_in_the_jobs_dtype(trt: StandIn, source: ModelSou
     z = randn(1, 4, 8, 8).to(job)
     output = run(z)
     assert (output.dtype, output.shape, output.is_contiguous()) == (job, (1, 3, 64, 64), True)
-    tolerance = EXACT if job == torch.float32 else 2e-2
-    torch.testing.assert_close(output.float(), exact(source, z), atol=tolerance, rtol=0)
+    exact(source, z, job).check(output)
     assert len(trt.named("execute_async_v3")) == 1
     assert trt.violations == []
 
@@ -54,14 +52,14 @@ def test_engines_with_a_frame_dimension_are_served(trt: StandIn, source: ModelSo
     z = randn(1, 4, 8, 8)
     output = run(z)
     assert output.shape == (1, 3, 64, 64)
-    torch.testing.assert_close(output, exact(source, z), atol=EXACT, rtol=0)
+    exact(source, z).check(output)
     assert trt.named("set_input_shape") == [("x", (1, 4, 1, 8, 8))]
 
 
 def test_more_images_than_the_engine_takes_run_one_after_another(trt: StandIn, source: ModelSource) -> None:
     run = program(trt, engine_file("decode", STATIC))
     z = randn(3, 4, 8, 8)
-    torch.testing.assert_close(run(z), exact(source, z), atol=EXACT, rtol=0)
+    exact(source, z).check(run(z))
     assert len(trt.named("execute_async_v3")) == 3
     assert trt.violations == []  # each image of the batch is aligned, too
 
@@ -69,7 +67,7 @@ def test_more_images_than_the_engine_takes_run_one_after_another(trt: StandIn, s
 def test_an_engine_with_a_batch_range_takes_them_at_once(trt: StandIn, source: ModelSource) -> None:
     run = program(trt, engine_file("decode", [((1, 8, 8), (2, 8, 8), (4, 8, 8))]))
     z = randn(6, 4, 8, 8)
-    torch.testing.assert_close(run(z), exact(source, z), atol=EXACT, rtol=0)
+    exact(source, z).check(run(z))
     assert trt.named("set_input_shape") == [("x", (4, 4, 8, 8)), ("x", (2, 4, 8, 8))]
 
 
@@ -79,7 +77,7 @@ def test_misaligned_and_strided_input_is_copied(trt: StandIn, source: ModelSourc
     strided = randn(1, 4, 8, 8).transpose(2, 3)
     assert odd.data_ptr() % runtime_module.ALIGNMENT
     for z in (odd, strided):
-        torch.testing.assert_close(run(z), exact(source, z), atol=EXACT, rtol=0)
+        exact(source, z).check(run(z))
     assert trt.violations == []
 
 
@@ -153,9 +151,8 @@ def test_threads_on_the_same_and_on_different_streams(trt: StandIn, source: Mode
         for turn in range(6):
             side, profile = ((8, 0), (16, 1), (8, 2))[(seed + turn) % 3]
             z = randn(1, 4, side, 16 if profile == 2 else side, seed=seed * 100 + turn)
-            error = (run(z, profile) - exact(source, z)).abs().max().item()
-            if error > EXACT:
-                wrong.append(f"{seed}/{turn}: {error}")
+            if not exact(source, z).holds(run(z, profile)):
+                wrong.append(f"{seed}/{turn}")
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
     for thread in threads:
