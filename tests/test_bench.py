@@ -13,13 +13,17 @@ import torch
 from torch import nn
 
 from qwen_vae_accel import accelerate
+from qwen_vae_accel.accuracy import FACTOR
+from qwen_vae_accel.backends.base import Job
 from qwen_vae_accel.bench import kernels
 from qwen_vae_accel.bench.cases import BenchError, Case, parse_method, parse_sizes
 from qwen_vae_accel.bench.harness import Effort, Harness, Row, geometric_mean, make_cases, run_all
 from qwen_vae_accel.bench.overhead import overhead
 from qwen_vae_accel.bench.report import BenchReport
+from qwen_vae_accel.engines.selfcheck import published_error
 from qwen_vae_accel.errors import ConfigError
 from qwen_vae_accel.kernels.fused import KernelTime
+from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.plan import Size
 from tests.helpers import CPU, FakeBackend
 
@@ -43,10 +47,12 @@ def test_every_case_has_a_row_with_its_error_against_float32(micro: nn.Module, f
     assert len(found) == 8
     assert all(row.median_ms and row.p10_ms <= row.median_ms <= row.p90_ms and row.samples == 3 for row in found.values())
     assert found["diffusers fp32", "decode"].relative_l2 == 0
+    source = ModelSource(micro)
     for label, task, dtype in (
-        ("eager fp32", "encode", torch.float32), ("eager bf16", "decode", torch.bfloat16), ("tensorrt fp32", "decode", torch.float32),
-    ):  # fmt: skip
-        source = ModelSource(micro)
+        ("eager fp32", "encode", torch.float32),
+        ("eager bf16", "decode", torch.bfloat16),
+        ("tensorrt fp32", "decode", torch.float32),
+    ):
         own = published_error(source, Job(task, source.topology, dtype, CPU)).relative
         # Of two that are this far from float64, and no further than that from each other.
         assert 0.1 * own < found[label, task].relative_l2 < (FACTOR + 1) * own

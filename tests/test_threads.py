@@ -78,7 +78,7 @@ def test_threads_on_same_and_different_sizes(micro, fake, engines, max_resident)
 
 
 def test_threads_that_come_while_an_engine_is_loading_wait_for_it(micro, fake, engines):
-    handle = open_engines(micro, engines)
+    open_engines(micro, engines)
     z = latents("32x32")
     exact = Reference(micro, "decode", z)
     loading, go = threading.Event(), threading.Event()

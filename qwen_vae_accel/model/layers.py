@@ -104,7 +104,7 @@ class Upsample(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """``x / ||x|| * sqrt(C) * gamma`` over the channels of each pixel, in at least float32, rounded once; optionally then SiLU."""
+    """``x / ||x|| * sqrt(C) * gamma`` over the channels of a pixel, in at least float32, rounded once; optionally then SiLU."""
 
     def __init__(self, state: State, silu: bool) -> None:
         super().__init__()
