@@ -18,7 +18,7 @@ from qwen_vae_accel.accuracy import measure
 from qwen_vae_accel.backends.base import export_network
 from qwen_vae_accel.errors import UnsupportedVAEError
 from qwen_vae_accel.model import ModelSource, inspect_vae
-from qwen_vae_accel.model.published import published_network
+from qwen_vae_accel.model.original import published_network
 from qwen_vae_accel.model.source import build_model, image_state
 from qwen_vae_accel.model.tiling import decode_banded, encode_banded
 from tests.conftest import MICRO, TOPOLOGIES, random_vae

@@ -18,7 +18,7 @@ from qwen_vae_accel.backends.base import Environment, Job, Program
 from qwen_vae_accel.engines.manifest import Verification
 from qwen_vae_accel.errors import UnsupportedVAEError
 from qwen_vae_accel.model import ModelSource
-from qwen_vae_accel.model.published import published_network
+from qwen_vae_accel.model.original import published_network
 from qwen_vae_accel.model.tiling import run_banded
 from qwen_vae_accel.plan import Size
 
@@ -76,7 +76,8 @@ def published_error(source: ModelSource, job: Job) -> Error:
     Raises:
         UnsupportedVAEError: if they are too far apart to be the same computation.
     """
-    key = (type(source.vae), source.fingerprint(job.method, job.dtype), source.vae_dtype, job.dtype, job.device)
+    stored = source.placement(job.method).dtype
+    key = (type(source.vae), source.fingerprint(job.method, job.dtype), stored, job.dtype, job.device)
     if key not in _yardsticks:
         x = sample_input(job, _YARDSTICK, source.config).to(job.dtype)
         theirs: Callable[[Tensor], Tensor]

@@ -27,12 +27,10 @@ def published_network(vae: nn.Module, method: str, dtype: torch.dtype, device: t
     cls: Any = next((cls for cls in type(vae).__mro__ if cls.__module__.startswith("diffusers.models.autoencoders.")), None)
     if cls is None or not isinstance(config, Mapping):
         raise UnsupportedVAEError(type(vae).__name__, ["it is not of a class of diffusers with a config"])
-    other = "decoder." if method == "encode" else "encoder."
     with torch.device("meta"):
         plain: Any = cls.from_config(dict(config)).eval()
     with torch.no_grad():
-        weights = ((name, value) for name, value in values(vae).items() if not name.startswith(other))
-        state = {name: value.detach().to(device, dtype) for name, value in weights}
+        state = {name: value.detach().to(device, dtype) for name, value in values(vae, method).items()}
         plain.load_state_dict(state, strict=False, assign=True)
 
     def encode(x: Tensor) -> Tensor:
