@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,8 +13,8 @@ from torch import nn
 from qwen_vae_accel import accelerate
 from qwen_vae_accel.demo.tiny_pipeline import tiny_pipeline
 from tests.conftest import random_vae
-from tests.contract import X, Z, calls, exact
-from tests.helpers import EXACT, ROOT, decoded, distance, moments
+from tests.contract import X, Z, calls, references
+from tests.helpers import ROOT, Reference, decoded, moments
 from tests.offloading import CPU, MODES, Mode
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -22,11 +22,10 @@ GPU = torch.device("cuda", 0)
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 
-@pytest.fixture(scope="module")
-def expected() -> tuple[torch.Tensor, torch.Tensor]:
-    """What the plain VAE gives on the CPU by diffusers."""
-    with torch.no_grad():
-        return exact(random_vae())
+@functools.cache
+def expected_on(device: torch.device) -> tuple[Reference, Reference]:
+    """What the plain VAE gives on ``device``."""
+    return references(random_vae().to(device), X.to(device), Z.to(device))
 
 
 @pytest.fixture(autouse=True)
@@ -34,32 +33,31 @@ def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-def check(vae: nn.Module, expected: tuple[torch.Tensor, torch.Tensor], device: torch.device) -> None:
+def check(vae: nn.Module, device: torch.device) -> None:
     """Both methods, right, with the output on ``device``."""
-    tolerance = EXACT if device == CPU else 1e-4
     ours = moments(vae, X.to(device)), decoded(vae, Z.to(device))
     assert all(output.device == device for output in ours)
-    assert distance(ours[0].cpu(), expected[0], "encode") <= tolerance
-    assert distance(ours[1].cpu(), expected[1], "decode") <= tolerance
+    for reference, output in zip(expected_on(device), ours, strict=True):
+        reference.check(output)
 
 
-def run(vae: nn.Module, mode: Mode, first: str, device: torch.device, folder: Path, expected: tuple[Any, Any]) -> None:
+def run(vae: nn.Module, mode: Mode, first: str, device: torch.device, folder: Path) -> None:
     """All of a mode: the fast path, diffusers' own, a warm-up, the way back."""
     handle = accelerate(vae, backend="eager") if first == "accelerate" else None
     if handle is not None:
-        check(vae.to(device), expected, device)
+        check(vae.to(device), device)
         vae.to(CPU)
     kept = mode.apply(vae, device, folder)  # a pipeline, where there is one
     handle = handle or accelerate(vae, backend="eager")
-    check(vae, expected, device)
+    check(vae, device)
     if device != CPU and not mode.stays:
         assert {p.device.type for p in vae.decoder.parameters()} == {mode.between}
     # What only diffusers does works where it works without us, and after it the fast path does.
     if mode.loads or (device == CPU and "disk" not in mode.name):
         with torch.enable_grad():
             image = decoded(vae, Z.to(device).requires_grad_())
-        assert distance(image.cpu(), expected[1], "decode") <= (0 if device == CPU else 1e-4)
-        check(vae, expected, device)
+        expected_on(device)[1].check(image.detach())
+        check(vae, device)
     served = calls(handle)
     assert served["encode"].keys() == {"eager"} and served["decode"]["eager"] == served["encode"]["eager"]
     assert [fallback["reason"][:8] for fallback in handle.report().as_dict()["fallbacks"]] in ([], ["gradient"])
@@ -70,14 +68,14 @@ def run(vae: nn.Module, mode: Mode, first: str, device: torch.device, folder: Pa
 
 @pytest.mark.parametrize("first", ["offload", "accelerate"])
 @pytest.mark.parametrize("mode", [mode for mode in MODES if not mode.gpu], ids=lambda mode: mode.name)
-def test_each_mode_on_the_cpu(micro, mode, first, tmp_path, expected):
-    run(micro, mode, first, CPU, tmp_path, expected)
+def test_each_mode_on_the_cpu(micro, mode, first, tmp_path):
+    run(micro, mode, first, CPU, tmp_path)
 
 
 @pytest.mark.parametrize("first", ["offload", "accelerate"])
 @pytest.mark.parametrize("mode", [pytest.param(mode, marks=needs_gpu, id=mode.name) for mode in MODES])
-def test_each_mode_on_a_gpu(micro, mode, first, tmp_path, expected):
-    run(micro, mode, first, GPU, tmp_path, expected)
+def test_each_mode_on_a_gpu(micro, mode, first, tmp_path):
+    run(micro, mode, first, GPU, tmp_path)
 
 
 @pytest.mark.parametrize("mode", [pytest.param(mode, marks=needs_gpu, id=mode.name) for mode in MODES])
@@ -97,7 +95,7 @@ def test_latents_on_the_cpu_go_where_diffusers_takes_them(micro, mode, tmp_path)
             pair = [output.sample if method == "decode" else output.latent_dist.parameters for output in (ours, theirs)]
             assert pair[0].device == pair[1].device
             if mode.loads:
-                assert distance(pair[0], pair[1], method) <= 1e-4
+                expected_on(GPU)[method == "decode"].check(pair[0].to(GPU))
     del kept
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,8 @@ import torch
 
 from qwen_vae_accel import accelerate
 from qwen_vae_accel.engines.manifest import NAME
+from qwen_vae_accel.engines.store import hash_file
+from qwen_vae_accel.errors import EngineError
 from qwen_vae_accel.plan import GUIDE_STATIC
 from tests.helpers import SIZES, Reference, decoded, distance, image, latents, moments, open_engines
 
@@ -186,4 +191,89 @@ def test_new_weights_release_the_engine_of_the_old(micro, fake, tmp_path):
     report = handle.report().as_dict()
     assert len(report["builds"]) == 2 and len(report["engines"]) == 1
     assert report["calls"]["decode"] == {"tensorrt": 2}
+    handle.restore()
     Reference(micro, "decode", latents("32x32")).check(output)
+
+
+# What is run is what was checked.
+
+
+def other_engine(vae, folder: Path, size: str = "32x32") -> Path:
+    """An engine of ``size`` over other weights, built by another service."""
+    other = copy.deepcopy(vae)
+    for name, parameter in other.named_parameters():
+        if "decoder" in name:
+            parameter.mul_(1.3)
+    with accelerate(other, backend="tensorrt", engine_dir=folder, sizes=[size]) as handle:
+        handle.warmup(progress=False)
+    return folder / size / "vae_decoder.fake"
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_file_that_is_replaced_while_it_is_loaded_is_not_run(micro, fake, tmp_path, verify):
+    z = latents("32x32")
+    exact = Reference(micro, "decode", z)
+    theirs = other_engine(micro, tmp_path / "theirs")
+    mine = tmp_path / "mine" / "32x32" / "vae_decoder.fake"
+    options = {"backend": "tensorrt", "engine_dir": tmp_path / "mine", "sizes": ["32x32", "48x32"], "max_resident": 1}
+    handle = accelerate(micro, verify=verify, **options)
+    for size in ("32x32", "48x32"):
+        decoded(micro, latents(size))
+
+    def publish() -> None:
+        fake.on_load = None
+        shutil.copy(theirs, mine.with_name("new"))
+        mine.with_name("new").replace(mine)
+
+    fake.on_load = publish
+    exact.check(decoded(micro, z))
+    assert handle.report().as_dict()["calls"]["decode"] == {"tensorrt": 3}
+
+
+def replace_by_a_wrong_one(engines: Path, verification: dict) -> None:
+    """A deployment brings an engine of the same weights that computes something else."""
+    file = engines / "32x32" / "vae_decoder.fake"
+    network = torch.load(file, weights_only=False)
+    network.conv_out.bias.data.add_(0.5)
+    torch.save(network, file)
+    document = json.loads((engines / NAME).read_text())
+    (record,) = document["engines"]["32x32/vae_decoder.fake"]
+    record |= {"sha256": hash_file(file), "size": file.stat().st_size, "verification": verification}
+    (engines / NAME).write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize("recorded", [False, True], ids=["not checked yet", "a recorded failure"])
+def test_the_successor_of_a_checked_engine_is_checked(micro, fake, engines, recorded):
+    z = latents("32x32")
+    exact = Reference(micro, "decode", z)
+    handle = open_engines(micro, engines, max_resident=1, on_miss="fallback")
+    decoded(micro, z)
+    decoded(micro, latents("48x32"))
+    (record,) = handle._dispatcher.runtime.store.manifest().engines["32x32/vae_decoder.fake"]
+    failed = {name: {**check.to_json(), "passed": False} for name, check in record.verification.items()}
+    replace_by_a_wrong_one(engines, failed if recorded else {})
+    exact.check(decoded(micro, z))
+    report = handle.report().as_dict()
+    assert report["calls"]["decode"] == {"tensorrt": 2, "eager": 1}
+    assert "self-check failed" in report["fallbacks"][0]["reason"]
+    assert len(report["self_checks"]) == (0 if recorded else 1)
+
+
+def test_the_same_bytes_are_checked_once_where_nothing_can_be_recorded(micro, fake, engines, monkeypatch):
+    handle = open_engines(micro, engines, max_resident=1)
+    monkeypatch.setattr("platform.node", lambda: "another-host")
+    monkeypatch.setattr(handle._dispatcher.runtime.store, "record_verification", lambda *args: None)
+    for size in ("32x32", "48x32", "32x32", "48x32"):
+        decoded(micro, latents(size))
+    report = handle.report().as_dict()
+    assert report["loads"] == 4 and len(report["self_checks"]) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes of Unix")
+@pytest.mark.parametrize("name", ["32x32/vae_decoder.fake", NAME])
+def test_a_pipe_in_the_place_of_a_file_is_an_error_and_no_wait(micro, fake, engines, name):
+    (engines / name).unlink()
+    os.mkfifo(engines / name)
+    open_engines(micro, engines)
+    with pytest.raises(EngineError, match="Not a regular file"):
+        decoded(micro, latents("32x32"))

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen_vae_accel import accelerate
+from qwen_vae_accel import accelerate, files
 from qwen_vae_accel.engines.manifest import NAME, Manifest
 from qwen_vae_accel.engines.store import EngineStore
 from qwen_vae_accel.errors import BuildError, EngineError, EngineMissingError, EngineRefusedError
@@ -277,3 +278,24 @@ def test_an_engine_path_that_is_a_folder(root):
         find(root)
     with pytest.raises(EngineError):
         build(root, "new")
+
+
+# What is optional.
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EACCES])
+@pytest.mark.parametrize("what", ["folders", "everything"])
+def test_a_file_system_without_fsync_is_said_once_and_used(tmp_path, monkeypatch, caplog, code, what):
+    flush = os.fsync
+
+    def refuse(descriptor: int) -> None:
+        if what == "everything" or stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    monkeypatch.setattr(files, "_told", set())
+    for weights in ("old", "new"):
+        build(tmp_path, weights)
+    assert find(tmp_path)[0].read_bytes() == content("new")
+    assert len([record for record in caplog.records if "without fsync" in record.getMessage()]) == 1

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
+import sys
 import threading
+import time
 
 import pytest
 import torch
 
 from qwen_vae_accel import accelerate
-from tests.helpers import SIZES, Reference, decoded, image, latents, moments, open_engines, randn
+from qwen_vae_accel.backends import registry
+from qwen_vae_accel.backends.eager import EagerBackend
+from tests import processes
+from tests.conftest import random_vae
+from tests.helpers import SIZES, FakeBackend, Reference, decoded, image, latents, moments, open_engines, randn
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -227,3 +235,172 @@ def test_threads_on_the_original_path(micro):
         return repeat(run, 4)
 
     run_threads(*(decode(i) for i in range(3)))
+
+
+# First come, first served.
+
+
+def test_a_size_that_waits_for_room_is_served_beside_seven_busy_threads(micro, fake, engines):
+    open_engines(micro, engines, max_resident=1)
+    served, stop = threading.Event(), threading.Event()
+    calls_after: list[int] = []
+    busy_calls = [0]
+    came = [0]
+    fake.on_run = lambda: time.sleep(0.002)
+
+    def busy() -> None:
+        while not stop.is_set():
+            decoded(micro, latents("32x32"))
+            busy_calls[0] += 1
+
+    def other() -> None:
+        while busy_calls[0] < 20:
+            time.sleep(0.001)
+        for _ in range(3):
+            came[0] = busy_calls[0]
+            decoded(micro, latents("48x32"))
+            calls_after.append(busy_calls[0] - came[0])
+        served.set()
+        stop.set()
+
+    run_threads(*[busy] * 7, other)
+    assert served.is_set()
+    # Those that were inside finish, and each may have been on its way in; nobody passes twice.
+    assert max(calls_after) <= 2 * 7, calls_after
+
+
+def test_who_waits_for_the_same_engine_is_served_by_one_load(micro, fake, engines):
+    """Two sizes, one place: the four threads of each share its load, though they came in turns."""
+    open_engines(micro, engines, max_resident=1)
+    running, go = threading.Event(), threading.Event()
+    fake.on_run = lambda: (running.set(), go.wait(30))
+    sizes = ["48x32", "64x32"] * 4
+    arrived = threading.Semaphore(0)
+
+    def first() -> None:
+        decoded(micro, latents("32x32"))
+
+    def later(size: str):
+        def run() -> None:
+            assert running.wait(30)
+            arrived.release()
+            decoded(micro, latents(size))
+
+        return run
+
+    def release() -> None:
+        for _ in sizes:
+            assert arrived.acquire(timeout=30)
+        time.sleep(0.2)  # until all of them wait
+        go.set()
+
+    run_threads(first, *map(later, sizes), release)
+    assert fake.count("load") == 3
+
+
+def test_an_engine_inside_a_call_of_another_size_waits_for_nobody(micro, fake, engines):
+    """With one place there is no room for it: the call inside is served another way."""
+    handle = open_engines(micro, engines, max_resident=1, on_miss="fallback")
+    nested = []
+
+    def inside() -> None:
+        fake.on_run = None
+        nested.append(decoded(micro, latents("48x32")))
+
+    fake.on_run = inside
+    run_threads(lambda: decoded(micro, latents("32x32")))
+    report = handle.report().as_dict()
+    assert len(nested) == 1 and report["calls"]["decode"] == {"tensorrt": 1, "eager": 1}
+    assert "inside a call" in report["fallbacks"][0]["reason"]
+
+
+# Interrupts and forks.
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix")
+def test_an_interrupted_restore_can_be_repeated(tmp_path):
+    assert processes.call(restore_and_interrupt, tmp_path) == ("interrupted", "restored", [], "plain")
+
+
+def restore_and_interrupt(root):
+    fake = FakeBackend()
+    registry._BACKENDS = (fake, EagerBackend())
+    vae = random_vae()
+    handle = accelerate(vae, backend="tensorrt", engine_dir=root, sizes=["32x32"], verify=False)
+    inside, go = threading.Event(), threading.Event()
+
+    def call() -> None:
+        with torch.no_grad():
+            decoded(vae, latents("32x32"))
+
+    call()
+    fake.on_run = lambda: (inside.set(), go.wait(30))
+    thread = threading.Thread(target=call)
+    thread.start()
+    inside.wait(30)
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        handle.restore()
+        first = "restored"
+    except KeyboardInterrupt:
+        first = "interrupted"
+    go.set()
+    handle.restore()
+    thread.join()
+    plain = "decode" not in vars(vae) and accelerate(vae, backend="eager") is not handle
+    return first, "restored", handle.report().as_dict()["engines"], "plain" if plain else "patched"
+
+
+def test_accelerate_after_an_interrupted_restore_begins_anew(micro, fake, engines, monkeypatch):
+    handle = open_engines(micro, engines)
+    decoded(micro, latents("32x32"))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(handle._callers), "wait", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            handle.restore()
+    again = open_engines(micro, engines)
+    assert again is not handle
+    decoded(micro, latents("32x32"))
+    handle.restore()
+    assert fake.count("free") == 1 and again.report().as_dict()["calls"]["decode"] == {"tensorrt": 1}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks of Unix")
+def test_a_child_forked_during_a_call_can_decode_and_restore(tmp_path):
+    assert processes.call(fork_during_a_call, tmp_path) == 0
+
+
+def fork_during_a_call(root):
+    """The exit status of the child, which an alarm ends if it hangs."""
+    fake = FakeBackend()
+    registry._BACKENDS = (fake, EagerBackend())
+    vae = random_vae()
+    handle = accelerate(vae, backend="tensorrt", engine_dir=root, sizes=["32x32", "48x32"], max_resident=1, verify=False)
+    inside, go = threading.Event(), threading.Event()
+    torch.set_grad_enabled(False)
+    decoded(vae, latents("48x32"))
+
+    def call() -> None:
+        with torch.no_grad():
+            decoded(vae, latents("32x32"))
+
+    fake.on_run = lambda: (inside.set(), go.wait(30))
+    thread = threading.Thread(target=call)
+    thread.start()
+    inside.wait(30)
+    with handle._journal._lock:  # and some other thread holds a lock
+        blocked = threading.Thread(target=lambda: handle._dispatcher.runtime._lock.acquire())
+        blocked.start()
+        blocked.join()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        fake.on_run = None
+        decoded(vae, latents("48x32"))
+        handle.restore()
+        os._exit(len(handle.report().as_dict()["engines"]))
+    status = os.waitpid(child, 0)[1]
+    fake.on_run = None
+    go.set()
+    return status

@@ -80,6 +80,7 @@ def _add_row(table: Table, name: str, size: object, result: Verification) -> Non
 
 def _verify_engines(vae: Path, engine_dir: Path, device: torch.device) -> edge.Outcome:
     inspector = Inspector(engine_dir, device, ModelSource(load_vae(vae, device)))
+    writers = inspector.writers()  # before self-checks are recorded, which writes the manifest anew
     found = inspector.survey()
     table = _table("engine")
     engines = []
@@ -102,7 +103,6 @@ def _verify_engines(vae: Path, engine_dir: Path, device: torch.device) -> edge.O
             if reasons:
                 table.add_row(status.path, *[""] * 6, plain("refused: " + "; ".join(reasons), style="red"))
             update(status.path, True)
-    writers = inspector.writers()
     said = [plain(f"others may change what is run from here: {text}", style="red") for text in writers]
     document = {"engine_dir": str(engine_dir), "engines": engines, "writers": writers}
     good = not writers and all(entry["good"] for entry in engines)
