@@ -61,9 +61,9 @@ def read_file(path: str | Path, limit: int | None = None) -> bytes:
 
 
 def write_atomically(path: Path, data: str | bytes | memoryview, unless: Callable[[], bool] = bool) -> bool:
-    """Put ``data`` (text as UTF-8) into ``path``; its folder is made if need be, and what was there stays until then.
+    """Put ``data`` into ``path``; its folder is made if need be, and what was there stays until then.
 
-    What a killed writer leaves behind is a file ``.NAME.HEX`` beside it.
+    Text is written as UTF-8, lone surrogates escaped. What a killed writer leaves behind is a file ``.NAME.HEX`` beside it.
 
     Args:
         path: the file.
@@ -82,7 +82,7 @@ def write_atomically(path: Path, data: str | bytes | memoryview, unless: Callabl
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with temporary.open("xb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            file.write(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
             file.flush()
             _sync(file.fileno(), path.parent)
         if unless():

@@ -40,7 +40,7 @@ def report(
             write_output(output, page)
         except OSError as error:
             raise ConfigError(f"cannot write {output}: {error}") from error
-        size = len(page.encode())
+        size = os.path.getsize(output)
         document = {"file": str(output), "bytes": size, "sections": [section.title for section in sections]}
         return edge.Outcome(document, plain(f"{output}, {size / 1e6:.1f} MB, {len(sections)} results"))
 

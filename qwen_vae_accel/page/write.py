@@ -12,7 +12,7 @@ from qwen_vae_accel.page.results import Section
 
 
 def render(sections: Sequence[Section], title: str) -> str:
-    """One HTML document that needs no other file and no network. Bytes that are no text are shown escaped.
+    """One HTML document that needs no other file and no network.
 
     Raises:
         ConfigError: if jinja2 is not installed.
@@ -22,4 +22,4 @@ def render(sections: Sequence[Section], title: str) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made = datetime.now(timezone.utc).isoformat(timespec="seconds")
     page = environment.from_string(template).render(sections=sections, title=title, made=made, version=__version__)
-    return str(page).encode("utf-8", "backslashreplace").decode()
+    return str(page)
