@@ -1,0 +1,72 @@
+"""What is fingerprinted: networks, GPUs and sizes, none of which needs a GPU or weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+
+from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder, hopper
+from qwen_vae_accel.kernels.float8 import calibrated_layers
+from qwen_vae_accel.kernels.hopper import HopperConvs
+from qwen_vae_accel.kernels.sm90 import conv3x3, driver, nvrtc
+from qwen_vae_accel.kernels.topology import decoder_shapes, encoder_shapes
+from qwen_vae_accel.kernels.tuning import Device
+
+META = torch.device("meta")
+NETWORKS = ("decode", "encode", "decode float8")
+GPUS = {
+    "H200": Device(132, 232448, True, True),
+    "H200 without NVRTC": Device(132, 232448, True, False),
+    "A100": Device(108, 166912, False, False),
+    "RTX 4090": Device(128, 101376, False, False),
+}
+CAPABILITIES = {"H200": 90, "H200 without NVRTC": 90, "A100": 80, "RTX 4090": 89}
+# Batch, height and width of the image; the encoder also takes sides that no latent has.
+SIZES = ((1, 512, 512), (1, 1024, 1024), (1, 928, 1664), (1, 1328, 1328), (2, 480, 848), (3, 72, 91))
+_FLOAT8_SCALE = 0.5
+
+
+def float8_layers() -> dict[str, float]:
+    blocks = [f"up_blocks.{level}.resnets.{i}.conv{which}" for level in range(4) for i in range(3) for which in (1, 2)]
+    return dict.fromkeys([*blocks, *calibrated_layers()], _FLOAT8_SCALE)
+
+
+def make(name: str, gpu: str, dtype: torch.dtype, state: dict[str, torch.Tensor] | None = None) -> FusedDecoder | FusedEncoder:
+    """A network whose weights are ``state``, or on the ``meta`` device; its sm90 layers believe they are on a GPU."""
+    kind, shapes = (FusedEncoder, encoder_shapes(3)) if name == "encode" else (FusedDecoder, decoder_shapes(3))
+    state = state or {key: torch.empty(shape, device=META) for key, shape in shapes.items()}
+    device = next(iter(state.values())).device
+    config = FusedConfig(graphs=0, device=GPUS[gpu])
+    return kind(state, dtype=dtype, device=device, config=config, float8=float8_layers() if "float8" in name else None)
+
+
+def input_shape(name: str, size: tuple[int, int, int]) -> tuple[int, int, int, int]:
+    batch, height, width = size
+    return (batch, 3, height, width) if name == "encode" else (batch, 16, height // 8, width // 8)
+
+
+@contextlib.contextmanager
+def pretended_gpu() -> Iterator[None]:
+    """Inside, layers of sm90 can be made and prepared on the ``meta`` device."""
+
+    def real_reasons(capability, mode, channels, out, dtype):
+        return unsupported((9, 0), mode, channels, out, dtype)
+
+    unsupported = conv3x3.unsupported
+    with contextlib.ExitStack() as stack:
+        for target, name, value in (
+            (torch.cuda, "current_device", lambda: 0),
+            (torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132)),
+            (torch.cuda, "device", lambda device: contextlib.nullcontext()),
+            (nvrtc, "library", nvrtc.library if nvrtc.library() else object),
+            (driver, "library", object),
+            (conv3x3, "unsupported", real_reasons),
+            (hopper, "unsupported", real_reasons),
+            (HopperConvs, "to_host", lambda self, weights: weights),
+        ):
+            stack.enter_context(mock.patch.object(target, name, value))
+        yield
