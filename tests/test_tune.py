@@ -12,9 +12,10 @@ import torch
 from qwen_vae_accel.backends.base import Environment
 from qwen_vae_accel.cli import tune as command
 from qwen_vae_accel.errors import TuningError
-from qwen_vae_accel.kernels import autotune, topology
-from qwen_vae_accel.kernels.tuned import Machine, Measured, TunedGpu, write_tuned
-from qwen_vae_accel.kernels.tuning import ConvConfig
+from qwen_vae_accel.kernels import network as topology
+from qwen_vae_accel.kernels.tuning import measure as autotune
+from qwen_vae_accel.kernels.tuning.selection import ConvConfig
+from qwen_vae_accel.kernels.tuning.stored import Machine, Measured, TunedGpu, write_tuned
 
 if TYPE_CHECKING:
     from tests.fixtures_cli import Cli

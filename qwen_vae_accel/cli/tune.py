@@ -19,7 +19,7 @@ from qwen_vae_accel.config import DTYPES, dtype_name
 from qwen_vae_accel.engines.store import EngineStore
 from qwen_vae_accel.errors import BackendUnavailableError, ConfigError, EngineError
 from qwen_vae_accel.kernels import device_reasons
-from qwen_vae_accel.kernels.topology import DTYPES as KERNEL_DTYPES
+from qwen_vae_accel.kernels.network import DTYPES as KERNEL_DTYPES
 from qwen_vae_accel.plan import Size, parse_size
 from qwen_vae_accel.progress import progress_bar
 from qwen_vae_accel.terminal import plain
@@ -66,8 +66,8 @@ def _require_writable(folder: Path) -> None:
 
 
 def _tune(folder: Path, dtype: torch.dtype, sizes: tuple[Size, ...], device: torch.device) -> edge.Outcome:
-    from qwen_vae_accel.kernels.autotune import tune as measure
-    from qwen_vae_accel.kernels.tuned import Machine, TunedGpu, write_tuned
+    from qwen_vae_accel.kernels.tuning.measure import tune as measure
+    from qwen_vae_accel.kernels.tuning.stored import Machine, TunedGpu, write_tuned
 
     with progress_bar(transient=False) as update:
         kernels = measure(dtype, device, [(size.height, size.width) for size in sizes], update)

@@ -10,6 +10,6 @@
 """
 
 from qwen_vae_accel.kernels.fused import FusedConfig, FusedDecoder, FusedEncoder, KernelTime
-from qwen_vae_accel.kernels.topology import device_reasons, state_reasons
+from qwen_vae_accel.kernels.network import device_reasons, state_reasons
 
 __all__ = ["FusedConfig", "FusedDecoder", "FusedEncoder", "KernelTime", "device_reasons", "state_reasons"]

@@ -15,18 +15,18 @@ from torch import Tensor
 from qwen_vae_accel.kernels import compiling
 from qwen_vae_accel.kernels.compiling import Progress, Tasks
 from qwen_vae_accel.kernels.graphs import GraphCache
-from qwen_vae_accel.kernels.program import Program, Traffic
+from qwen_vae_accel.kernels.memory import Program, Traffic
+from qwen_vae_accel.kernels.network import LATENT_CHANNELS, state_reasons
 from qwen_vae_accel.kernels.segments import OwnSegments
 from qwen_vae_accel.kernels.sm90 import nvrtc
 from qwen_vae_accel.kernels.timing import launch_ms
-from qwen_vae_accel.kernels.topology import LATENT_CHANNELS, state_reasons
-from qwen_vae_accel.kernels.tuning import Device, Tuning
+from qwen_vae_accel.kernels.tuning.selection import Device, Tuning
 from qwen_vae_accel.kernels.weights import Packer, with_each
 
 # The kernels' modules need Triton, so they are imported when a network is made.
 if TYPE_CHECKING:
-    from qwen_vae_accel.kernels.hopper import HopperConvs
-    from qwen_vae_accel.kernels.network import Planner, Tuned
+    from qwen_vae_accel.kernels.launches import Planner, Tuned
+    from qwen_vae_accel.kernels.sm90.layers import HopperConvs
 
 # The choices of tiles and attention splits change between these.
 _COMPILED_LATENTS = ((8, 8), (32, 32), (64, 64), (96, 128), (166, 166), (240, 240))
@@ -121,7 +121,7 @@ class _Fused:
     def _hopper_convs(self, tuning: Tuning) -> HopperConvs | None:
         if not (tuning.hopper_convs and self._traits.wgmma):
             return None
-        from qwen_vae_accel.kernels.hopper import HopperConvs
+        from qwen_vae_accel.kernels.sm90.layers import HopperConvs
 
         return HopperConvs(self.device, tuning)
 
@@ -133,7 +133,7 @@ class _Fused:
 
     def program(self, shape: tuple[int, ...]) -> Program:
         """The launches for inputs of ``shape``; planning takes one or two milliseconds and no GPU work."""
-        from qwen_vae_accel.kernels.network import Planner
+        from qwen_vae_accel.kernels.launches import Planner
 
         with self._lock:
             program = self._programs.pop(shape, None)
@@ -150,7 +150,7 @@ class _Fused:
         Raises:
             ValueError: ``tuning`` goes without sm90/, and this network has given its weights to that.
         """
-        from qwen_vae_accel.kernels.network import Planner
+        from qwen_vae_accel.kernels.launches import Planner
 
         if self._hopper is not None and not tuning.hopper_convs:
             raise ValueError("this network was made with hopper_convs, its weights are not where Triton's kernels read")
@@ -228,12 +228,12 @@ class FusedDecoder(_Fused):
     channels = LATENT_CHANNELS
 
     def _pack(self, pack: Packer):
-        from qwen_vae_accel.kernels.network import pack_decoder
+        from qwen_vae_accel.kernels.launches import pack_decoder
 
         return pack_decoder(pack)
 
     def _plan(self, shape: tuple[int, ...], planner: Planner) -> Program:
-        from qwen_vae_accel.kernels.network import plan_decoder
+        from qwen_vae_accel.kernels.launches import plan_decoder
 
         return plan_decoder(self._weights, shape, planner)
 
@@ -244,11 +244,11 @@ class FusedEncoder(_Fused):
 
     def _pack(self, pack: Packer):
         self.channels = pack.state["conv_in.weight"].shape[1]
-        from qwen_vae_accel.kernels.network import pack_encoder
+        from qwen_vae_accel.kernels.launches import pack_encoder
 
         return pack_encoder(pack)
 
     def _plan(self, shape: tuple[int, ...], planner: Planner) -> Program:
-        from qwen_vae_accel.kernels.network import plan_encoder
+        from qwen_vae_accel.kernels.launches import plan_encoder
 
         return plan_encoder(self._weights, shape, planner)

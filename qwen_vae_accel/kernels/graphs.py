@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwen_vae_accel.kernels.program import Program
+from qwen_vae_accel.kernels.memory import Program
 from qwen_vae_accel.kernels.segments import APART, OwnSegments
 from qwen_vae_accel.kernels.sm90.driver import own_stream
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qwen_vae_accel.kernels.layout import Grid
-from qwen_vae_accel.kernels.program import Memory, Slot
+from qwen_vae_accel.kernels.memory import Memory, Slot
 from qwen_vae_accel.kernels.sm90.schedules import Lines
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from qwen_vae_accel.kernels.blocks import rms_norm_reference
-from qwen_vae_accel.kernels.conv3x3 import Norm
 from qwen_vae_accel.kernels.float8 import FLOAT8, LARGEST
 from qwen_vae_accel.kernels.layout import Grid, from_flat, pixel_rows, to_flat
-from qwen_vae_accel.kernels.tuning import AttentionConfig, ConvConfig, Device, Tuning
+from qwen_vae_accel.kernels.triton.blocks import rms_norm_reference
+from qwen_vae_accel.kernels.triton.conv3x3 import Norm
+from qwen_vae_accel.kernels.tuning.selection import AttentionConfig, ConvConfig, Device, Tuning
 from qwen_vae_accel.kernels.weights import ConvWeights
 
 DTYPES = [torch.bfloat16, torch.float16]

@@ -7,15 +7,15 @@ capture, and from the graph where the third run is given the same memory.
 from __future__ import annotations
 
 import torch
+from tests.kernels.sm90.test_sm90 import Chain, Example
 
 from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder
 from qwen_vae_accel.kernels.float8 import calibrated_layers, input_scales
 from qwen_vae_accel.kernels.layout import Grid
 from qwen_vae_accel.kernels.sm90.conv3x3 import Conv3x3
 from qwen_vae_accel.kernels.sm90.schedules import Mode
-from qwen_vae_accel.kernels.tuning import AttentionConfig, Tuning
+from qwen_vae_accel.kernels.tuning.selection import AttentionConfig, Tuning
 from tests.kernels.cases import image_state, random_vae
-from tests.kernels.test_sm90 import Chain, Example
 
 
 def overlapping_kernels() -> None:

@@ -13,13 +13,13 @@ from qwen_vae_accel.backends.base import Job
 from qwen_vae_accel.backends.fused.calibration import measured_peaks
 from qwen_vae_accel.engines.selfcheck import psnr_db
 from qwen_vae_accel.kernels import FusedConfig, FusedDecoder
-from qwen_vae_accel.kernels.conv3x3 import Norm, conv, conv_reference
 from qwen_vae_accel.kernels.float8 import FLOAT8, LARGEST, calibrated_layers, input_scales, quantize, quantize_weight, simulate
-from qwen_vae_accel.kernels.hopper import HopperConvs
 from qwen_vae_accel.kernels.layout import from_flat
-from qwen_vae_accel.kernels.topology import decoder_shapes
-from qwen_vae_accel.kernels.tuning import Device
-from qwen_vae_accel.kernels.upsample_conv import upsample_conv
+from qwen_vae_accel.kernels.network import decoder_shapes
+from qwen_vae_accel.kernels.sm90.layers import HopperConvs
+from qwen_vae_accel.kernels.triton.conv3x3 import Norm, conv, conv_reference
+from qwen_vae_accel.kernels.triton.upsample_conv import upsample_conv
+from qwen_vae_accel.kernels.tuning.selection import Device
 from qwen_vae_accel.kernels.weights import Packer
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.model.ranges import activation_peaks

@@ -11,12 +11,12 @@ import torch
 from qwen_vae_accel.backends.base import Job
 from qwen_vae_accel.backends.fused.calibration import measured_peaks
 from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder
-from qwen_vae_accel.kernels.attention import attention, attention_reference
 from qwen_vae_accel.kernels.float8 import input_scales, simulate
 from qwen_vae_accel.kernels.fused import describe_device
 from qwen_vae_accel.kernels.layout import Grid, from_flat
-from qwen_vae_accel.kernels.topology import FLOAT8_CAPABILITY
-from qwen_vae_accel.kernels.tuning import AttentionConfig, Tuning
+from qwen_vae_accel.kernels.network import FLOAT8_CAPABILITY
+from qwen_vae_accel.kernels.triton.attention import attention, attention_reference
+from qwen_vae_accel.kernels.tuning.selection import AttentionConfig, Tuning
 from qwen_vae_accel.model import ModelSource
 from tests.kernels.cases import NO_TMA, image_state, random_flat, random_vae
 
@@ -291,10 +291,10 @@ def test_triton_convolutions(networks, vae, dtype):
 
 
 def compiled_kernels() -> int:
-    from qwen_vae_accel.kernels import attention, conv3x3, conv_in, conv_out, downsample_conv, upsample_conv
     from qwen_vae_accel.kernels.compiling import Kernel
     from qwen_vae_accel.kernels.sm90 import attention as attention_sm90
     from qwen_vae_accel.kernels.sm90 import conv3x3 as conv3x3_sm90
+    from qwen_vae_accel.kernels.triton import attention, conv3x3, conv_in, conv_out, downsample_conv, upsample_conv
 
     modules = (attention, conv3x3, conv_in, conv_out, downsample_conv, upsample_conv)
     kernels = [value for module in modules for value in vars(module).values() if isinstance(value, Kernel)]

@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder, compiling, device_reasons, state_reasons
-from qwen_vae_accel.kernels.conv3x3 import Norm, conv_reference
-from qwen_vae_accel.kernels.downsample_conv import downsample_conv_reference
 from qwen_vae_accel.kernels.float8 import FLOAT8, quantize
-from qwen_vae_accel.kernels.hopper import HopperConvs
 from qwen_vae_accel.kernels.layout import Grid
-from qwen_vae_accel.kernels.program import Arena, Traffic
+from qwen_vae_accel.kernels.memory import Arena, Traffic
+from qwen_vae_accel.kernels.network import decoder_shapes, encoder_shapes
+from qwen_vae_accel.kernels.sm90.layers import HopperConvs
 from qwen_vae_accel.kernels.sm90.schedules import Mode, choose_schedule, ends_early, lines_of
-from qwen_vae_accel.kernels.topology import decoder_shapes, encoder_shapes
-from qwen_vae_accel.kernels.tuning import Device, Tuning
-from qwen_vae_accel.kernels.upsample_conv import upsample_conv
+from qwen_vae_accel.kernels.triton.conv3x3 import Norm, conv_reference
+from qwen_vae_accel.kernels.triton.downsample_conv import downsample_conv_reference
+from qwen_vae_accel.kernels.triton.upsample_conv import upsample_conv
+from qwen_vae_accel.kernels.tuning.selection import Device, Tuning
 from qwen_vae_accel.model import ModelSource
 from tests.helpers import Reference
 from tests.kernels.cases import CONFIG, NO_TMA, SMALL_TUNING, TMA, image_state, random_vae

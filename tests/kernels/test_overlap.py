@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder
-from qwen_vae_accel.kernels import network as network_module
-from qwen_vae_accel.kernels.hopper import HopperConvs
+from qwen_vae_accel.kernels import launches as network_module
 from qwen_vae_accel.kernels.layout import Grid
+from qwen_vae_accel.kernels.memory import Slot
+from qwen_vae_accel.kernels.network import decoder_shapes, encoder_shapes
 from qwen_vae_accel.kernels.overlap import Matrix, Overlap, link, overlaps
-from qwen_vae_accel.kernels.program import Slot
+from qwen_vae_accel.kernels.sm90.layers import HopperConvs
 from qwen_vae_accel.kernels.sm90.schedules import SCHEDULES, Lines, Mode, lines_of
-from qwen_vae_accel.kernels.topology import decoder_shapes, encoder_shapes
-from qwen_vae_accel.kernels.tuning import Device
+from qwen_vae_accel.kernels.tuning.selection import Device
 from tests.kernels.test_network import StandIn, meta
 
 GRID, OTHER = Grid(1, 8, 8), Grid(1, 16, 4)  # as many pixels, not as many rows

@@ -16,9 +16,9 @@ from qwen_vae_accel.errors import BackendUnavailableError
 from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder, device_reasons
 from qwen_vae_accel.kernels.float8 import input_scales
 from qwen_vae_accel.kernels.fused import describe_device
-from qwen_vae_accel.kernels.topology import IMAGE_CHANNELS, LATENT_CHANNELS, WIDTHS
-from qwen_vae_accel.kernels.tuned import Machine, read_tuned
-from qwen_vae_accel.kernels.tuning import Tuning
+from qwen_vae_accel.kernels.network import IMAGE_CHANNELS, LATENT_CHANNELS, WIDTHS
+from qwen_vae_accel.kernels.tuning.selection import Tuning
+from qwen_vae_accel.kernels.tuning.stored import Machine, read_tuned
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.progress import progress_bar
 

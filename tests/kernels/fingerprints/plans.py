@@ -16,12 +16,12 @@ from torch import Tensor
 
 from qwen_vae_accel.kernels.compiling import Kernel
 from qwen_vae_accel.kernels.layout import Grid
+from qwen_vae_accel.kernels.network import decoder_shapes, encoder_shapes
 from qwen_vae_accel.kernels.sm90 import attention as attention_sm90
 from qwen_vae_accel.kernels.sm90 import conv3x3, driver
 from qwen_vae_accel.kernels.sm90.conv3x3 import Conv3x3
 from qwen_vae_accel.kernels.sm90.packing import pack
 from qwen_vae_accel.kernels.sm90.schedules import SCHEDULES, Mode
-from qwen_vae_accel.kernels.topology import decoder_shapes, encoder_shapes
 from qwen_vae_accel.kernels.weights import ConvWeights, Packer
 from tests.kernels.fingerprints.subjects import GPUS, META, NETWORKS, SIZES, input_shape, make, pretended_gpu
 

@@ -9,12 +9,12 @@ from unittest import mock
 
 import torch
 
-from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder, hopper
+from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder
 from qwen_vae_accel.kernels.float8 import calibrated_layers
-from qwen_vae_accel.kernels.hopper import HopperConvs
-from qwen_vae_accel.kernels.sm90 import conv3x3, driver, nvrtc
-from qwen_vae_accel.kernels.topology import decoder_shapes, encoder_shapes
-from qwen_vae_accel.kernels.tuning import Device
+from qwen_vae_accel.kernels.network import decoder_shapes, encoder_shapes
+from qwen_vae_accel.kernels.sm90 import conv3x3, driver, layers, nvrtc
+from qwen_vae_accel.kernels.sm90.layers import HopperConvs
+from qwen_vae_accel.kernels.tuning.selection import Device
 
 META = torch.device("meta")
 NETWORKS = ("decode", "encode", "decode float8")
@@ -65,7 +65,7 @@ def pretended_gpu() -> Iterator[None]:
             (nvrtc, "library", nvrtc.library if nvrtc.library() else object),
             (driver, "library", object),
             (conv3x3, "unsupported", real_reasons),
-            (hopper, "unsupported", real_reasons),
+            (layers, "unsupported", real_reasons),
             (HopperConvs, "to_host", lambda self, weights: weights),
         ):
             stack.enter_context(mock.patch.object(target, name, value))

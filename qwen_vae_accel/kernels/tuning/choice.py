@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
 
-from qwen_vae_accel.kernels.hopper import MODES
 from qwen_vae_accel.kernels.layout import Grid
+from qwen_vae_accel.kernels.sm90.layers import MODES
 from qwen_vae_accel.kernels.sm90.schedules import Schedule, load
-from qwen_vae_accel.kernels.tuning import (
+from qwen_vae_accel.kernels.tuning.selection import (
     ATTENTION_KEY,
     SCHEDULE_PREFIX,
     AttentionConfig,

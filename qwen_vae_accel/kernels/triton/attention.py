@@ -16,11 +16,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from qwen_vae_accel.kernels.blocks import check_flat, is_pixel, load_tile, split_channels, tile
 from qwen_vae_accel.kernels.compiling import Kernel
 from qwen_vae_accel.kernels.layout import Grid, from_flat, to_flat
 from qwen_vae_accel.kernels.sm90.attention import KEYS, attention_sm90
-from qwen_vae_accel.kernels.tuning import AttentionConfig, ConvConfig, Device
+from qwen_vae_accel.kernels.triton.blocks import check_flat, is_pixel, load_tile, split_channels, tile
+from qwen_vae_accel.kernels.tuning.selection import AttentionConfig, ConvConfig, Device
 from qwen_vae_accel.kernels.weights import ConvWeights
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from qwen_vae_accel.kernels.hopper import MODES
+from qwen_vae_accel.kernels.sm90.layers import MODES
 from qwen_vae_accel.kernels.sm90.schedules import FLOAT8_SCHEDULES, SCHEDULES, SHARED_LIMIT, Mode, Schedule, Variant
-from qwen_vae_accel.kernels.tuning import (
+from qwen_vae_accel.kernels.tuning.selection import (
     ATTENTION_KEY,
     H200_ATTENTION,
     H200_CONVS,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from qwen_vae_accel.kernels.tuning import Device
+from qwen_vae_accel.kernels.tuning.selection import Device
 
 NO_NORM, NORM_ONLY, NORM_SILU = 0, 1, 2
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qwen_vae_accel.kernels.conv3x3 import Norm, conv, conv_reference
-from qwen_vae_accel.kernels.conv_in import conv_in, conv_in_reference
-from qwen_vae_accel.kernels.conv_out import conv_out, conv_out_reference, head_products, sum_taps, sum_taps_reference
-from qwen_vae_accel.kernels.downsample_conv import downsample_conv, downsample_conv_reference
 from qwen_vae_accel.kernels.layout import Grid, from_flat
-from qwen_vae_accel.kernels.tuning import ConvConfig
-from qwen_vae_accel.kernels.upsample_conv import upsample_conv, upsample_conv_reference
+from qwen_vae_accel.kernels.triton.conv3x3 import Norm, conv, conv_reference
+from qwen_vae_accel.kernels.triton.conv_in import conv_in, conv_in_reference
+from qwen_vae_accel.kernels.triton.conv_out import conv_out, conv_out_reference, head_products, sum_taps, sum_taps_reference
+from qwen_vae_accel.kernels.triton.downsample_conv import downsample_conv, downsample_conv_reference
+from qwen_vae_accel.kernels.triton.upsample_conv import upsample_conv, upsample_conv_reference
+from qwen_vae_accel.kernels.tuning.selection import ConvConfig
 from qwen_vae_accel.kernels.weights import Packer
 from tests.kernels.cases import (
     CONFIG,

@@ -17,19 +17,18 @@ pytest.importorskip("triton")
 
 from qwen_vae_accel.backends.fused import backend as backend_module
 from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder, compiling
-from qwen_vae_accel.kernels.attention import _qkv_kernel
-from qwen_vae_accel.kernels.autotune import Tuner, random_networks
-from qwen_vae_accel.kernels.candidates import candidates
-from qwen_vae_accel.kernels.choice import Case, choose
 from qwen_vae_accel.kernels.float8 import calibrated_layers
 from qwen_vae_accel.kernels.fused import describe_device
-from qwen_vae_accel.kernels.hopper import MODES, HopperConvs
 from qwen_vae_accel.kernels.layout import Grid
+from qwen_vae_accel.kernels.network import decoder_shapes, encoder_shapes
 from qwen_vae_accel.kernels.sm90 import attention as attention_sm90
+from qwen_vae_accel.kernels.sm90.layers import MODES, HopperConvs
 from qwen_vae_accel.kernels.sm90.schedules import SHARED_LIMIT, Mode, Schedule, Variant, choose_schedule
-from qwen_vae_accel.kernels.topology import decoder_shapes, encoder_shapes
-from qwen_vae_accel.kernels.tuned import Machine, Measured, TunedGpu, read_tuned, tuning_path, write_tuned
-from qwen_vae_accel.kernels.tuning import (
+from qwen_vae_accel.kernels.triton.attention import _qkv_kernel
+from qwen_vae_accel.kernels.tuning.candidates import candidates
+from qwen_vae_accel.kernels.tuning.choice import Case, choose
+from qwen_vae_accel.kernels.tuning.measure import Tuner, random_networks
+from qwen_vae_accel.kernels.tuning.selection import (
     ATTENTION_KEY,
     AttentionConfig,
     ConvConfig,
@@ -39,6 +38,7 @@ from qwen_vae_accel.kernels.tuning import (
     conv_fits,
     conv_waves,
 )
+from qwen_vae_accel.kernels.tuning.stored import Machine, Measured, TunedGpu, read_tuned, tuning_path, write_tuned
 from qwen_vae_accel.kernels.weights import ConvWeights
 from tests.kernels.test_network import StandIn
 

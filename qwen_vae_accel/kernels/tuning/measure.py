@@ -18,15 +18,15 @@ from torch import Tensor
 
 from qwen_vae_accel.errors import TuningError
 from qwen_vae_accel.kernels import compiling
-from qwen_vae_accel.kernels.candidates import candidates
-from qwen_vae_accel.kernels.choice import WORTH, Case, Times, choose
 from qwen_vae_accel.kernels.float8 import calibrated_layers, input_scales
 from qwen_vae_accel.kernels.fused import FusedConfig, FusedDecoder, FusedEncoder, describe_device
-from qwen_vae_accel.kernels.program import Memory, Program, Step
+from qwen_vae_accel.kernels.memory import Memory, Program, Step
+from qwen_vae_accel.kernels.network import FLOAT8_CAPABILITY, LATENT_CHANNELS, decoder_shapes, encoder_shapes
 from qwen_vae_accel.kernels.timing import first_ms, launch_ms
-from qwen_vae_accel.kernels.topology import FLOAT8_CAPABILITY, LATENT_CHANNELS, decoder_shapes, encoder_shapes
-from qwen_vae_accel.kernels.tuned import Measured
-from qwen_vae_accel.kernels.tuning import Config, Device, Key, Tuning
+from qwen_vae_accel.kernels.tuning.candidates import candidates
+from qwen_vae_accel.kernels.tuning.choice import WORTH, Case, Times, choose
+from qwen_vae_accel.kernels.tuning.selection import Config, Device, Key, Tuning
+from qwen_vae_accel.kernels.tuning.stored import Measured
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ import torch
 
 from qwen_vae_accel.documents import LARGEST_FILE, parse_json
 from qwen_vae_accel.files import read_file, write_atomically
-from qwen_vae_accel.kernels.candidates import candidates
 from qwen_vae_accel.kernels.sm90.schedules import Schedule
-from qwen_vae_accel.kernels.tuning import (
+from qwen_vae_accel.kernels.tuning.candidates import candidates
+from qwen_vae_accel.kernels.tuning.selection import (
     ATTENTION_KEY,
     SCHEDULE_PREFIX,
     AttentionConfig,

@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen_vae_accel.kernels.blocks import (
+from qwen_vae_accel.kernels.compiling import Kernel
+from qwen_vae_accel.kernels.layout import Grid, from_flat, to_flat
+from qwen_vae_accel.kernels.triton.blocks import (
     check_flat,
     inverse_norm,
     is_pixel,
@@ -22,10 +24,8 @@ from qwen_vae_accel.kernels.blocks import (
     store_tile,
     tile,
 )
-from qwen_vae_accel.kernels.compiling import Kernel
-from qwen_vae_accel.kernels.conv3x3 import Norm
-from qwen_vae_accel.kernels.layout import Grid, from_flat, to_flat
-from qwen_vae_accel.kernels.tuning import ConvConfig, Device
+from qwen_vae_accel.kernels.triton.conv3x3 import Norm
+from qwen_vae_accel.kernels.tuning.selection import ConvConfig, Device
 from qwen_vae_accel.kernels.weights import ConvWeights
 
 

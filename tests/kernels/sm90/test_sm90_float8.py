@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwen_vae_accel.kernels.conv3x3 import Norm, conv_reference
 from qwen_vae_accel.kernels.float8 import FLOAT8, LARGEST, quantize
-from qwen_vae_accel.kernels.hopper import HopperConvs
 from qwen_vae_accel.kernels.layout import Grid, pixel_rows
 from qwen_vae_accel.kernels.sm90 import driver, nvrtc
 from qwen_vae_accel.kernels.sm90.conv3x3 import Conv3x3, unsupported
+from qwen_vae_accel.kernels.sm90.layers import HopperConvs
 from qwen_vae_accel.kernels.sm90.packing import channel_order, pack
 from qwen_vae_accel.kernels.sm90.schedules import FLOAT8_SCHEDULES, SHARED_LIMIT, Mode, Variant, choose_schedule
 from qwen_vae_accel.kernels.sm90.source import conv_source, wgmma_wrapper
-from qwen_vae_accel.kernels.tuning import Tuning
+from qwen_vae_accel.kernels.triton.conv3x3 import Norm, conv_reference
+from qwen_vae_accel.kernels.tuning.selection import Tuning
 from qwen_vae_accel.kernels.weights import Packer
 from tests.kernels.cases import (
     float8_norm,

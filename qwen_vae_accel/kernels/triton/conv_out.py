@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen_vae_accel.kernels.blocks import check_flat, clamp, is_pixel, load_tile, tile
 from qwen_vae_accel.kernels.compiling import Kernel
 from qwen_vae_accel.kernels.layout import Grid, from_flat
-from qwen_vae_accel.kernels.tuning import Device
+from qwen_vae_accel.kernels.triton.blocks import check_flat, clamp, is_pixel, load_tile, tile
+from qwen_vae_accel.kernels.tuning.selection import Device
 from qwen_vae_accel.kernels.weights import ConvWeights
 
 

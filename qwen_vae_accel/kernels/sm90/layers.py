@@ -12,7 +12,7 @@ from qwen_vae_accel.kernels.float8 import FLOAT8
 from qwen_vae_accel.kernels.segments import OwnSegments
 from qwen_vae_accel.kernels.sm90.conv3x3 import Conv3x3, unsupported
 from qwen_vae_accel.kernels.sm90.schedules import Mode
-from qwen_vae_accel.kernels.tuning import Tuning
+from qwen_vae_accel.kernels.tuning.selection import Tuning
 from qwen_vae_accel.kernels.weights import ConvWeights, with_each
 
 MODES = {"conv": Mode.CONV, "up": Mode.UPSAMPLE, "down": Mode.DOWNSAMPLE}

@@ -22,7 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen_vae_accel.kernels.blocks import (
+from qwen_vae_accel.kernels.compiling import Kernel
+from qwen_vae_accel.kernels.float8 import FLOAT8
+from qwen_vae_accel.kernels.layout import Grid, from_flat, to_flat
+from qwen_vae_accel.kernels.triton.blocks import (
     NO_NORM,
     NORM_ONLY,
     NORM_SILU,
@@ -37,10 +40,7 @@ from qwen_vae_accel.kernels.blocks import (
     store_tile,
     tile,
 )
-from qwen_vae_accel.kernels.compiling import Kernel
-from qwen_vae_accel.kernels.float8 import FLOAT8
-from qwen_vae_accel.kernels.layout import Grid, from_flat, to_flat
-from qwen_vae_accel.kernels.tuning import ConvConfig, Device
+from qwen_vae_accel.kernels.tuning.selection import ConvConfig, Device
 from qwen_vae_accel.kernels.weights import ConvWeights
 
 

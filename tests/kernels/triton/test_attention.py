@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwen_vae_accel.kernels.attention import attention, attention_reference, qkv, qkv_reference
 from qwen_vae_accel.kernels.layout import Grid, from_flat
-from qwen_vae_accel.kernels.tuning import AttentionConfig, Device, Tuning
+from qwen_vae_accel.kernels.triton.attention import attention, attention_reference, qkv, qkv_reference
+from qwen_vae_accel.kernels.tuning.selection import AttentionConfig, Device, Tuning
 from qwen_vae_accel.kernels.weights import Packer
 from tests.kernels.cases import CONFIG, DEVICES, DTYPES, assert_close, poisoned, random_flat, random_layer
 
