@@ -22,6 +22,7 @@ from qwen_vae_accel.bench.harness import make_cases
 from qwen_vae_accel.config import FLOAT8
 from qwen_vae_accel.errors import BackendUnavailableError, ConfigError
 from qwen_vae_accel.kernels.float8 import calibrated_layers, input_scales, simulate
+from qwen_vae_accel.kernels.network import published
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.plan import Size
 from tests.helpers import CPU, TINY_VAE, FakeBackend, decoded, latents, randn
@@ -177,7 +178,9 @@ def test_the_fused_backend_gives_the_scales_to_its_kernels(monkeypatch: pytest.M
     assert len(made["float8"]) == 26
     fused.FusedBackend().program(source, Job("decode", source.topology, torch.bfloat16, CPU))
     assert made["float8"] == {}
-    monkeypatch.setattr(fused, "calibrated_peaks", lambda *_: dict.fromkeys(calibrated_layers().values(), float("nan")))
+    monkeypatch.setattr(
+        fused, "calibrated_peaks", lambda *_: dict.fromkeys(calibrated_layers(published("decode")).values(), float("nan"))
+    )
     with pytest.raises(BackendUnavailableError, match="which gives no scale"):
         fused.FusedBackend().program(source, job)
 

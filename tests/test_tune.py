@@ -12,9 +12,11 @@ import torch
 from qwen_vae_accel.backends.base import Environment
 from qwen_vae_accel.cli import tune as command
 from qwen_vae_accel.errors import TuningError
-from qwen_vae_accel.kernels import network as topology
+from qwen_vae_accel.kernels import reasons
+from qwen_vae_accel.kernels.network import Kind
 from qwen_vae_accel.kernels.tuning import measure as autotune
-from qwen_vae_accel.kernels.tuning.selection import ConvConfig
+from qwen_vae_accel.kernels.tuning.configs import ConvConfig
+from qwen_vae_accel.kernels.tuning.keys import KernelKey
 from qwen_vae_accel.kernels.tuning.stored import Machine, Measured, TunedGpu, write_tuned
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 pytest_plugins = ["tests.fixtures_cli"]
 
 MACHINE = Machine("NVIDIA H200", "9.0", 132, "3.6.0")
-MEASURED = Measured(("qkv", 384, 1152, ""), (ConvConfig(64, 64, 8, 3, wave=0.9),), 0.5, 1.0)
+MEASURED = Measured(KernelKey(Kind.QKV, 384, 1152), (ConvConfig(64, 64, 8, 3, wave=0.9),), 0.5, 1.0)
 TUNED = TunedGpu(MACHINE, "2.11.0", "bfloat16", ("512x512",), "2026-01-01T00:00:00+00:00", (MEASURED,))
 
 
@@ -58,7 +60,7 @@ def test_an_old_gpu_without_triton(cli: Cli, monkeypatch: pytest.MonkeyPatch, tm
     old = Environment("cuda", "NVIDIA T4", (7, 5))
     monkeypatch.setattr(Environment, "detect", classmethod(lambda cls, device: old))
     monkeypatch.setattr(command.common, "parse_device", lambda text: torch.device("cuda"))
-    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(reasons.importlib.util, "find_spec", lambda name: None)
     result = cli("tune", "--engine-dir", tmp_path)
     assert result.code == 1
     assert "triton is not installed" in result.stderr and "needs compute capability >= 8.0, not (7, 5)" in result.stderr
@@ -96,7 +98,7 @@ def test_what_was_measured_is_kept_and_shown(cli: Cli, gpu: list, tmp_path: Path
     assert document["kernels"][0]["choices"][0]["block_rows"] == 64
     assert document["kernels"][0]["milliseconds"] == 0.5 and document["kernels"][0]["shipped_milliseconds"] == 1.0
     text = cli("tune", "--engine-dir", folder).stdout
-    assert "qkv 384 1152" in text and "0.50 ms where the shipped configurations take 1.00" in text
+    assert "qkv 384->1152" in text and "0.50 ms where the shipped configurations take 1.00" in text
 
 
 def test_wrong_results_are_not_kept(cli: Cli, gpu: list, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -19,7 +19,7 @@ from qwen_vae_accel.config import DTYPES, dtype_name
 from qwen_vae_accel.engines.store import EngineStore
 from qwen_vae_accel.errors import BackendUnavailableError, ConfigError, EngineError
 from qwen_vae_accel.kernels import device_reasons
-from qwen_vae_accel.kernels.network import DTYPES as KERNEL_DTYPES
+from qwen_vae_accel.kernels.reasons import DTYPES as KERNEL_DTYPES
 from qwen_vae_accel.plan import Size, parse_size
 from qwen_vae_accel.progress import progress_bar
 from qwen_vae_accel.terminal import plain
@@ -89,7 +89,7 @@ def _view(tuned: Any, path: Path) -> Group:
         table.add_column(column, justify="right" if column.endswith("ms") else "left", overflow="fold")
     for kernel in tuned.kernels:
         table.add_row(
-            " ".join(map(str, kernel.key)), f"{kernel.shipped_milliseconds:.3f}", f"{kernel.milliseconds:.3f}",
+            str(kernel.key), f"{kernel.shipped_milliseconds:.3f}", f"{kernel.milliseconds:.3f}",
             plain("\n".join(map(str, kernel.choices)) or "as shipped"),
         )  # fmt: skip
     shipped = sum(kernel.shipped_milliseconds for kernel in tuned.kernels)

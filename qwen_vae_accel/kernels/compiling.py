@@ -59,7 +59,7 @@ def run(tasks: Tasks, device: torch.device, progress: Progress | None = None) ->
         future.result()
 
 
-class Kernel:
+class TritonKernel:
     """A Triton kernel, launched as ``kernel[grid](...)``; decorate the jit function with this.
 
     Run-time numbers must be positional and not specialized on: then the types of the positional arguments and the values

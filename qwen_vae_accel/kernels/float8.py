@@ -21,25 +21,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qwen_vae_accel.kernels.network import Network, network_of
 from qwen_vae_accel.model.image_vae import ImageDecoder
 from qwen_vae_accel.model.layers import Upsample, fold_upsample
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = 448.0  # the largest e4m3 number
 
-# All residual blocks outside the middle, and the upsamplings but the smallest: docs/kernels.md has the measurements.
-_LEVELS, _BLOCKS, UPSAMPLE_LEVELS = range(4), range(3), (1, 2)
 _MARGIN = 4.0  # calibration sees one input of many
 _CANDIDATES = 16  # weight scales tried per output channel
 
 
-def upsample_name(level: int) -> str:
-    return f"up_blocks.{level}.upsamplers.0.resample.1"
+def block_layers(network: Network) -> dict[str, str]:
+    """Convolutions of residual blocks that compute in float8 -> the gain of the norm in front, whose bound is their scale.
+
+    All residual blocks but the middle's: docs/kernels.md has the measurements.
+    """
+    blocks = [block for level in network.levels for block in level.blocks]
+    layers = ((block.name, which, conv) for block in blocks for which, conv in ((1, block.conv1), (2, block.conv2)))
+    return {conv.name: f"{name}.norm{which}.gamma" for name, which, conv in layers}
 
 
-def calibrated_layers() -> dict[str, str]:
-    """Convolutions whose input scale is measured -> the module whose output that input is."""
-    return {upsample_name(level): f"up_blocks.{level}.resnets.{_BLOCKS[-1]}" for level in UPSAMPLE_LEVELS}
+def calibrated_layers(network: Network) -> dict[str, str]:
+    """Convolutions whose input scale is measured -> the module whose output that input is.
+
+    All upsamplings but the smallest.
+    """
+    levels = [level for level in network.levels if level.resampling is not None][1:]
+    return {level.resampling.name: level.blocks[-1].name for level in levels if level.resampling is not None}
 
 
 def quantize(value: Tensor, scale: Tensor | float) -> Tensor:
@@ -75,13 +84,12 @@ def input_scales(state: Mapping[str, Tensor], peaks: Mapping[str, float]) -> dic
     Raises:
         ValueError: a peak is missing, zero or not finite.
     """
-    scales = {}
-    for block in (f"up_blocks.{level}.resnets.{i}" for level in _LEVELS for i in _BLOCKS):
-        for which in (1, 2):
-            gamma = state[f"{block}.norm{which}.gamma"].float()
-            bound = gamma.numel() ** 0.5 * gamma.abs().max().item()
-            scales[f"{block}.conv{which}"] = LARGEST / max(bound, 1e-30)
-    for name, module in calibrated_layers().items():
+    network, scales = network_of(state), {}
+    for name, norm in block_layers(network).items():
+        gamma = state[norm].float()
+        bound = gamma.numel() ** 0.5 * gamma.abs().max().item()
+        scales[name] = LARGEST / max(bound, 1e-30)
+    for name, module in calibrated_layers(network).items():
         peak = peaks.get(module, 0.0)
         if not 0.0 < peak < float("inf"):
             raise ValueError(f"calibration of {name}: the largest |input| is {peak}, which gives no scale")

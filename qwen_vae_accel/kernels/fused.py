@@ -7,30 +7,31 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qwen_vae_accel.kernels import compiling
 from qwen_vae_accel.kernels.compiling import Progress, Tasks
+from qwen_vae_accel.kernels.gpu import Gpu, describe_gpu
 from qwen_vae_accel.kernels.graphs import GraphCache
-from qwen_vae_accel.kernels.memory import Program, Traffic
-from qwen_vae_accel.kernels.network import LATENT_CHANNELS, state_reasons
+from qwen_vae_accel.kernels.launches import LaunchList, Traffic
+from qwen_vae_accel.kernels.network import network_of
+from qwen_vae_accel.kernels.reasons import state_reasons
 from qwen_vae_accel.kernels.segments import OwnSegments
-from qwen_vae_accel.kernels.sm90 import nvrtc
 from qwen_vae_accel.kernels.timing import launch_ms
-from qwen_vae_accel.kernels.tuning.selection import Device, Tuning
-from qwen_vae_accel.kernels.weights import Packer, with_each
+from qwen_vae_accel.kernels.tuning.selection import Tuning
+from qwen_vae_accel.kernels.weights import NetworkWeights, Packer, pack_network, with_each
 
 # The kernels' modules need Triton, so they are imported when a network is made.
 if TYPE_CHECKING:
-    from qwen_vae_accel.kernels.launches import Planner, Tuned
-    from qwen_vae_accel.kernels.sm90.layers import HopperConvs
+    from qwen_vae_accel.kernels.builder import LaunchBuilder
+    from qwen_vae_accel.kernels.sm90.layers import Sm90Layers
 
 # The choices of tiles and attention splits change between these.
 _COMPILED_LATENTS = ((8, 8), (32, 32), (64, 64), (96, 128), (166, 166), (240, 240))
-_PROGRAMS = 64  # plans kept, least recently used dropped first; a plan is a few kB of host memory
+_LISTS = 64  # lists of launches kept, least recently used dropped first; one is a few kB of host memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,30 +40,33 @@ class FusedConfig:
 
     Attributes:
         graphs: CUDA graphs kept per object, 0 for plain launches. Each holds a buffer for its input and its output.
-        graph_after: Uses of an input shape, with the same scratch block, before it is captured.
-        tuning: Tile configurations.
-        device: What to know of the GPU, None to ask it.
+        graph_after: uses of an input shape, with the same scratch block, before it is captured.
+        tuning: tile configurations.
+        gpu: what to know of the GPU, None to ask it.
     """
 
     graphs: int = 8
     graph_after: int = 2
     tuning: Tuning = field(default_factory=Tuning)
-    device: Device | None = None
+    gpu: Gpu | None = None
 
 
 class KernelTime(NamedTuple):
+    """A kernel of a network, timed alone.
+
+    Attributes:
+        kernel: its name, such as ``"conv3x3 96->96 norm"``.
+        shape: the pixels that it writes, such as ``"1x1024x1024"``.
+        milliseconds: of one launch.
+        teraflop: 10^12 operations of one launch.
+        gigabyte: 10^9 bytes that one launch asks of the memory, weights left out.
+    """
+
     kernel: str
     shape: str
     milliseconds: float
     teraflop: float
     gigabyte: float
-
-
-def describe_device(device: torch.device) -> Device:
-    properties = torch.cuda.get_device_properties(device)
-    shared = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
-    wgmma = properties.major == 9 and nvrtc.library() is not None
-    return Device(properties.multi_processor_count, shared, properties.major >= 9, wgmma)
 
 
 def _nbytes(weights: object, device: torch.device) -> int:
@@ -75,40 +79,48 @@ def _nbytes(weights: object, device: torch.device) -> int:
     return 0
 
 
-class _Fused:
-    """Shared by both directions: plans by shape, plain launches or graphs."""
+class _FusedNetwork:
+    """Shared by both directions: launches by input shape, made plainly or from graphs."""
 
-    channels: int  # of the input
+    _method: ClassVar[str]
 
     def __init__(
         self, state: Mapping[str, Tensor], *, dtype: torch.dtype, device: torch.device,
         config: FusedConfig | None = None, float8: Mapping[str, float] | None = None,
     ):  # fmt: skip
-        """Pack ``state``: diffusers names without ``encoder.`` / ``decoder.``, every weight 2-D.
+        """Pack the weights; the GPU holds a copy of its own.
 
-        ``float8``: layers of a decoder that compute in float8 -> scale of their input (``float8.input_scales``).
+        Args:
+            state: diffusers' names without ``encoder.`` or ``decoder.``, every weight 2-D (``model.source.image_state``).
+            dtype: bfloat16 or float16, of input and output and of whatever is not float8.
+            device: a CUDA device.
+            config: launch options.
+            float8: layers of a decoder that compute in float8 -> scale of their input (``float8.input_scales``).
 
         Raises:
-            ValueError: the state does not have the published topology; the message lists the differences.
+            ValueError: there are no kernels for a network with these weights; the message says why.
         """
         reasons = state_reasons(state)
         if reasons:
             raise ValueError(f"{type(self).__name__} cannot run this model: " + "; ".join(reasons))
+        self.network = network_of(state)
+        if self.network.method != self._method:
+            raise ValueError(f"{type(self).__name__} was given the weights of a network that {self.network.method}s")
         self.dtype, self.device = dtype, torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.config = config or FusedConfig()
-        self._traits = self.config.device or describe_device(self.device)
+        self._gpu = self.config.gpu or describe_gpu(self.device)
         self.float8 = bool(float8)
         segments = OwnSegments(self.device)
-        weights = self._pack(Packer(state, dtype, self.device, float8 or {}))
-        self._hopper = self._hopper_convs(self.config.tuning)
-        if self._hopper is not None:
-            weights = self._hopper.to_host(weights)
-        self._weights = with_each(Tensor, segments.keep, weights)
+        weights = pack_network(Packer(state, dtype, self.device, float8 or {}), self.network)
+        self._sm90 = self._sm90_layers(self.config.tuning)
+        if self._sm90 is not None:
+            weights = self._sm90.to_host(weights)
+        self._weights: NetworkWeights = with_each(Tensor, segments.keep, weights)
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # other threads use them on other streams
-        self._programs: OrderedDict[tuple, Program] = OrderedDict()
+        self._lists: OrderedDict[tuple, LaunchList] = OrderedDict()
         self._lock = threading.Lock()
         use_graphs = self.config.graphs > 0 and self.device.type == "cuda"
         self._graphs = GraphCache(segments, self.config.graphs, self.config.graph_after) if use_graphs else None
@@ -116,67 +128,74 @@ class _Fused:
     @property
     def nbytes(self) -> int:
         """Bytes of GPU memory of the weights."""
-        return _nbytes(self._weights, self.device) + (self._hopper.nbytes if self._hopper is not None else 0)
+        return _nbytes(self._weights, self.device) + (self._sm90.nbytes if self._sm90 is not None else 0)
 
-    def _hopper_convs(self, tuning: Tuning) -> HopperConvs | None:
-        if not (tuning.hopper_convs and self._traits.wgmma):
+    def _sm90_layers(self, tuning: Tuning) -> Sm90Layers | None:
+        if not (tuning.sm90 and self._gpu.sm90):
             return None
-        from qwen_vae_accel.kernels.sm90.layers import HopperConvs
+        from qwen_vae_accel.kernels.sm90.layers import Sm90Layers
 
-        return HopperConvs(self.device, tuning)
+        return Sm90Layers(self.device, tuning)
 
-    def _pack(self, pack: Packer):
+    def _list(self, shape: tuple[int, ...], builder: LaunchBuilder) -> LaunchList:
         raise NotImplementedError
 
-    def _plan(self, shape: tuple[int, ...], planner: Planner) -> Program:
-        raise NotImplementedError
-
-    def program(self, shape: tuple[int, ...]) -> Program:
-        """The launches for inputs of ``shape``; planning takes one or two milliseconds and no GPU work."""
-        from qwen_vae_accel.kernels.launches import Planner
+    def launches(self, shape: tuple[int, ...]) -> LaunchList:
+        """The launches for inputs of ``shape``; listing them takes one or two milliseconds and no GPU work."""
+        from qwen_vae_accel.kernels.builder import LaunchBuilder
 
         with self._lock:
-            program = self._programs.pop(shape, None)
-            if program is None:
-                program = self._plan(shape, Planner(self.dtype, self._traits, self.config.tuning, self._hopper))
-            while len(self._programs) >= _PROGRAMS:
-                self._programs.popitem(last=False)
-            self._programs[shape] = program
-        return program
+            found = self._lists.pop(shape, None)
+            if found is None:
+                found = self._list(shape, LaunchBuilder(self.dtype, self._gpu, self.config.tuning, self._sm90))
+            while len(self._lists) >= _LISTS:
+                self._lists.popitem(last=False)
+            self._lists[shape] = found
+        return found
 
-    def tuned_program(self, shape: tuple[int, ...], tuning: Tuning) -> tuple[Program, tuple[Tuned | None, ...]]:
-        """``program`` with another tuning, kept nowhere, and what each of its steps is tuned by.
+    def tuned_launches(self, shape: tuple[int, ...], tuning: Tuning) -> LaunchList:
+        """``launches`` with another tuning, kept nowhere.
 
         Raises:
             ValueError: ``tuning`` goes without sm90/, and this network has given its weights to that.
         """
-        from qwen_vae_accel.kernels.launches import Planner
+        from qwen_vae_accel.kernels.builder import LaunchBuilder
 
-        if self._hopper is not None and not tuning.hopper_convs:
-            raise ValueError("this network was made with hopper_convs, its weights are not where Triton's kernels read")
-        planner = Planner(self.dtype, self._traits, tuning, self._hopper_convs(tuning))
-        return self._plan(shape, planner), tuple(planner.tuned)
+        if self._sm90 is not None and not tuning.sm90:
+            raise ValueError("this network was made with Tuning(sm90=True), its weights are not where Triton's kernels read")
+        return self._list(shape, LaunchBuilder(self.dtype, self._gpu, tuning, self._sm90_layers(tuning)))
 
     def __call__(self, image: Tensor) -> Tensor:
-        if image.dim() != 4 or image.shape[1] != self.channels or image.dtype != self.dtype:
+        """Run the network on the current stream, from a graph where this shape is used often.
+
+        Args:
+            image: ``[B, C, H, W]`` in the network's dtype, on its device.
+
+        Returns:
+            A fresh tensor in the same dtype.
+
+        Raises:
+            ValueError: another dtype or other channels, or an image so small that nothing would be left of it.
+        """
+        channels = self.network.in_channels
+        if image.dim() != 4 or image.shape[1] != channels or image.dtype != self.dtype:
             raise ValueError(
-                f"{type(self).__name__}: expected {self.dtype} [B, {self.channels}, H, W], "
-                f"got {image.dtype} {list(image.shape)}"
+                f"{type(self).__name__}: expected {self.dtype} [B, {channels}, H, W], got {image.dtype} {list(image.shape)}"
             )
-        program = self.program(tuple(image.shape))
-        if min(program.output_shape) < 1:
+        launches = self.launches(tuple(image.shape))
+        if min(launches.output_shape) < 1:
             raise ValueError(f"{type(self).__name__}: input {list(image.shape)} is too small")
         if self._graphs is None or torch.cuda.is_current_stream_capturing():
             return self.run_plain(image)
         with torch.cuda.device(self.device):
-            return self._graphs.run(program, image)
+            return self._graphs.run(launches, image)
 
     def run_plain(self, image: Tensor) -> Tensor:
-        """Without graphs: scratch and output come from torch's allocator on the current stream."""
-        program = self.program(tuple(image.shape))
-        memory = program.memory(image)
+        """The same as a call, without graphs: scratch and output come from torch's allocator on the current stream."""
+        launches = self.launches(tuple(image.shape))
+        memory = launches.memory(image)
         with torch.cuda.device(self.device if self.device.type == "cuda" else -1):
-            program.run(memory)
+            launches.run(memory)
         return memory.output
 
     def compile(self, progress: Progress | None = None) -> None:
@@ -189,15 +208,16 @@ class _Fused:
 
     def usual_shapes(self) -> list[tuple[int, ...]]:
         """Input shapes that between them run every kernel but those of tiny images."""
-        scale = 1 if self.channels == LATENT_CHANNELS else 8
-        return [(1, self.channels, height * scale, width * scale) for height, width in _COMPILED_LATENTS]
+        network, scale = self.network, self.network.scale
+        sizes = (network.input_size(height * scale, width * scale) for height, width in _COMPILED_LATENTS)
+        return [(1, network.in_channels, *size) for size in sizes]
 
     def kernels(self, shapes: Iterable[tuple[int, ...]]) -> Tasks:
         """The kernels that inputs of ``shapes`` run, each by what tells it from others, with a task that compiles it."""
         with compiling.collecting() as tasks:
             for shape in shapes:
-                program = self.program(shape)
-                program.run(program.memory(torch.empty(shape, dtype=self.dtype, device="meta")))
+                launches = self.launches(shape)
+                launches.run(launches.memory(torch.empty(shape, dtype=self.dtype, device="meta")))
         return tasks
 
     def release(self) -> None:
@@ -206,15 +226,15 @@ class _Fused:
             self._graphs.clear()
 
     def kernel_times(self, image: Tensor, repeats: int = 8) -> list[KernelTime]:
-        """Time every kernel of one call alone, ``repeats`` launches in one graph, best of three.
+        """Milliseconds of every kernel of one call alone: ``repeats`` launches in one graph, the best of three.
 
         Sums and residuals accumulate over the repeats, so only the times mean anything.
         """
-        program = self.program(tuple(image.shape))
-        memory = program.memory(image)
-        program.run(memory)
+        launches = self.launches(tuple(image.shape))
+        memory = launches.memory(image)
+        launches.run(memory)
         times = []
-        for step in program.steps:
+        for step in launches.steps:
             traffic = Traffic(memory)
             step.launch(traffic)
             spent = launch_ms(partial(step.launch, memory), repeats)
@@ -222,33 +242,24 @@ class _Fused:
         return times
 
 
-class FusedDecoder(_Fused):
-    """``[B, 16, h, w]`` latents -> ``[B, C, 8h, 8w]`` clamped to [-1, 1]. Safe to call from several threads."""
+class FusedDecoder(_FusedNetwork):
+    """``[B, 16, h, w]`` latents -> ``[B, C, 8h, 8w]`` images, clamped to [-1, 1]. Safe to call from several threads."""
 
-    channels = LATENT_CHANNELS
+    _method = "decode"
 
-    def _pack(self, pack: Packer):
-        from qwen_vae_accel.kernels.launches import pack_decoder
+    def _list(self, shape: tuple[int, ...], builder: LaunchBuilder) -> LaunchList:
+        from qwen_vae_accel.kernels.builder import decoder_launches
 
-        return pack_decoder(pack)
-
-    def _plan(self, shape: tuple[int, ...], planner: Planner) -> Program:
-        from qwen_vae_accel.kernels.launches import plan_decoder
-
-        return plan_decoder(self._weights, shape, planner)
+        return decoder_launches(self._weights, shape, builder)
 
 
-class FusedEncoder(_Fused):
+class FusedEncoder(_FusedNetwork):
     """``[B, C, H, W]`` images -> ``[B, 32, H // 8, W // 8]`` mean and log-variance, quant_conv applied.
     Safe to call from several threads."""
 
-    def _pack(self, pack: Packer):
-        self.channels = pack.state["conv_in.weight"].shape[1]
-        from qwen_vae_accel.kernels.launches import pack_encoder
+    _method = "encode"
 
-        return pack_encoder(pack)
+    def _list(self, shape: tuple[int, ...], builder: LaunchBuilder) -> LaunchList:
+        from qwen_vae_accel.kernels.builder import encoder_launches
 
-    def _plan(self, shape: tuple[int, ...], planner: Planner) -> Program:
-        from qwen_vae_accel.kernels.launches import plan_encoder
-
-        return plan_encoder(self._weights, shape, planner)
+        return encoder_launches(self._weights, shape, builder)

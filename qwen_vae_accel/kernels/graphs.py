@@ -1,4 +1,4 @@
-"""CUDA graphs of whole programs: a call costs one graph launch on the host instead of sixty kernel launches.
+"""CUDA graphs of whole networks: a call costs one graph launch on the host instead of sixty kernel launches.
 
 A graph holds the addresses it was captured with. Its small input and output are its own; the scratch memory, hundreds of
 megabytes, is taken from torch's allocator at each call and given back after it, as for plain launches. The allocator gives
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwen_vae_accel.kernels.memory import Program
+from qwen_vae_accel.kernels.launches import LaunchList
 from qwen_vae_accel.kernels.segments import APART, OwnSegments
 from qwen_vae_accel.kernels.sm90.driver import own_stream
 
@@ -59,9 +59,9 @@ class GraphCache:
             self._entries.clear()
             self._done = None
 
-    def run(self, program: Program, image: Tensor) -> Tensor:
+    def run(self, launches: LaunchList, image: Tensor) -> Tensor:
         """Replay, or launch plainly and perhaps capture, for ``image`` on the current stream."""
-        scratch = torch.empty(program.scratch_bytes, dtype=torch.uint8, device=image.device)
+        scratch = torch.empty(launches.scratch_bytes, dtype=torch.uint8, device=image.device)
         key = (*image.shape, scratch.data_ptr())
         with self._lock:
             entry = self._entries.get(key)
@@ -69,9 +69,9 @@ class GraphCache:
                 self._entries.move_to_end(key)
                 return self._serve(entry, image, entry.graph.replay)
             if self._due(key):
-                return self._capture(program, image, scratch, key)
-        memory = program.memory(image, scratch)
-        program.run(memory)
+                return self._capture(launches, image, scratch, key)
+        memory = launches.memory(image, scratch)
+        launches.run(memory)
         return memory.output
 
     def _serve(self, entry: _Entry, image: Tensor, run: Callable[[], None]) -> Tensor:
@@ -91,7 +91,7 @@ class GraphCache:
             self._uses.popitem(last=False)
         return self._uses[key] >= self._after
 
-    def _capture(self, program: Program, image: Tensor, scratch: Tensor, key: tuple) -> Tensor:
+    def _capture(self, launches: LaunchList, image: Tensor, scratch: Tensor, key: tuple) -> Tensor:
         """Launch plainly with a graph's buffers, which compiles and describes what may not be during a capture. The capture
         itself takes host time alone, while the GPU works on that."""
         while len(self._entries) >= self._limit:
@@ -99,16 +99,16 @@ class GraphCache:
                 self._done.synchronize()
             self._entries.popitem(last=False)
         memory = self._segments.allocate(
-            lambda: program.memory(torch.empty_like(image, memory_format=torch.contiguous_format), scratch)
+            lambda: launches.memory(torch.empty_like(image, memory_format=torch.contiguous_format), scratch)
         )
         entry = _Entry(torch.cuda.CUDAGraph(), memory.image, memory.output)
-        output = self._serve(entry, image, lambda: program.run(memory))
+        output = self._serve(entry, image, lambda: launches.run(memory))
         # Other threads may allocate or launch meanwhile; nothing inside allocates, so nothing has to be given back before.
         try:
             with APART, own_stream(image.device) as stream, torch.cuda.stream(stream):
                 entry.graph.capture_begin(capture_error_mode="thread_local")
                 try:
-                    program.run(memory)
+                    launches.run(memory)
                 finally:
                     entry.graph.capture_end()
         except RuntimeError:

@@ -1,6 +1,6 @@
-"""A network for one input size, as a list of kernel launches over one scratch allocation.
+"""Where the matrices between kernels lie in one scratch allocation.
 
-Buffers are planned before anything runs: a matrix lives from ``take`` to ``give``, and ``Arena.place`` gives matrices
+That is decided before anything runs: a matrix lives from ``take`` to ``give``, and ``Arena.place`` gives matrices
 whose lives overlap disjoint offsets, largest first. Where it fits under those placed so far, a matrix does not lie across
 one that the step before read, so that kernels may overlap (overlap.py). The peak is the size of the one allocation a call
 makes, so calls on different streams never share scratch unless they share the allocation (graphs.py, which orders them).
@@ -8,11 +8,9 @@ makes, so calls on different streams never share scratch unless they share the a
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,12 +19,13 @@ ALIGNMENT = 256
 
 
 def aligned(nbytes: int) -> int:
+    """``nbytes`` rounded up to a multiple of ``ALIGNMENT``."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A matrix in the arena."""
+    """A matrix ``[rows, columns]`` in the arena, the ``index``-th that was taken."""
 
     index: int
     rows: int
@@ -35,11 +34,14 @@ class Slot:
 
     @property
     def nbytes(self) -> int:
+        """Bytes that it holds."""
         return self.rows * self.columns * self.dtype.itemsize
 
 
 @dataclass(slots=True)
 class Arena:
+    """The matrices of one list of launches and when they live, counted in events."""
+
     slots: list[Slot] = field(default_factory=list)
     begins: list[int] = field(default_factory=list)  # of each slot: its first event,
     ends: list[float] = field(default_factory=list)  # its last,
@@ -115,11 +117,12 @@ class Memory:
     _views: dict[int | torch.dtype, Tensor] = field(default_factory=dict)  # made once per call: launches share them
 
     def get(self, slot: Slot | None) -> Tensor | None:
+        """The matrix, or None of None."""
         return None if slot is None else self[slot]
 
     def __getitem__(self, slot: Slot | None) -> Tensor:
         if slot is None:
-            raise ValueError("the plan reads a matrix that nothing wrote")
+            raise ValueError("a launch reads a matrix that nothing wrote")
         view = self._views.get(slot.index)
         if view is None:
             base = self._views.get(slot.dtype)
@@ -128,79 +131,3 @@ class Memory:
             start = self.offsets[slot.index] // slot.dtype.itemsize
             view = self._views[slot.index] = base.as_strided((slot.rows, slot.columns), (slot.columns, 1), start)
         return view
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One kernel launch."""
-
-    kernel: str  # e.g. "conv3x3 96->96 residual x norm"
-    shape: str  # pixels it writes, e.g. "1x1024x1024"
-    flops: int
-    launch: Callable[[Any], None]  # given a Memory, or a Traffic
-
-
-@dataclass(frozen=True, slots=True)
-class Program:
-    steps: tuple[Step, ...]
-    offsets: tuple[int, ...]
-    scratch_bytes: int
-    output_shape: tuple[int, ...]
-    counters: Slot | None = None  # of finished tiles (overlap.py), zero when a run begins
-
-    def counting(self, slots: Sequence[Slot]) -> Program:
-        """With these, numbered after all others, in a row at the end of the scratch memory."""
-        if not slots:
-            return self
-        ends = tuple(itertools.accumulate((slot.nbytes for slot in slots), initial=self.scratch_bytes))
-        counters = Slot(len(self.offsets) + len(slots), 1, (ends[-1] - ends[0]) // slots[0].dtype.itemsize, slots[0].dtype)
-        offsets = (*self.offsets, *ends[:-1], ends[0])
-        return replace(self, offsets=offsets, scratch_bytes=aligned(ends[-1]), counters=counters)
-
-    @property
-    def flops(self) -> int:
-        return sum(step.flops for step in self.steps)
-
-    def memory(self, image: Tensor, scratch: Tensor | None = None) -> Memory:
-        """Output, and unless given scratch, for one call, from torch's allocator on the current stream."""
-        if scratch is None:
-            scratch = torch.empty(self.scratch_bytes, dtype=torch.uint8, device=image.device)
-        return Memory(scratch, self.offsets, image, image.new_empty(self.output_shape))
-
-    def run(self, memory: Memory, *, overlapped: bool = True) -> None:
-        """``overlapped=False``: every kernel after the one before it, to compare."""
-        if self.counters is not None and overlapped:
-            memory[self.counters].zero_()
-            memory = replace(memory, overlapped=True)
-        for step in self.steps:
-            step.launch(memory)
-
-
-class Traffic:
-    """A stand-in for a :class:`Memory` that counts the bytes of what a launch asks for, each matrix as often as it does.
-
-    Matrices, input and output; not weights, which are small beside them and stay in the cache.
-    """
-
-    def __init__(self, memory: Memory) -> None:
-        self._memory = memory
-        self.overlapped = False
-        self.nbytes = 0
-
-    def __getitem__(self, slot: Slot | None) -> Tensor:
-        return self._count(self._memory[slot])
-
-    def get(self, slot: Slot | None) -> Tensor | None:
-        return None if slot is None else self[slot]
-
-    @property
-    def image(self) -> Tensor:
-        return self._count(self._memory.image)
-
-    @property
-    def output(self) -> Tensor:
-        return self._count(self._memory.output)
-
-    def _count(self, tensor: Tensor) -> Tensor:
-        self.nbytes += tensor.nbytes
-        return tensor

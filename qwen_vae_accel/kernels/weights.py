@@ -1,4 +1,4 @@
-"""Weights packed for the kernels, from a 2-D state dict with diffusers names.
+"""Weights packed for the kernels, from a 2-D state dict with diffusers names: layer by layer, then whole networks.
 
 Every convolution is stored as ``[N, K]`` with K contiguous: K counts taps in reading order and, inside a tap, input
 channels. Sums of kernel entries (folded upsample, folded 1x1 convolutions) are taken in fp32 and rounded once: to 16 bits,
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen_vae_accel.kernels.float8 import quantize_weight
+from qwen_vae_accel.kernels.float8 import FLOAT8, quantize_weight
+from qwen_vae_accel.kernels.network import AttentionLayer, ConvLayer, Network, ResidualLayer
 
 
 def with_each(kind: type, function: Callable[[Any], Any], weights: Any) -> Any:
@@ -74,6 +75,23 @@ class SmallConvWeights:
     @property
     def nbytes(self) -> int:
         return self.weight.nbytes + self.bias.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """RMS norm in an epilogue: fp32 gain [C] (sqrt(C) included), then SiLU or not, then times ``scale`` into float8."""
+
+    gamma: Tensor
+    silu: bool = True
+    scale: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.scale is not None and not self.silu:
+            raise ValueError("float8 follows SiLU only")
+
+    def dtype(self, plain: torch.dtype) -> torch.dtype:
+        """Of the normed matrix, ``plain`` being that of the others."""
+        return plain if self.scale is None else FLOAT8
 
 
 def _round(value: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -188,3 +206,81 @@ class Packer:
         """RMS norm gain with the sqrt(C) of ``F.normalize(x) * sqrt(C) * gamma`` multiplied in, fp32 [C]."""
         gamma = self.state[f"{name}.gamma"].detach().float().reshape(-1)
         return _round(gamma * gamma.numel() ** 0.5, torch.float32, self.device)
+
+
+@dataclass(frozen=True, slots=True)
+class ResidualWeights:
+    """Of a residual block."""
+
+    norm1: Norm
+    conv1: ConvWeights
+    norm2: Norm
+    conv2: ConvWeights  # with the shortcut, where there is one
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionWeights:
+    """Of the attention."""
+
+    norm: Norm
+    qkv: ConvWeights
+    proj: ConvWeights
+
+
+@dataclass(frozen=True, slots=True)
+class LevelWeights:
+    """Of one resolution."""
+
+    blocks: tuple[ResidualWeights, ...]
+    resampling: ConvWeights | None
+
+
+@dataclass(frozen=True, slots=True)
+class HeadWeights:
+    """A decoder's last convolution as one matrix product per pixel, see :meth:`Packer.head`."""
+
+    columns: Tensor  # [C, J]
+    bias: Tensor  # [O] fp32
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkWeights:
+    """Of a whole encoder or decoder."""
+
+    conv_in: SmallConvWeights
+    levels: tuple[LevelWeights, ...]
+    middle: tuple[ResidualWeights, AttentionWeights, ResidualWeights]
+    norm_out: Norm
+    conv_out: HeadWeights | ConvWeights  # a decoder's, an encoder's
+
+
+def pack_network(pack: Packer, network: Network) -> NetworkWeights:
+    """The weights of ``network``, all of which ``pack.state`` must hold."""
+
+    def block(layer: ResidualLayer) -> ResidualWeights:
+        shortcut = None if layer.shortcut is None else layer.shortcut.name
+        return ResidualWeights(
+            Norm(pack.gamma(f"{layer.name}.norm1"), scale=pack.float8.get(layer.conv1.name)),
+            pack.conv(layer.conv1.name),
+            Norm(pack.gamma(f"{layer.name}.norm2"), scale=pack.float8.get(layer.conv2.name)),
+            pack.conv(layer.conv2.name, shortcut),
+        )
+
+    def attention(layer: AttentionLayer) -> AttentionWeights:
+        norm = Norm(pack.gamma(f"{layer.name}.norm"), silu=False)
+        return AttentionWeights(norm, pack.conv(layer.qkv.name), pack.conv(layer.proj.name))
+
+    def resampling(layer: ConvLayer) -> ConvWeights:
+        return pack.upsample(layer.name) if network.decodes else pack.conv(layer.name)
+
+    levels = tuple(
+        LevelWeights(tuple(map(block, level.blocks)), None if level.resampling is None else resampling(level.resampling))
+        for level in network.levels
+    )
+    middle = block(network.middle.first), attention(network.middle.attention), block(network.middle.last)
+    before, after = (network.pointwise.name, None) if network.decodes else (None, network.pointwise.name)
+    last = network.conv_out.name
+    return NetworkWeights(
+        pack.conv_after_pointwise(network.conv_in.name, before), levels, middle, Norm(pack.gamma("norm_out")),
+        HeadWeights(*pack.head(last)) if network.decodes else pack.conv_before_pointwise(last, after),
+    )  # fmt: skip

@@ -9,19 +9,20 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 
 from qwen_vae_accel.kernels.float8 import FLOAT8, LARGEST
+from qwen_vae_accel.kernels.gpu import Gpu
 from qwen_vae_accel.kernels.layout import Grid, from_flat, pixel_rows, to_flat
 from qwen_vae_accel.kernels.triton.blocks import rms_norm_reference
-from qwen_vae_accel.kernels.triton.conv3x3 import Norm
-from qwen_vae_accel.kernels.tuning.selection import AttentionConfig, ConvConfig, Device, Tuning
-from qwen_vae_accel.kernels.weights import ConvWeights
+from qwen_vae_accel.kernels.tuning.configs import AttentionConfig, ConvConfig
+from qwen_vae_accel.kernels.tuning.selection import Tuning
+from qwen_vae_accel.kernels.weights import ConvWeights, Norm
 
 DTYPES = [torch.bfloat16, torch.float16]
 # Largest error of one kernel, relative to the largest value of its fp32 reference. The interpreter truncates to
 # bfloat16 where the hardware rounds, hence twice the unit in the last place.
 TOLERANCE = {torch.bfloat16: 2**-6, torch.float16: 2**-9}
 
-TMA = Device(multiprocessors=2, shared_memory=1 << 17, tma=True)
-NO_TMA = Device(multiprocessors=2, shared_memory=1 << 17, tma=False)
+TMA = Gpu(multiprocessors=2, shared_memory=1 << 17, bulk_copies=True)
+NO_TMA = Gpu(multiprocessors=2, shared_memory=1 << 17, bulk_copies=False)
 DEVICES = [pytest.param(TMA, id="tma"), pytest.param(NO_TMA, id="pointers")]
 CONFIG = ConvConfig(block_rows=32, block_k=32, warps=4, stages=2)
 SMALL_TUNING = Tuning({}, AttentionConfig(32, 16, 4, 1))

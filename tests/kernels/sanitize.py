@@ -7,15 +7,17 @@ capture, and from the graph where the third run is given the same memory.
 from __future__ import annotations
 
 import torch
-from tests.kernels.sm90.test_sm90 import Chain, Example
 
 from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder
 from qwen_vae_accel.kernels.float8 import calibrated_layers, input_scales
 from qwen_vae_accel.kernels.layout import Grid
+from qwen_vae_accel.kernels.network import published
 from qwen_vae_accel.kernels.sm90.conv3x3 import Conv3x3
 from qwen_vae_accel.kernels.sm90.schedules import Mode
-from qwen_vae_accel.kernels.tuning.selection import AttentionConfig, Tuning
+from qwen_vae_accel.kernels.tuning.configs import AttentionConfig
+from qwen_vae_accel.kernels.tuning.selection import Tuning
 from tests.kernels.cases import image_state, random_vae
+from tests.kernels.sm90.test_sm90 import Chain, Example
 
 
 def overlapping_kernels() -> None:
@@ -33,12 +35,12 @@ def main() -> None:
         overlapping_kernels()
     vae = random_vae()
     decoder, encoder = image_state(vae, "decoder"), image_state(vae, "encoder")
-    scales = input_scales(decoder, dict.fromkeys(calibrated_layers().values(), 20.0))
+    scales = input_scales(decoder, dict.fromkeys(calibrated_layers(published("decode")).values(), 20.0))
     cuda = torch.device("cuda")
     runs, replays = 0, []
     replay = torch.cuda.CUDAGraph.replay
     torch.cuda.CUDAGraph.replay = lambda graph: replays.append(graph) or replay(graph)  # type: ignore[method-assign]
-    for tuning in (Tuning(), Tuning(hopper_convs=False, attention=AttentionConfig(128, 32, 8, 2))):
+    for tuning in (Tuning(), Tuning(sm90=False, attention=AttentionConfig(128, 32, 8, 2))):
         config = FusedConfig(graph_after=1, tuning=tuning)
         networks = {
             "decoder": FusedDecoder(decoder, dtype=torch.bfloat16, device=cuda, config=config),
@@ -53,7 +55,7 @@ def main() -> None:
             if not torch.equal(plain, captured) or not torch.equal(plain, replayed) or plain.isnan().any():
                 raise SystemExit(f"{name} {shape}: runs differ, or there are NaNs")
             runs += 3
-            convolutions = "CUDA C++" if tuning.hopper_convs else "Triton"
+            convolutions = "CUDA C++" if tuning.sm90 else "Triton"
             print(f"{name}, convolutions in {convolutions}: done", flush=True)
     print(f"{runs} runs of the fused networks, {len(replays)} of them replays, on {torch.cuda.get_device_name()}")
 

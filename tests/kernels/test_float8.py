@@ -13,14 +13,22 @@ from qwen_vae_accel.backends.base import Job
 from qwen_vae_accel.backends.fused.calibration import measured_peaks
 from qwen_vae_accel.engines.selfcheck import psnr_db
 from qwen_vae_accel.kernels import FusedConfig, FusedDecoder
-from qwen_vae_accel.kernels.float8 import FLOAT8, LARGEST, calibrated_layers, input_scales, quantize, quantize_weight, simulate
+from qwen_vae_accel.kernels.float8 import (
+    FLOAT8,
+    LARGEST,
+    block_layers,
+    calibrated_layers,
+    input_scales,
+    quantize,
+    quantize_weight,
+    simulate,
+)
+from qwen_vae_accel.kernels.gpu import Gpu
 from qwen_vae_accel.kernels.layout import from_flat
-from qwen_vae_accel.kernels.network import decoder_shapes
-from qwen_vae_accel.kernels.sm90.layers import HopperConvs
-from qwen_vae_accel.kernels.triton.conv3x3 import Norm, conv, conv_reference
+from qwen_vae_accel.kernels.network import published
+from qwen_vae_accel.kernels.triton.conv3x3 import conv, conv_reference
 from qwen_vae_accel.kernels.triton.upsample_conv import upsample_conv
-from qwen_vae_accel.kernels.tuning.selection import Device
-from qwen_vae_accel.kernels.weights import Packer
+from qwen_vae_accel.kernels.weights import Norm, Packer
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.model.ranges import activation_peaks
 from tests.helpers import CPU, TINY_VAE, photo
@@ -42,7 +50,7 @@ from tests.kernels.cases import (
     random_layer,
     random_vae,
 )
-from tests.kernels.test_network import StandIn, run_poisoned
+from tests.kernels.test_network import StandInLayers, meta, run_poisoned
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreter tests; the GPU has test_gpu.py")
 
@@ -72,8 +80,8 @@ def test_weight_scales_use_the_range_and_beat_the_largest_value_alone():
 
 @pytest.mark.parametrize("peak", [0.0, float("nan"), float("inf"), None])
 def test_calibration_that_gives_no_scale_is_refused(peak):
-    state = {name: torch.ones(shape) for name, shape in decoder_shapes(3).items()}
-    peaks = dict.fromkeys(calibrated_layers().values(), 3.0)
+    state = {name: torch.ones(shape) for name, shape in published("decode").parameters().items()}
+    peaks = dict.fromkeys(calibrated_layers(published("decode")).values(), 3.0)
     scales = input_scales(state, peaks)
     assert len(scales) == 26 and scales["up_blocks.3.resnets.0.conv1"] == pytest.approx(448 / 96**0.5)
     first = next(iter(peaks))
@@ -111,7 +119,7 @@ def test_photos_stay_within_the_calibrated_range(tiny):
         scales = input_scales(tiny.state("decode"), peaks)
         z = tiny.model("encode", torch.float32, CPU)(photo("astronaut")[:, :, 0])[:, :16]
         found = activation_peaks(exact, z)
-        for name, module in calibrated_layers().items():
+        for name, module in calibrated_layers(published("decode")).items():
             assert found[module] * scales[name] < LARGEST
 
 
@@ -134,7 +142,7 @@ def test_conv_of_float8(grid, dtype, device):
 
     # conv1: float8 -> float8
     normed = out8()
-    conv(a, grid, eight, config=CONFIG, device=device, normed=normed, norm=norm)
+    conv(a, grid, eight, config=CONFIG, gpu=device, normed=normed, norm=norm)
     assert_rounded(normed, conv_reference(a, grid, eight, norm=norm)[1])
     assert_halo_zero(normed.float(), grid)
     # what float8 is there for: the convolution of the unrounded numbers
@@ -142,20 +150,20 @@ def test_conv_of_float8(grid, dtype, device):
     assert (normed.float() - exact).norm() < 0.08 * exact.norm()
     # conv2: float8 -> x in 16 bits, normed in float8
     x, normed = out16(), out8()
-    conv(a, grid, eight, config=CONFIG, device=device, x=x, normed=normed, norm=norm, residual=residual)
+    conv(a, grid, eight, config=CONFIG, gpu=device, x=x, normed=normed, norm=norm, residual=residual)
     want = conv_reference(a, grid, eight, norm=norm, residual=residual)
     assert_close(x, want[0], dtype)
     assert_rounded(normed, want[1])
     assert_halo_zero(x, grid)
     # before an upsampling: x alone, in float8, its largest values clamped
     x = out8()
-    conv(a, grid, eight, config=CONFIG, device=device, x=x, residual=residual, x_scale=300.0)
+    conv(a, grid, eight, config=CONFIG, gpu=device, x=x, residual=residual, x_scale=300.0)
     want = conv_reference(a, grid, eight, residual=residual, x_scale=300.0)[0]
     assert_rounded(x, want.clamp(-LARGEST, LARGEST))
     assert grid.pixels < 10 or (want.abs() > LARGEST).any()
     # the middle's last block: 16 bits -> float8
     normed = out8()
-    conv(plain, grid, sixteen, config=CONFIG, device=device, x=out16(), normed=normed, norm=norm)
+    conv(plain, grid, sixteen, config=CONFIG, gpu=device, x=out16(), normed=normed, norm=norm)
     assert_rounded(normed, conv_reference(plain, grid, sixteen, norm=norm)[1])
 
 
@@ -169,7 +177,7 @@ def test_shortcut_of_float8_keeps_16_bits(device):
     plain, extra, norm = random_flat(grid, 192, dtype), random_flat(grid, 96, dtype, seed=4), float8_norm(192)
     a = quantize(plain, 60.0)
     x, normed = poisoned(grid.rows, 192, dtype=dtype), poisoned(grid.rows, 192, dtype=FLOAT8)
-    conv(a, grid, weights, config=CONFIG, device=device, x=x, normed=normed, norm=norm, shortcut=extra)
+    conv(a, grid, weights, config=CONFIG, gpu=device, x=x, normed=normed, norm=norm, shortcut=extra)
     want = conv_reference(a, grid, weights, norm=norm, shortcut=extra)
     assert_close(x, want[0], dtype)
     assert_rounded(normed, want[1])
@@ -188,7 +196,7 @@ def test_upsample_of_float8(dtype, device):
     for grid in GRIDS[:2]:
         a, large = quantize(random_flat(grid, 192, dtype), 40.0), grid.doubled()
         x, normed = poisoned(large.rows, 96, dtype=dtype), poisoned(large.rows, 96, dtype=FLOAT8)
-        upsample_conv(a, grid, weights, x=x, normed=normed, norm=norm, config=CONFIG, device=device)
+        upsample_conv(a, grid, weights, x=x, normed=normed, norm=norm, config=CONFIG, gpu=device)
         want = folded_upsample(a, grid, weights, norm)
         assert_close(x, want[0], dtype)
         assert_rounded(normed, want[1])
@@ -202,7 +210,7 @@ def test_float8_is_refused_where_it_has_no_meaning():
     weights = Packer(random_layer("conv", 96, 96, 3), torch.bfloat16, CPU, {"conv": 9.0}).conv("conv")
     grid = GRIDS[1]
     with pytest.raises(ValueError, match="input: expected contiguous torch.float8_e4m3fn"):
-        conv(random_flat(grid, 96, torch.bfloat16), grid, weights, config=CONFIG, device=TMA)
+        conv(random_flat(grid, 96, torch.bfloat16), grid, weights, config=CONFIG, gpu=TMA)
     assert math.isfinite(weights.rescale.sum().item())
 
 
@@ -210,7 +218,7 @@ def test_float8_is_refused_where_it_has_no_meaning():
 
 
 @pytest.fixture(scope="module")
-def published():
+def random_decoder():
     """The published widths with random weights, calibrated, and its simulation."""
     source = ModelSource(random_vae())
     with torch.no_grad():
@@ -220,15 +228,15 @@ def published():
 
 
 @interpreted
-@pytest.mark.parametrize(("dtype", "hopper"), [*((dtype, False) for dtype in DTYPES), (torch.bfloat16, True)])
-def test_decoder_of_float8(published, dtype, hopper):
-    """With ``hopper`` the other plan: convolutions by layer objects, but for the one with a shortcut."""
-    source, scales = published
+@pytest.mark.parametrize(("dtype", "sm90"), [*((dtype, False) for dtype in DTYPES), (torch.bfloat16, True)])
+def test_decoder_of_float8(random_decoder, dtype, sm90):
+    """With ``sm90`` the other kernels: convolutions by layer objects, but for the one with a shortcut."""
+    source, scales = random_decoder
     network = FusedDecoder(
-        source.state("decode"), dtype=dtype, device=CPU, float8=scales, config=FusedConfig(tuning=SMALL_TUNING, device=TMA)
+        source.state("decode"), dtype=dtype, device=CPU, float8=scales, config=FusedConfig(tuning=SMALL_TUNING, gpu=TMA)
     )
-    if hopper:
-        network._hopper = HopperConvs(torch.device("cpu"), SMALL_TUNING, StandIn)
+    if sm90:
+        network._sm90 = StandInLayers(torch.device("cpu"), SMALL_TUNING)
     z = torch.randn(1, 16, 1, 2, generator=torch.Generator().manual_seed(1)).to(dtype)
     out = run_poisoned(network, z).float()
     with torch.no_grad():
@@ -239,31 +247,32 @@ def test_decoder_of_float8(published, dtype, hopper):
     error = (out - exact).norm() / exact.norm()
     assert 0.5 * noise < error < 1.3 * noise
     assert (out - simulated).norm() / exact.norm() < noise
-    assert sum("float8" in step.kernel for step in network.program(tuple(z.shape)).steps) == 26
-    if hopper:
-        layers = [layer for _, layer in network._hopper._layers.values()]
+    assert sum("float8" in step.kernel for step in network.launches(tuple(z.shape)).steps) == 26
+    if sm90:
+        layers = [layer for _, layer in network._sm90._layers.values()]
         assert [layer.calls for layer in layers] == [1] * 30
 
 
-def published_plan(device, *, float8):
-    """A decoder without values, to look at its plan."""
-    meta = {name: torch.empty(shape, device="meta") for name, shape in decoder_shapes(3).items()}
-    blocks = (name.removesuffix(".weight") for name in meta if name.startswith("up_blocks") and ".resnets." in name)
-    scales = {name: 1.0 for name in (*blocks, *calibrated_layers()) if not name.endswith(("gamma", "bias", "shortcut"))}
+def decoder_on(gpu, *, float8):
+    """A decoder without values, to look at its launches."""
+    network = published("decode")
+    scales = dict.fromkeys([*block_layers(network), *calibrated_layers(network)], 1.0)
     assert len(scales) == 26
-    config = FusedConfig(device=device)
-    return FusedDecoder(meta, dtype=torch.bfloat16, device=torch.device("meta"), float8=scales if float8 else {}, config=config)
+    config = FusedConfig(gpu=gpu)
+    return FusedDecoder(
+        meta("decode"), dtype=torch.bfloat16, device=torch.device("meta"), float8=scales if float8 else {}, config=config
+    )
 
 
 def test_float8_needs_less_memory_and_the_same_arithmetic():
-    programs = [published_plan(Device(132, 232448, True), float8=float8).program((1, 16, 128, 128)) for float8 in (False, True)]
+    programs = [decoder_on(Gpu(132, 232448, True), float8=float8).launches((1, 16, 128, 128)) for float8 in (False, True)]
     assert programs[0].flops == programs[1].flops
     assert programs[1].scratch_bytes < 0.85 * programs[0].scratch_bytes
 
 
-@pytest.mark.parametrize("device", [NO_TMA, Device(132, 232448, True)], ids=["pointers", "large"])
+@pytest.mark.parametrize("device", [NO_TMA, Gpu(132, 232448, True)], ids=["pointers", "large"])
 def test_no_size_needs_a_float8_kernel_that_was_not_compiled_ahead(device):
-    network = published_plan(device, float8=True)
+    network = decoder_on(device, float8=True)
     compiled = network.kernels(network.usual_shapes())
     assert len(compiled) <= 40
     draw = random.Random(0)

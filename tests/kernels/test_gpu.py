@@ -12,11 +12,12 @@ from qwen_vae_accel.backends.base import Job
 from qwen_vae_accel.backends.fused.calibration import measured_peaks
 from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder
 from qwen_vae_accel.kernels.float8 import input_scales, simulate
-from qwen_vae_accel.kernels.fused import describe_device
+from qwen_vae_accel.kernels.gpu import describe_gpu
 from qwen_vae_accel.kernels.layout import Grid, from_flat
-from qwen_vae_accel.kernels.network import FLOAT8_CAPABILITY
+from qwen_vae_accel.kernels.reasons import FLOAT8_CAPABILITY
 from qwen_vae_accel.kernels.triton.attention import attention, attention_reference
-from qwen_vae_accel.kernels.tuning.selection import AttentionConfig, Tuning
+from qwen_vae_accel.kernels.tuning.configs import AttentionConfig
+from qwen_vae_accel.kernels.tuning.selection import Tuning
 from qwen_vae_accel.model import ModelSource
 from tests.kernels.cases import NO_TMA, image_state, random_flat, random_vae
 
@@ -117,7 +118,7 @@ def test_half_the_error_of_eager(networks, vae):
 def test_scratch_may_hold_anything(networks, part):
     network = networks[part, torch.bfloat16]
     image = draw(2, network.channels, *((9, 11) if part == "decoder" else (77, 90)), dtype=torch.bfloat16)
-    program = network.program(tuple(image.shape))
+    program = network.launches(tuple(image.shape))
     outputs = []
     for fill in (255, 0):
         memory = program.memory(image, torch.full((program.scratch_bytes,), fill, dtype=torch.uint8, device="cuda"))
@@ -133,7 +134,7 @@ def test_overlapping_kernels_change_no_bit(networks, part, latents):
     batch, height, width = latents
     network, scale = networks[part, torch.bfloat16], 1 if part == "decoder" else 8
     image = draw(batch, network.channels, height * scale, width * scale, dtype=torch.bfloat16)
-    program = network.program(tuple(image.shape))
+    program = network.launches(tuple(image.shape))
 
     def run(overlapped: bool) -> torch.Tensor:
         memory = program.memory(image, torch.full((program.scratch_bytes,), 255, dtype=torch.uint8, device="cuda"))
@@ -218,7 +219,7 @@ def test_streams_and_threads(networks):
 
 def test_pointer_loads(networks, vae):
     """The path of GPUs without bulk tensor copies."""
-    config = FusedConfig(graphs=0, device=NO_TMA)
+    config = FusedConfig(graphs=0, gpu=NO_TMA)
     for part, shape, cls in (("decoder", (2, 16, 7, 9), FusedDecoder), ("encoder", (1, 3, 70, 50), FusedEncoder)):
         network = cls(image_state(vae, part), dtype=torch.float16, device=torch.device("cuda"), config=config)
         image = draw(*shape)
@@ -227,10 +228,10 @@ def test_pointer_loads(networks, vae):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("splits", [1, 2, 4])
-@pytest.mark.parametrize("specialized", [False, True])
-def test_attention(specialized, splits, dtype):
+@pytest.mark.parametrize("sm90", [False, True])
+def test_attention(sm90, splits, dtype):
     """Tiles that end in the next image or past the last, an odd number of tiles, fewer keys than a tile."""
-    config = attention_config(specialized)
+    config = attention_config(sm90)
     for grid in (Grid(2, 21, 17), Grid(1, 40, 64), Grid(3, 8, 16), Grid(1, 58, 61), Grid(2, 3, 5), Grid(1, 1, 1)):
         if splits > -(-grid.height * grid.width // config.block_keys):
             continue
@@ -241,8 +242,8 @@ def test_attention(specialized, splits, dtype):
         assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
 
 
-@pytest.mark.parametrize("specialized", [False, True])
-def test_attention_with_growing_scores(specialized):
+@pytest.mark.parametrize("sm90", [False, True])
+def test_attention_with_growing_scores(sm90):
     """Scores near 1000 overflow without a running maximum; here every block of keys has a larger one than those before."""
     grid, dtype = Grid(1, 40, 64), torch.float16
     tokens = draw(grid.pixels, 1152)
@@ -250,14 +251,14 @@ def test_attention_with_growing_scores(specialized):
     tokens = tokens.to(dtype)
     expected = from_flat(attention_reference(tokens, grid), grid)
     for splits in (1, 3):
-        out = run_attention(tokens, grid, attention_config(specialized), splits)
+        out = run_attention(tokens, grid, attention_config(sm90), splits)
         assert relative(from_flat(out, grid), expected) < 1e-3
 
 
-def attention_config(specialized: bool) -> AttentionConfig:
-    if specialized and not describe_device(torch.device("cuda")).wgmma:
+def attention_config(sm90: bool) -> AttentionConfig:
+    if sm90 and not describe_gpu(torch.device("cuda")).sm90:
         pytest.skip("needs compute capability 9.0")
-    return AttentionConfig(128, 32, 8, 2, specialized=specialized)
+    return AttentionConfig(128, 32, 8, 2, sm90=sm90)
 
 
 def run_attention(tokens: torch.Tensor, grid: Grid, config: AttentionConfig, splits: int) -> torch.Tensor:
@@ -265,8 +266,8 @@ def run_attention(tokens: torch.Tensor, grid: Grid, config: AttentionConfig, spl
     out = random_flat(grid, 384, tokens.dtype).cuda()
     partial = torch.full((splits * grid.pixels, 384), float("nan"), device="cuda")
     tops = torch.full((splits * grid.pixels, 1), float("nan"), device="cuda")
-    device = describe_device(torch.device("cuda"))
-    attention(tokens, grid, out, config=config, device=device, splits=splits, partial=partial, tops=tops)
+    device = describe_gpu(torch.device("cuda"))
+    attention(tokens, grid, out, config=config, gpu=device, splits=splits, partial=partial, tops=tops)
     return out
 
 
@@ -275,8 +276,8 @@ def test_triton_convolutions(networks, vae, dtype):
     """What other GPUs run; here the networks above use the CUDA C++ convolutions."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the networks above run them")
-    assert all(network._hopper is not None for network in networks.values())
-    config = FusedConfig(tuning=Tuning(hopper_convs=False), graph_after=1)
+    assert all(network._sm90 is not None for network in networks.values())
+    config = FusedConfig(tuning=Tuning(sm90=False), graph_after=1)
     for part, cls, shapes in (
         ("decoder", FusedDecoder, [(1, 16, 1, 1), (2, 16, 9, 13), (1, 16, 64, 64)]),
         ("encoder", FusedEncoder, [(1, 3, 15, 9), (2, 3, 77, 100), (1, 3, 512, 512)]),
@@ -307,7 +308,7 @@ def compiled_kernels() -> int:
 @pytest.mark.parametrize("hopper", [True, False])
 def test_nothing_is_compiled_after_compile(vae, part, hopper):
     cls = FusedDecoder if part == "decoder" else FusedEncoder
-    config = FusedConfig(graphs=0, tuning=Tuning(hopper_convs=hopper))
+    config = FusedConfig(graphs=0, tuning=Tuning(sm90=hopper))
     network = cls(image_state(vae, part), dtype=torch.float16, device=torch.device("cuda"), config=config)
     steps: list[tuple[int, int]] = []
     network.compile(lambda *step: steps.append(step))
@@ -331,13 +332,13 @@ def float8(vae):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("hopper_convs", [False, True])
-def test_float8_decoder(float8, vae, dtype, hopper_convs):
+@pytest.mark.parametrize("sm90", [False, True])
+def test_float8_decoder(float8, vae, dtype, sm90):
     """As far from fp32 as the simulation, plain and from a graph, which agree bit for bit."""
-    if hopper_convs and torch.cuda.get_device_capability() != (9, 0):
+    if sm90 and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs compute capability 9.0")
     source, scales, simulated = float8
-    config = FusedConfig(tuning=Tuning(hopper_convs=hopper_convs), graph_after=1)
+    config = FusedConfig(tuning=Tuning(sm90=sm90), graph_after=1)
     network = FusedDecoder(source.state("decode"), dtype=dtype, device=torch.device("cuda"), config=config, float8=scales)
     network.compile()
     before = compiled_kernels()
@@ -350,11 +351,11 @@ def test_float8_decoder(float8, vae, dtype, hopper_convs):
             noise = relative(simulated(z), exact)
         plain = network.run_plain(z.to(dtype))
         error = relative(plain, exact)
-        print(f"{size} {dtype} hopper {hopper_convs}: {error:.4f}, simulated {noise:.4f}")
+        print(f"{size} {dtype} hopper {sm90}: {error:.4f}, simulated {noise:.4f}")
         assert 0.5 * noise < error < 1.3 * noise
         for _ in range(2):  # captured, replayed
             assert torch.equal(plain, network(z.to(dtype)))
-    assert not hopper_convs or network._hopper._layers
+    assert not sm90 or network._sm90._layers
 
 
 def test_float8_scratch_may_hold_anything(float8):
@@ -363,7 +364,7 @@ def test_float8_scratch_may_hold_anything(float8):
         source.state("decode"), dtype=torch.bfloat16, device=torch.device("cuda"), config=PLAIN, float8=scales
     )
     z = draw(2, 16, 9, 11, dtype=torch.bfloat16)
-    program = network.program(tuple(z.shape))
+    program = network.launches(tuple(z.shape))
     outputs = []
     for fill in (127, 0):  # 127: NaN in float8
         memory = program.memory(z, torch.full((program.scratch_bytes,), fill, dtype=torch.uint8, device="cuda"))

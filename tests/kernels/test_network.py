@@ -13,15 +13,20 @@ import torch
 
 from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder, compiling, device_reasons, state_reasons
 from qwen_vae_accel.kernels.float8 import FLOAT8, quantize
+from qwen_vae_accel.kernels.gpu import Gpu
+from qwen_vae_accel.kernels.launches import Traffic
 from qwen_vae_accel.kernels.layout import Grid
-from qwen_vae_accel.kernels.memory import Arena, Traffic
-from qwen_vae_accel.kernels.network import decoder_shapes, encoder_shapes
-from qwen_vae_accel.kernels.sm90.layers import HopperConvs
-from qwen_vae_accel.kernels.sm90.schedules import Mode, choose_schedule, ends_early, lines_of
-from qwen_vae_accel.kernels.triton.conv3x3 import Norm, conv_reference
+from qwen_vae_accel.kernels.memory import Arena
+from qwen_vae_accel.kernels.network import Kind, published
+from qwen_vae_accel.kernels.sm90.layers import Sm90Layers
+from qwen_vae_accel.kernels.sm90.schedules import FLOAT8_SCHEDULES, SCHEDULES, Mode, choose_schedule, ends_early, lines_of
+from qwen_vae_accel.kernels.triton.conv3x3 import conv_reference
 from qwen_vae_accel.kernels.triton.downsample_conv import downsample_conv_reference
 from qwen_vae_accel.kernels.triton.upsample_conv import upsample_conv
-from qwen_vae_accel.kernels.tuning.selection import Device, Tuning
+from qwen_vae_accel.kernels.tuning.keys import KernelKey
+from qwen_vae_accel.kernels.tuning.selection import Tuning
+from qwen_vae_accel.kernels.tuning.tables import ATTENTION_KEY
+from qwen_vae_accel.kernels.weights import Norm
 from qwen_vae_accel.model import ModelSource
 from tests.helpers import Reference
 from tests.kernels.cases import CONFIG, NO_TMA, SMALL_TUNING, TMA, image_state, random_vae
@@ -29,7 +34,9 @@ from tests.kernels.cases import CONFIG, NO_TMA, SMALL_TUNING, TMA, image_state, 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreter tests; the GPU has test_gpu.py")
 
 
-def meta(shapes):
+def meta(method, image_channels=3):
+    """Weights of a published network without values."""
+    shapes = published(method, image_channels).parameters()
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
@@ -39,9 +46,15 @@ def reference(vae, part, image):
     return Reference(vae, method, image, torch.float16, double)
 
 
+def published_on(gpu, cls):
+    """A published network without values."""
+    weights = meta("decode" if cls is FusedDecoder else "encode")
+    return cls(weights, dtype=torch.bfloat16, device=torch.device("meta"), config=FusedConfig(gpu=gpu))
+
+
 def run_poisoned(network, image):
     """Scratch full of NaN: a halo or an element that nobody writes shows in the result."""
-    program = network.program(tuple(image.shape))
+    program = network.launches(tuple(image.shape))
     memory = program.memory(image, torch.full((program.scratch_bytes,), 255, dtype=torch.uint8))
     memory.output.fill_(float("nan"))
     program.run(memory)
@@ -83,7 +96,7 @@ class StandIn:
             done += self.lines(grid).finished
         norm = None if gamma is None else Norm(gamma, silu, n_scale)
         if self.mode is Mode.UPSAMPLE:
-            upsample_conv(a, grid, self.weights, x=x, normed=normed, norm=norm, config=CONFIG, device=TMA)
+            upsample_conv(a, grid, self.weights, x=x, normed=normed, norm=norm, config=CONFIG, gpu=TMA)
             return
         if self.mode is Mode.DOWNSAMPLE:
             results = downsample_conv_reference(a, grid, self.weights, norm)
@@ -94,20 +107,30 @@ class StandIn:
                 target.copy_(quantize(value, 1.0) if target.dtype == FLOAT8 else value)
 
 
+class StandInLayers(Sm90Layers):
+    """Layers of sm90/ that need no GPU: stand-ins of the widths that it has."""
+
+    def __init__(self, device, tuning):
+        super().__init__(device, tuning, StandIn)
+
+    def _reasons(self, mode, channels, out, dtype):
+        return [] if (mode, channels, out) in (FLOAT8_SCHEDULES if dtype == FLOAT8 else SCHEDULES) else ["no kernel"]
+
+
 @interpreted
 @pytest.mark.parametrize(("part", "shape"), [("decoder", (1, 16, 1, 2)), ("encoder", (1, 3, 17, 8))])
-def test_network_with_hopper_layers(part, shape):
+def test_network_with_sm90_layers(part, shape):
     """The other plan: convolutions by layer objects, the head's product a kernel of its own."""
     vae = random_vae()
     network = (FusedDecoder if part == "decoder" else FusedEncoder)(
         image_state(vae, part), dtype=torch.float16, device=torch.device("cpu"),
-        config=FusedConfig(tuning=SMALL_TUNING, device=TMA),
+        config=FusedConfig(tuning=SMALL_TUNING, gpu=TMA),
     )  # fmt: skip
-    network._hopper = HopperConvs(torch.device("cpu"), SMALL_TUNING, StandIn)
+    network._sm90 = StandInLayers(torch.device("cpu"), SMALL_TUNING)
     image = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     out = run_poisoned(network, image.half()).float()
     reference(vae, part, image).check(out)
-    layers = [layer for _, layer in network._hopper._layers.values()]
+    layers = [layer for _, layer in network._sm90._layers.values()]
     assert len(layers) == (31 if part == "decoder" else 23)
     assert all(layer.calls == 1 for layer in layers)
 
@@ -119,7 +142,7 @@ def test_network_agrees_with_diffusers(part, shape):
     vae = random_vae(channels)
     network = (FusedDecoder if part == "decoder" else FusedEncoder)(
         image_state(vae, part), dtype=torch.float16, device=torch.device("cpu"),
-        config=FusedConfig(tuning=SMALL_TUNING, device=TMA),
+        config=FusedConfig(tuning=SMALL_TUNING, gpu=TMA),
     )  # fmt: skip
     image = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     out = run_poisoned(network, image.half()).float()
@@ -127,35 +150,45 @@ def test_network_agrees_with_diffusers(part, shape):
 
 
 def test_weights_of_the_published_size_are_packed_once():
-    config = FusedConfig(device=Device(132, 232448, True, True))
-    decoder = FusedDecoder(meta(decoder_shapes(3)), dtype=torch.bfloat16, device=torch.device("meta"), config=config)
+    config = FusedConfig(gpu=Gpu(132, 232448, True, True))
+    decoder = FusedDecoder(meta("decode"), dtype=torch.bfloat16, device=torch.device("meta"), config=config)
     # 25.3 M parameters, of which the three upsamples' kernels are stored as sixteen 1x1 instead of nine.
     assert 50e6 < decoder.nbytes < 56e6
 
 
 @pytest.mark.parametrize("cls", [FusedDecoder, FusedEncoder])
 def test_scratch_of_a_megapixel(cls):
-    config = FusedConfig(device=Device(132, 232448, True, True))
-    shapes = decoder_shapes(3) if cls is FusedDecoder else encoder_shapes(3)
-    network = cls(meta(shapes), dtype=torch.bfloat16, device=torch.device("meta"), config=config)
-    program = network.program((1, 16, 128, 128) if cls is FusedDecoder else (1, 3, 1024, 1024))
+    config = FusedConfig(gpu=Gpu(132, 232448, True, True))
+    network = cls(
+        meta("decode" if cls is FusedDecoder else "encode"), dtype=torch.bfloat16, device=torch.device("meta"), config=config
+    )
+    program = network.launches((1, 16, 128, 128) if cls is FusedDecoder else (1, 3, 1024, 1024))
     three_matrices = 3 * 1026 * 1025 * 96 * 2
     assert three_matrices <= program.scratch_bytes < 1.01 * three_matrices
     assert abs(program.flops / 1e12 - (4.28 if cls is FusedDecoder else 2.85)) < 0.02
 
 
-@pytest.mark.parametrize("device", [TMA, NO_TMA, Device(132, 232448, True)], ids=["tma", "pointers", "large"])
+@pytest.mark.parametrize("device", [TMA, NO_TMA, Gpu(132, 232448, True)], ids=["tma", "pointers", "large"])
 @pytest.mark.parametrize("cls", [FusedDecoder, FusedEncoder])
 def test_no_size_needs_a_kernel_that_was_not_compiled_ahead(cls, device):
-    shapes = decoder_shapes(3) if cls is FusedDecoder else encoder_shapes(3)
-    network = cls(meta(shapes), dtype=torch.bfloat16, device=torch.device("meta"), config=FusedConfig(device=device))
+    network = cls(
+        meta("decode" if cls is FusedDecoder else "encode"),
+        dtype=torch.bfloat16,
+        device=torch.device("meta"),
+        config=FusedConfig(gpu=device),
+    )
     usual = network.usual_shapes()
     compiled = network.kernels(usual)
     assert 8 <= len(compiled) <= 40
     unit = usual[0][-1] // 8
     draw = random.Random(0)
     for _ in range(60):
-        shape = (draw.choice((1, 1, 2, 4)), network.channels, draw.randint(8, 240) * unit, draw.randint(8, 240) * unit)
+        shape = (
+            draw.choice((1, 1, 2, 4)),
+            network.network.in_channels,
+            draw.randint(8, 240) * unit,
+            draw.randint(8, 240) * unit,
+        )
         assert network.kernels([shape]).keys() <= compiled.keys(), shape
 
 
@@ -172,9 +205,9 @@ def test_compiling_runs_every_task_and_tells_of_each(monkeypatch):
 
 
 def test_traffic_is_counted_by_what_a_launch_asks_for():
-    config = FusedConfig(device=Device(132, 232448, True))
-    network = FusedDecoder(meta(decoder_shapes(3)), dtype=torch.bfloat16, device=torch.device("meta"), config=config)
-    program = network.program((1, 16, 128, 128))
+    config = FusedConfig(gpu=Gpu(132, 232448, True))
+    network = FusedDecoder(meta("decode"), dtype=torch.bfloat16, device=torch.device("meta"), config=config)
+    program = network.launches((1, 16, 128, 128))
     memory = program.memory(torch.empty(1, 16, 128, 128, dtype=torch.bfloat16, device="meta"))
     counted = []
     with compiling.collecting():
@@ -215,14 +248,16 @@ def test_arena_never_overlaps_what_lives_together():
 
 
 def test_reasons_for_other_topologies():
-    assert state_reasons(meta(decoder_shapes(4))) == []
-    assert state_reasons(meta(encoder_shapes(3))) == []
-    assert "image channels" in state_reasons(meta(decoder_shapes(7)))[0]
-    narrow = {name: tuple(max(s // 6, 3) for s in shape) for name, shape in decoder_shapes(3).items()}
-    assert state_reasons(meta({**decoder_shapes(3), "norm_out.gamma": (16,)}))
-    assert len(state_reasons(meta(narrow | {"conv_out.weight": (3, 16, 3, 3)}))) == 4  # three and a count
+    assert state_reasons(meta("decode", 4)) == []
+    assert state_reasons(meta("encode")) == []
+    assert state_reasons(meta("decode", 7)) == ["it has no kernels for these layers of the decoder: conv_out 96->7"]
+    narrow = {name: torch.empty([max(s // 6, 3) for s in value.shape], device="meta") for name, value in meta("decode").items()}
+    assert state_reasons({**meta("decode"), "norm_out.gamma": torch.empty(16, device="meta")})
+    assert len(state_reasons(narrow | {"conv_out.weight": torch.empty(3, 16, 3, 3)})) == 4  # three and a count
     with pytest.raises(ValueError, match="cannot run this model"):
         FusedDecoder({}, dtype=torch.float16, device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="FusedDecoder was given the weights of a network that encodes"):
+        FusedDecoder(meta("encode"), dtype=torch.float16, device=torch.device("meta"), config=FusedConfig(gpu=TMA))
 
 
 def test_reasons_for_devices():
@@ -234,18 +269,14 @@ def test_reasons_for_devices():
 
 
 def test_smaller_gpus_get_smaller_tiles():
-    weights = FusedDecoder(
-        meta(decoder_shapes(3)), dtype=torch.bfloat16, device=torch.device("meta"),
-        config=FusedConfig(device=Device(84, 99 << 10, False)),
-    )._weights.middle[0].conv1  # fmt: skip
-    tuning = Tuning()
-    config = tuning.conv("conv", weights, Grid(1, 64, 64), Device(84, 99 << 10, False), "norm")
+    key, tuning, small = KernelKey(Kind.CONV, 384, 384, epilogue="norm"), Tuning(), Gpu(84, 99 << 10, False)
+    config = tuning.conv(key, Grid(1, 64, 64), small)
     assert config.stages * 2 * (config.block_rows + 384) * config.block_k < 99 << 10
-    h200 = Device(132, 232448, True, True)
-    assert tuning.conv("conv", weights, Grid(1, 64, 64), h200, "norm").block_rows == 64  # 33 tiles of 128 would do
-    assert tuning.conv("conv", weights, Grid(1, 128, 128), h200, "norm").block_rows == 128
-    assert not tuning.attention_on(Device(84, 99 << 10, False)).specialized
-    assert tuning.attention_on(Device(132, 232448, True, True)).specialized
+    h200 = Gpu(132, 232448, True, True)
+    assert tuning.conv(key, Grid(1, 64, 64), h200).block_rows == 64  # 33 tiles of 128 would do
+    assert tuning.conv(key, Grid(1, 128, 128), h200).block_rows == 128
+    assert not tuning.attention_on(ATTENTION_KEY, small).sm90
+    assert tuning.attention_on(ATTENTION_KEY, h200).sm90
 
 
 def test_import_needs_no_triton():

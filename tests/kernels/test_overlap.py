@@ -9,15 +9,14 @@ import pytest
 import torch
 
 from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder
-from qwen_vae_accel.kernels import launches as network_module
+from qwen_vae_accel.kernels import builder as builder_module
+from qwen_vae_accel.kernels.gpu import Gpu
 from qwen_vae_accel.kernels.layout import Grid
 from qwen_vae_accel.kernels.memory import Slot
-from qwen_vae_accel.kernels.network import decoder_shapes, encoder_shapes
 from qwen_vae_accel.kernels.overlap import Matrix, Overlap, link, overlaps
-from qwen_vae_accel.kernels.sm90.layers import HopperConvs
+from qwen_vae_accel.kernels.sm90.layers import Sm90Layers
 from qwen_vae_accel.kernels.sm90.schedules import SCHEDULES, Lines, Mode, lines_of
-from qwen_vae_accel.kernels.tuning.selection import Device
-from tests.kernels.test_network import StandIn, meta
+from tests.kernels.test_network import StandIn, StandInLayers, meta
 
 GRID, OTHER = Grid(1, 8, 8), Grid(1, 16, 4)  # as many pixels, not as many rows
 BYTES = GRID.rows * 96 * 2
@@ -103,14 +102,14 @@ def test_lines_hold_every_tile_once(key):
 def planned(cls, shape, monkeypatch):
     """A program of the published network on a GPU of few multiprocessors; what ``link`` was given and returned."""
     seen = []
-    monkeypatch.setattr(network_module, "link", lambda *given: seen.append((*given, link(*given))) or seen[-1][-1])
-    monkeypatch.setattr(HopperConvs, "to_host", lambda self, weights: weights)
-    monkeypatch.setattr(cls, "_hopper_convs", lambda self, tuning: HopperConvs(self.device, tuning, StandIn))
+    monkeypatch.setattr(builder_module, "link", lambda *given: seen.append((*given, link(*given))) or seen[-1][-1])
+    monkeypatch.setattr(Sm90Layers, "to_host", lambda self, weights: weights)
+    monkeypatch.setattr(cls, "_sm90_layers", lambda self, tuning: StandInLayers(self.device, tuning))
     network = cls(
-        meta(decoder_shapes(3) if cls is FusedDecoder else encoder_shapes(3)), dtype=torch.bfloat16,
-        device=torch.device("meta"), config=FusedConfig(device=Device(132, 232448, True, True)),
+        meta("decode" if cls is FusedDecoder else "encode"), dtype=torch.bfloat16,
+        device=torch.device("meta"), config=FusedConfig(gpu=Gpu(132, 232448, True, True)),
     )  # fmt: skip
-    return network.program(shape), *seen[-1]
+    return network.launches(shape), *seen[-1]
 
 
 @pytest.mark.parametrize("cls", [FusedDecoder, FusedEncoder])

@@ -13,10 +13,10 @@ from torch import Tensor
 from qwen_vae_accel.backends.base import DirectBackend, Environment, Job
 from qwen_vae_accel.backends.fused.calibration import calibrated_peaks, measured_peaks
 from qwen_vae_accel.errors import BackendUnavailableError
-from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder, device_reasons
+from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder, device_reasons, network_reasons
 from qwen_vae_accel.kernels.float8 import input_scales
-from qwen_vae_accel.kernels.fused import describe_device
-from qwen_vae_accel.kernels.network import IMAGE_CHANNELS, LATENT_CHANNELS, WIDTHS
+from qwen_vae_accel.kernels.gpu import describe_gpu
+from qwen_vae_accel.kernels.network import describe
 from qwen_vae_accel.kernels.tuning.selection import Tuning
 from qwen_vae_accel.kernels.tuning.stored import Machine, read_tuned
 from qwen_vae_accel.model import ModelSource
@@ -30,7 +30,7 @@ _FLOAT16_LIMIT = 65504 / 4
 
 def _tuning(folder: Path | None, device: torch.device) -> Tuning:
     """What ``qwen-vae-accel tune`` found for this GPU in the engine directory, or what ships."""
-    tuned = None if folder is None else read_tuned(folder, Machine.of(device), describe_device(device))
+    tuned = None if folder is None else read_tuned(folder, Machine.of(device), describe_gpu(device))
     return Tuning() if tuned is None else tuned.tuning()
 
 
@@ -56,23 +56,10 @@ class FusedBackend(DirectBackend):
     def reasons(self, environment: Environment, job: Job) -> list[str]:
         device = torch.device(environment.device_type)
         reasons = device_reasons(device, job.dtype, environment.capability, float8=job.float8)
-        topology = job.topology
-        first, *rest = WIDTHS
-        encoder = (first, *(width for width in WIDTHS for _ in range(2)), WIDTHS[-1], WIDTHS[-1])
-        decoder = (WIDTHS[-1],) * 3 + tuple(width for width in reversed(WIDTHS) for _ in range(3))
-        found = topology.encoder_widths if job.method == "encode" else topology.decoder_widths
-        expected = encoder if job.method == "encode" else decoder
-        if found != expected:
-            reasons.append(
-                f"its kernels are for channels {WIDTHS} by level; this {job.method}r has {tuple(dict.fromkeys(found))}"
-            )
-        if topology.residual:
-            reasons.append("its kernels have no residual shortcuts of averages and copies, and this VAE has them")
-        if topology.z_dim != LATENT_CHANNELS or topology.image_channels not in IMAGE_CHANNELS:
-            reasons.append(
-                f"its kernels are for {LATENT_CHANNELS} latent and {IMAGE_CHANNELS} image channels; "
-                f"this VAE has {topology.z_dim} and {topology.image_channels}"
-            )
+        try:
+            reasons += network_reasons(describe(job.topology, job.method))
+        except ValueError as error:
+            reasons.append(f"it does not know this {job.method}r: {error}")
         return reasons
 
     def program(self, source: ModelSource, job: Job) -> FusedProgram:

@@ -38,12 +38,12 @@ def compile_attention(split: bool, dtype: torch.dtype) -> bytes:
 
 
 @functools.cache
-def _kernel(split: bool, dtype: torch.dtype, device: int) -> driver.Kernel:
+def _kernel(split: bool, dtype: torch.dtype, device: int) -> driver.LoadedKernel:
     shared = _defines(split, dtype)["SHARED_BYTES"]
-    return driver.Kernel(compile_attention(split, dtype), "attention", shared, device)
+    return driver.LoadedKernel(compile_attention(split, dtype), "attention", shared, device)
 
 
-def _load(split: bool, dtype: torch.dtype) -> driver.Kernel:
+def _load(split: bool, dtype: torch.dtype) -> driver.LoadedKernel:
     """On the current device."""
     return _kernel(split, dtype, torch.cuda.current_device())
 
@@ -59,9 +59,9 @@ class _Args(ctypes.Structure):
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(
+def _prepare(
     device: int, dtype: torch.dtype, grid: Grid, splits: int, tokens: int, out: int, partial: int, tops: int
-) -> driver.Launch:
+) -> driver.PreparedLaunch:
     driver.bind_context(device)  # describing tensors needs one, and this thread may be new to CUDA
     width, count = 3 * CHANNELS, grid.height * grid.width
     shape, strides = (width, count, grid.batch), (2 * width, 2 * width * count)
@@ -74,7 +74,7 @@ def _plan(
     with torch.cuda.device(device):
         kernel = _load(splits > 1, dtype)
     tiles = -(-count // (2 * _ROWS * _CLUSTER)) * _CLUSTER
-    return driver.Launch(kernel, (tiles, splits, grid.batch), _THREADS, (boxes(_ROWS), boxes(KEYS // _CLUSTER), args))
+    return driver.PreparedLaunch(kernel, (tiles, splits, grid.batch), _THREADS, (boxes(_ROWS), boxes(KEYS // _CLUSTER), args))
 
 
 def attention_sm90(tokens: Tensor, grid: Grid, out: Tensor, partial: Tensor | None, tops: Tensor | None, splits: int) -> None:
@@ -85,4 +85,4 @@ def attention_sm90(tokens: Tensor, grid: Grid, out: Tensor, partial: Tensor | No
         tasks.setdefault(("attention", *kernel), functools.partial(_load, *kernel))
         return
     addresses = (0 if t is None else t.data_ptr() for t in (tokens, out, partial, tops))
-    _plan(tokens.get_device(), tokens.dtype, grid, splits, *addresses)()
+    _prepare(tokens.get_device(), tokens.dtype, grid, splits, *addresses)()

@@ -44,7 +44,7 @@ from qwen_vae_accel.kernels.sm90.schedules import (
 from qwen_vae_accel.kernels.sm90.source import conv_source
 from qwen_vae_accel.kernels.weights import ConvWeights
 
-_PLANS = 512  # launches a layer remembers, each by its addresses and grid
+_PREPARED = 512  # launches a layer remembers, each by its addresses and grid
 
 
 def unsupported(capability: tuple[int, int] | None, mode: Mode, channels: int, out: int, dtype: torch.dtype) -> list[str]:
@@ -78,8 +78,8 @@ def compile_variant(variant: Variant, dtype: torch.dtype, cache: Path | None = N
 
 
 @functools.cache
-def _kernel(variant: Variant, dtype: torch.dtype, device: int, cache: Path | None) -> driver.Kernel:
-    return driver.Kernel(compile_variant(variant, dtype, cache), "conv", variant.shared_bytes(), device)
+def _kernel(variant: Variant, dtype: torch.dtype, device: int, cache: Path | None) -> driver.LoadedKernel:
+    return driver.LoadedKernel(compile_variant(variant, dtype, cache), "conv", variant.shared_bytes(), device)
 
 
 class _Args(ctypes.Structure):
@@ -162,7 +162,7 @@ class Conv3x3:
         self._matrix, self._bias, self._rescale = matrix, weights.bias, weights.rescale
         self._schedules, self._cache, self._keep = schedules, cache, keep
         self._packed: dict[int, Tensor] = {}  # by channels of a chunk
-        self._plans: dict[tuple, driver.Launch] = {}
+        self._prepared: dict[tuple, driver.PreparedLaunch] = {}
         self._lock = threading.Lock()
         self._multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
 
@@ -235,14 +235,14 @@ class Conv3x3:
         tensors = (a, x, normed, gamma, residual, shortcut, done, counters)
         where = (grid.batch, grid.height, grid.width, flat, silu, x_scale, n_scale, lines)
         key = (where, *(None if t is None else t.data_ptr() for t in tensors))
-        plan = self._plans.get(key)
-        if plan is None:
-            plan = self._plan(call)
+        launch = self._prepared.get(key)
+        if launch is None:
+            launch = self._prepare(call)
             with self._lock:
-                if len(self._plans) >= _PLANS:
-                    self._plans.clear()
-                self._plans[key] = plan
-        plan()
+                if len(self._prepared) >= _PREPARED:
+                    self._prepared.clear()
+                self._prepared[key] = launch
+        launch()
 
     def _wanted(self, call: _Call) -> tuple[Variant, torch.dtype, int, Path | None]:
         """The kernel that the call needs: arguments of :func:`_kernel`."""
@@ -253,7 +253,7 @@ class Conv3x3:
         )  # fmt: skip
         return variant, self._plain(call), self._index, self._cache
 
-    def _plan(self, call: _Call) -> driver.Launch:
+    def _prepare(self, call: _Call) -> driver.PreparedLaunch:
         grid, flat, x, normed, gamma = call.grid, call.flat, call.x, call.normed, call.gamma
         tiled = self._tiled(grid)
         after = grid.doubled() if self.mode == Mode.UPSAMPLE else tiled
@@ -290,7 +290,7 @@ class Conv3x3:
         with torch.cuda.device(self._index):
             kernel = _kernel(*wanted)
         blocks = grid_blocks(schedule, self.mode, tiles, self._multiprocessors)
-        return driver.Launch(kernel, (blocks, 1, 1), schedule.threads, (a, second, addend, args), (packed, gamma))
+        return driver.PreparedLaunch(kernel, (blocks, 1, 1), schedule.threads, (a, second, addend, args), (packed, gamma))
 
     def _plain(self, call: _Call) -> torch.dtype:
         """The 16-bit dtype of a call: that of any such matrix; where all are float8 it makes no difference."""

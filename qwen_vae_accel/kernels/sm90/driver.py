@@ -148,7 +148,7 @@ def _overlaps() -> bool:
     return version.value >= 12030
 
 
-class Kernel:
+class LoadedKernel:
     """One function of a cubin, loaded on ``device``, which must be the current one.
 
     A thread of every block must execute ``griddepcontrol.wait`` before it lets the next kernel start and before the block ends;
@@ -177,7 +177,7 @@ class Kernel:
         _check(status, "kernel launch")
 
 
-class Launch:
+class PreparedLaunch:
     """A launch prepared once and made by calling it, on the current stream of the kernel's device.
 
     Args:
@@ -186,7 +186,7 @@ class Launch:
     """
 
     def __init__(
-        self, kernel: Kernel, grid: tuple[int, int, int], threads: int, parameters: Sequence[Any], keep: tuple = ()
+        self, kernel: LoadedKernel, grid: tuple[int, int, int], threads: int, parameters: Sequence[Any], keep: tuple = ()
     ) -> None:
         self._kernel, self._grid, self._threads, self._keep = kernel, grid, threads, (*parameters, *keep)
         self._arguments = (ctypes.c_void_p * len(parameters))(*map(ctypes.addressof, parameters))

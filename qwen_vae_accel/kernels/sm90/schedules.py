@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import NamedTuple
 
+from qwen_vae_accel.kernels.network import Kind
+
 SHARED_LIMIT = 232448  # bytes one block may use on compute capability 9.0
 
 
@@ -15,6 +17,9 @@ class Mode(IntEnum):
     CONV = 0
     UPSAMPLE = 1
     DOWNSAMPLE = 2
+
+
+MODES = {Kind.CONV: Mode.CONV, Kind.UP: Mode.UPSAMPLE, Kind.DOWN: Mode.DOWNSAMPLE}
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,15 +16,16 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from qwen_vae_accel.kernels.compiling import Kernel
+from qwen_vae_accel.kernels.compiling import TritonKernel
+from qwen_vae_accel.kernels.gpu import Gpu
 from qwen_vae_accel.kernels.layout import Grid, from_flat, to_flat
 from qwen_vae_accel.kernels.sm90.attention import KEYS, attention_sm90
 from qwen_vae_accel.kernels.triton.blocks import check_flat, is_pixel, load_tile, split_channels, tile
-from qwen_vae_accel.kernels.tuning.selection import AttentionConfig, ConvConfig, Device
+from qwen_vae_accel.kernels.tuning.configs import AttentionConfig, ConvConfig
 from qwen_vae_accel.kernels.weights import ConvWeights
 
 
-@Kernel
+@TritonKernel
 @triton.jit(do_not_specialize=["rows", "image_rows", "pitch"])
 def _qkv_kernel(
     a,  # [rows, C]
@@ -54,7 +55,7 @@ def _qkv_kernel(
 
 
 def qkv(
-    a: Tensor, grid: Grid, weights: ConvWeights, tokens: Tensor, *, config: ConvConfig, device: Device
+    a: Tensor, grid: Grid, weights: ConvWeights, tokens: Tensor, *, config: ConvConfig, gpu: Gpu
 ) -> None:  # fmt: skip
     """``a`` [rows, C] -> ``tokens`` [B * H * W, 3 * C]: queries, keys and values of the pixels, without halo."""
     channels = weights.in_channels
@@ -63,10 +64,10 @@ def qkv(
     n0, n1 = split_channels(channels)
     block, block_k = config.block_rows, config.block_k
     _qkv_kernel[(triton.cdiv(grid.rows, block), 3)](
-        tile(a, block, block_k, device),
-        tile(weights.weight, n0, block_k, device), tile(weights.weight, n1, block_k, device),
+        tile(a, block, block_k, gpu),
+        tile(weights.weight, n0, block_k, gpu), tile(weights.weight, n1, block_k, gpu),
         weights.bias, tokens, grid.rows, grid.height + 1, grid.pitch,
-        C=channels, N0=n0, N1=n1, BM=block, BK=block_k, TMA=device.tma, **config.launch_options(),
+        C=channels, N0=n0, N1=n1, BM=block, BK=block_k, TMA=gpu.bulk_copies, **config.launch_options(),
     )  # fmt: skip
 
 
@@ -76,9 +77,9 @@ def qkv_reference(a: Tensor, grid: Grid, weights: ConvWeights) -> Tensor:
     return pixels @ weights.weight.float().T + weights.bias
 
 
-def token_tile(tokens: Tensor, batch: int, rows: int, columns: int, device: Device):
+def token_tile(tokens: Tensor, batch: int, rows: int, columns: int, gpu: Gpu):
     """Like ``blocks.tile``, of ``rows`` tokens of one image: beyond its last token a bulk copy reads zeros."""
-    if not device.tma:
+    if not gpu.tma:
         return tokens
     return TensorDescriptor.from_tensor(tokens.view(batch, -1, tokens.shape[1]), [1, rows, columns])
 
@@ -100,7 +101,7 @@ def load_tokens(src, b, token, column, count, WIDTH: tl.constexpr, BM: tl.conste
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
-@Kernel
+@TritonKernel
 @triton.jit(do_not_specialize=["count", "width", "all_tokens", "splits", "scale"])
 def _attention_kernel(
     q0, q1, k0, k1, v0, v1,  # [B, T, 3 * C] tokens, as tiles of N0 and N1 columns
@@ -165,7 +166,7 @@ def _flat_row(token, b, count, width):
     return (b * (count // width + 1) + token // width + 1) * (width + 1) + token % width + 1
 
 
-@Kernel
+@TritonKernel
 @triton.jit(do_not_specialize=["count", "width", "all_tokens", "splits"])
 def _merge_kernel(
     partial,  # [splits * B * T, C] fp32
@@ -193,7 +194,7 @@ def _merge_kernel(
 
 
 def attention(
-    tokens: Tensor, grid: Grid, out: Tensor, *, config: AttentionConfig, device: Device, splits: int = 1,
+    tokens: Tensor, grid: Grid, out: Tensor, *, config: AttentionConfig, gpu: Gpu, splits: int = 1,
     partial: Tensor | None = None, tops: Tensor | None = None,
 ) -> None:  # fmt: skip
     """``tokens`` [B * H * W, 3 * C] -> ``out`` [rows, C], pixels only: its halo keeps what it held.
@@ -209,17 +210,17 @@ def attention(
             raise ValueError("splits need memory for partial results")
         check_flat(partial, splits * grid.pixels, channels, torch.float32, "partial")
     n0, n1 = split_channels(channels)
-    count, bm, bn = grid.height * grid.width, config.block_queries, KEYS if config.specialized else config.block_keys
+    count, bm, bn = grid.height * grid.width, config.block_queries, KEYS if config.sm90 else config.block_keys
     if splits > -(-count // bn):  # one without keys waits for them forever
         raise ValueError(f"{splits} splits of {count} keys, {bn} at a time, leave some empty")
-    if config.specialized:
+    if config.sm90:
         attention_sm90(tokens, grid, out, partial, tops, splits)
     else:
-        parts = [token_tile(tokens, grid.batch, rows, columns, device) for rows in (bm, bn, bn) for columns in (n0, n1)]
+        parts = [token_tile(tokens, grid.batch, rows, columns, gpu) for rows in (bm, bn, bn) for columns in (n0, n1)]
         _attention_kernel[(triton.cdiv(count, bm), splits, grid.batch)](
             *parts, out, out if partial is None else partial, out if tops is None else tops,
             count, grid.width, grid.pixels, splits, channels**-0.5 * math.log2(math.e),
-            C=channels, N0=n0, N1=n1, SPLIT=splits > 1, BM=bm, BN=bn, TMA=device.tma,
+            C=channels, N0=n0, N1=n1, SPLIT=splits > 1, BM=bm, BN=bn, TMA=gpu.bulk_copies,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     if splits > 1:

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from qwen_vae_accel.kernels.tuning.selection import Device
+from qwen_vae_accel.kernels.gpu import Gpu
 
 NO_NORM, NORM_ONLY, NORM_SILU = 0, 1, 2
 
@@ -22,9 +22,9 @@ def split_channels(channels: int) -> tuple[int, int]:
     return SPLITS[channels]
 
 
-def tile(tensor: Tensor, rows: int, columns: int, device: Device):
+def tile(tensor: Tensor, rows: int, columns: int, gpu: Gpu):
     """A ``[rows, columns]`` tile view of a matrix: a TMA descriptor where the GPU has TMA, else the tensor itself."""
-    return TensorDescriptor.from_tensor(tensor, [rows, columns]) if device.tma else tensor
+    return TensorDescriptor.from_tensor(tensor, [rows, columns]) if gpu.bulk_copies else tensor
 
 
 def check_flat(tensor: Tensor, rows: int, channels: int, dtype: torch.dtype, name: str) -> None:

@@ -14,16 +14,14 @@ the same matrix (layout.py). ``residual`` and ``x`` may be the same buffer: a ti
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen_vae_accel.kernels.compiling import Kernel
+from qwen_vae_accel.kernels.compiling import TritonKernel
 from qwen_vae_accel.kernels.float8 import FLOAT8
+from qwen_vae_accel.kernels.gpu import Gpu
 from qwen_vae_accel.kernels.layout import Grid, from_flat, to_flat
 from qwen_vae_accel.kernels.triton.blocks import (
     NO_NORM,
@@ -40,29 +38,8 @@ from qwen_vae_accel.kernels.triton.blocks import (
     store_tile,
     tile,
 )
-from qwen_vae_accel.kernels.tuning.selection import ConvConfig, Device
-from qwen_vae_accel.kernels.weights import ConvWeights
-
-
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """RMS norm in an epilogue: fp32 gain [C] (sqrt(C) included), then SiLU or not, then times ``scale`` into float8."""
-
-    gamma: Tensor
-    silu: bool = True
-    scale: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.scale is not None and not self.silu:
-            raise ValueError("float8 follows SiLU only")
-
-    def dtype(self, plain: torch.dtype) -> torch.dtype:
-        """Of the normed matrix, ``plain`` being that of the others."""
-        return plain if self.scale is None else FLOAT8
-
-    @property
-    def mode(self) -> int:
-        return NORM_SILU if self.silu else NORM_ONLY
+from qwen_vae_accel.kernels.tuning.configs import ConvConfig
+from qwen_vae_accel.kernels.weights import ConvWeights, Norm
 
 
 @triton.jit
@@ -145,7 +122,7 @@ def _conv_tile(
 
 
 # One compiled kernel for every size: integers are not specialised.
-@Kernel
+@TritonKernel
 @triton.jit(do_not_specialize=["rows", "image_rows", "pitch", "product_rows", "tiles"])
 def _conv_kernel(
     a,  # [rows, C] input
@@ -186,7 +163,7 @@ def conv(
     weights: ConvWeights,
     *,
     config: ConvConfig,
-    device: Device,
+    gpu: Gpu,
     x: Tensor | None = None,
     normed: Tensor | None = None,
     norm: Norm | None = None,
@@ -222,16 +199,16 @@ def conv(
     block_s = block_k if weights.shortcut % block_k == 0 else 32
     if channels % block_k or weights.shortcut % block_s:
         raise ValueError(f"{channels} + {weights.shortcut} channels are not a multiple of block_k {block_k}")
-    pair = lambda t: (tile(t, block, n0, device), tile(t, block, n1 or n0, device))  # noqa: E731
+    pair = lambda t: (tile(t, block, n0, gpu), tile(t, block, n1 or n0, gpu))  # noqa: E731
     some = next(t for t in (x, normed, a) if t is not None)  # stands in for absent tensors, never touched
     stand_in = pair(some)
     beside = weights.weight if weights.shortcut_weight is None else weights.shortcut_weight
     tiles = triton.cdiv(rows, block)
-    _conv_kernel[(config.programs(tiles, device),)](
-        tile(a, block, block_k, device),
-        tile(a if shortcut is None else shortcut, block, block_s, device),
-        *(tile(weights.weight, n, block_k, device) for n in (n0, n1 or n0)),
-        *(tile(beside, n, block_s, device) for n in (n0, n1 or n0)),
+    _conv_kernel[(config.blocks(tiles, gpu),)](
+        tile(a, block, block_k, gpu),
+        tile(a if shortcut is None else shortcut, block, block_s, gpu),
+        *(tile(weights.weight, n, block_k, gpu) for n in (n0, n1 or n0)),
+        *(tile(beside, n, block_s, gpu) for n in (n0, n1 or n0)),
         weights.bias, weights.bias if norm is None else norm.gamma, weights.rescale,
         *(stand_in if residual is None else pair(residual)),
         *(stand_in if x is None else pair(x)),
@@ -242,8 +219,9 @@ def conv(
         rows, grid.height + 1, grid.pitch, 0 if products is None else products.shape[0], tiles,
         C=channels, CS=weights.shortcut, N0=n0, N1=n1, TAPS=weights.taps,
         RESIDUAL=residual is not None, WRITE_X=x is not None,
-        NORM=NO_NORM if norm is None else norm.mode, WRITE_N=normed is not None, J=0 if head is None else head.shape[1],
-        BM=block, BK=block_k, BS=block_s, TMA=device.tma, PERSISTENT=config.per_sm > 0,
+        NORM=NO_NORM if norm is None else NORM_SILU if norm.silu else NORM_ONLY,
+        WRITE_N=normed is not None, J=0 if head is None else head.shape[1],
+        BM=block, BK=block_k, BS=block_s, TMA=gpu.bulk_copies, PERSISTENT=config.per_sm > 0,
         **config.launch_options(),
     )  # fmt: skip
 

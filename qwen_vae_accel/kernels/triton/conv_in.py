@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen_vae_accel.kernels.compiling import Kernel
+from qwen_vae_accel.kernels.compiling import TritonKernel
+from qwen_vae_accel.kernels.gpu import Gpu
 from qwen_vae_accel.kernels.layout import Grid, to_flat
 from qwen_vae_accel.kernels.triton.blocks import (
     check_flat,
@@ -25,13 +26,12 @@ from qwen_vae_accel.kernels.triton.blocks import (
     store_tile,
     tile,
 )
-from qwen_vae_accel.kernels.triton.conv3x3 import Norm
-from qwen_vae_accel.kernels.tuning.selection import ConvConfig, Device
-from qwen_vae_accel.kernels.weights import SmallConvWeights
+from qwen_vae_accel.kernels.tuning.configs import ConvConfig
+from qwen_vae_accel.kernels.weights import Norm, SmallConvWeights
 
 
 # One compiled kernel for every size: integers are not specialised.
-@Kernel
+@TritonKernel
 @triton.jit(do_not_specialize=["stride_b", "stride_c", "stride_y", "stride_x", "height", "width", "rows"])
 def _conv_in_kernel(
     image,  # [B, CIN, H, W], any strides
@@ -78,7 +78,7 @@ def _conv_in_kernel(
 
 def conv_in(
     image: Tensor, weights: SmallConvWeights, *, x: Tensor, normed: Tensor, norm: Norm, config: ConvConfig,
-    device: Device,
+    gpu: Gpu,
 ) -> None:  # fmt: skip
     """``image`` [B, C, H, W] of any strides -> ``x`` and ``normed`` [rows, N].
 
@@ -97,13 +97,13 @@ def conv_in(
     n0, n1 = split_channels(out)
     block_rows, block_k = config.block_rows, config.block_k
     _conv_in_kernel[(triton.cdiv(rows, block_rows),)](
-        image, tile(weights.weight, n0, block_k, device), tile(weights.weight, n1, block_k, device),
+        image, tile(weights.weight, n0, block_k, gpu), tile(weights.weight, n1, block_k, gpu),
         weights.bias, norm.gamma,
-        tile(x, block_rows, n0, device), tile(x, block_rows, n1, device),
-        tile(normed, block_rows, n0, device), tile(normed, block_rows, n1, device),
+        tile(x, block_rows, n0, gpu), tile(x, block_rows, n1, gpu),
+        tile(normed, block_rows, n0, gpu), tile(normed, block_rows, n1, gpu),
         *image.stride(), height, width, rows,
         CIN=channels, ONES=weights.ones, K=k, N0=n0, N1=n1, BM=block_rows, BK=block_k,
-        TMA=device.tma, **config.launch_options(),
+        TMA=gpu.bulk_copies, **config.launch_options(),
     )  # fmt: skip
 
 

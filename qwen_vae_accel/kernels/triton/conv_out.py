@@ -15,14 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen_vae_accel.kernels.compiling import Kernel
+from qwen_vae_accel.kernels.compiling import TritonKernel
+from qwen_vae_accel.kernels.gpu import Gpu
 from qwen_vae_accel.kernels.layout import Grid, from_flat
 from qwen_vae_accel.kernels.triton.blocks import check_flat, clamp, is_pixel, load_tile, tile
-from qwen_vae_accel.kernels.tuning.selection import Device
 from qwen_vae_accel.kernels.weights import ConvWeights
 
 
-@Kernel
+@TritonKernel
 @triton.jit(do_not_specialize=["rows", "product_rows"])
 def _head_kernel(
     a,  # [rows, C]
@@ -42,17 +42,17 @@ def _head_kernel(
     tl.store(products + to, acc, mask=(r < rows)[:, None] & (j < product_rows)[None, :])
 
 
-def head_products(a: Tensor, head: Tensor, products: Tensor, *, device: Device, block_rows: int = 128) -> None:
+def head_products(a: Tensor, head: Tensor, products: Tensor, *, gpu: Gpu, block_rows: int = 128) -> None:
     """``a`` [rows, C] @ ``head`` [C, J] -> ``products`` [<= J, rows] fp32, where no epilogue has done it."""
     rows, channels = a.shape
     check_flat(a, rows, head.shape[0], head.dtype, "input")
     _head_kernel[(triton.cdiv(rows, block_rows),)](
-        tile(a, block_rows, 32, device), head, products, rows, products.shape[0],
-        C=channels, J=head.shape[1], BM=block_rows, BK=32, TMA=device.tma, num_warps=4, num_stages=3,
+        tile(a, block_rows, 32, gpu), head, products, rows, products.shape[0],
+        C=channels, J=head.shape[1], BM=block_rows, BK=32, TMA=gpu.bulk_copies, num_warps=4, num_stages=3,
     )  # fmt: skip
 
 
-@Kernel
+@TritonKernel
 @triton.jit(do_not_specialize=["height", "width", "rows", "pixels"])
 def _sum_taps_kernel(
     products,  # [9 * C, rows] fp32
@@ -100,7 +100,7 @@ def sum_taps_reference(products: Tensor, bias: Tensor, grid: Grid) -> Tensor:
     return (torch.stack(parts).sum(0) + bias[:, None, None]).clamp(-1, 1)
 
 
-@Kernel
+@TritonKernel
 @triton.jit(do_not_specialize=["height", "width", "rows"])
 def _conv_out_kernel(
     a,  # [rows, C]
@@ -131,7 +131,7 @@ def _conv_out_kernel(
 
 
 def conv_out(
-    a: Tensor, grid: Grid, weights: ConvWeights, image: Tensor, *, device: Device, block_rows: int = 64,
+    a: Tensor, grid: Grid, weights: ConvWeights, image: Tensor, *, gpu: Gpu, block_rows: int = 64,
     block_k: int = 64,
 ) -> None:  # fmt: skip
     """``a`` [rows, C] -> ``image`` [B, N, H, W] contiguous; N a power of two, at least 16."""
@@ -139,9 +139,9 @@ def conv_out(
     if tuple(image.shape) != (grid.batch, weights.out_channels, grid.height, grid.width) or not image.is_contiguous():
         raise ValueError(f"image {list(image.shape)} does not fit {grid}")
     _conv_out_kernel[(triton.cdiv(grid.rows, block_rows),)](
-        tile(a, block_rows, block_k, device), tile(weights.weight, weights.out_channels, block_k, device),
+        tile(a, block_rows, block_k, gpu), tile(weights.weight, weights.out_channels, block_k, gpu),
         weights.bias, image, grid.height, grid.width, grid.rows,
-        C=weights.in_channels, N=weights.out_channels, BM=block_rows, BK=block_k, TMA=device.tma,
+        C=weights.in_channels, N=weights.out_channels, BM=block_rows, BK=block_k, TMA=gpu.bulk_copies,
         num_warps=4, num_stages=4,
     )  # fmt: skip
 

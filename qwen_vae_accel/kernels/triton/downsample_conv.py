@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen_vae_accel.kernels.compiling import Kernel
+from qwen_vae_accel.kernels.compiling import TritonKernel
+from qwen_vae_accel.kernels.gpu import Gpu
 from qwen_vae_accel.kernels.layout import Grid, from_flat, to_flat
 from qwen_vae_accel.kernels.triton.blocks import (
     check_flat,
@@ -24,13 +25,12 @@ from qwen_vae_accel.kernels.triton.blocks import (
     store_tile,
     tile,
 )
-from qwen_vae_accel.kernels.triton.conv3x3 import Norm
-from qwen_vae_accel.kernels.tuning.selection import ConvConfig, Device
-from qwen_vae_accel.kernels.weights import ConvWeights
+from qwen_vae_accel.kernels.tuning.configs import ConvConfig
+from qwen_vae_accel.kernels.weights import ConvWeights, Norm
 
 
 # One compiled kernel for every size: integers are not specialised.
-@Kernel
+@TritonKernel
 @triton.jit(do_not_specialize=["rows", "image_rows", "pitch", "large_rows", "large_image_rows", "large_pitch"])
 def _downsample_kernel(
     a,  # [large rows, C]
@@ -73,7 +73,7 @@ def _downsample_kernel(
 
 def downsample_conv(
     a: Tensor, grid: Grid, weights: ConvWeights, *, x: Tensor, normed: Tensor, norm: Norm, config: ConvConfig,
-    device: Device,
+    gpu: Gpu,
 ) -> None:  # fmt: skip
     """``a`` [grid.rows, C] -> ``x`` and ``normed`` [grid.halved().rows, N].
 
@@ -91,12 +91,12 @@ def downsample_conv(
     block, block_k = config.block_rows, config.block_k
     tiles = triton.cdiv(small.rows, block)
     _downsample_kernel[(tiles,)](
-        a, tile(weights.weight, n0, block_k, device), tile(weights.weight, n1, block_k, device),
+        a, tile(weights.weight, n0, block_k, gpu), tile(weights.weight, n1, block_k, gpu),
         weights.bias, norm.gamma,
-        tile(x, block, n0, device), tile(x, block, n1, device),
-        tile(normed, block, n0, device), tile(normed, block, n1, device),
+        tile(x, block, n0, gpu), tile(x, block, n1, gpu),
+        tile(normed, block, n0, gpu), tile(normed, block, n1, gpu),
         small.rows, small.height + 1, small.pitch, grid.rows, grid.height + 1, grid.pitch,
-        C=weights.in_channels, N0=n0, N1=n1, BM=block, BK=block_k, TMA=device.tma,
+        C=weights.in_channels, N0=n0, N1=n1, BM=block, BK=block_k, TMA=gpu.bulk_copies,
         **config.launch_options(),
     )  # fmt: skip
 

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen_vae_accel.kernels.compiling import Kernel
+from qwen_vae_accel.kernels.compiling import TritonKernel
 from qwen_vae_accel.kernels.float8 import FLOAT8
+from qwen_vae_accel.kernels.gpu import Gpu
 from qwen_vae_accel.kernels.layout import Grid, from_flat, to_flat
 from qwen_vae_accel.kernels.triton.blocks import (
     check_flat,
@@ -28,13 +29,12 @@ from qwen_vae_accel.kernels.triton.blocks import (
     split_channels,
     tile,
 )
-from qwen_vae_accel.kernels.triton.conv3x3 import Norm
-from qwen_vae_accel.kernels.tuning.selection import ConvConfig, Device
-from qwen_vae_accel.kernels.weights import ConvWeights
+from qwen_vae_accel.kernels.tuning.configs import ConvConfig
+from qwen_vae_accel.kernels.weights import ConvWeights, Norm
 
 
 # One compiled kernel for every size: integers are not specialised.
-@Kernel
+@TritonKernel
 @triton.jit(do_not_specialize=["rows", "image_rows", "pitch"])
 def _upsample_kernel(
     a,  # [rows, C] small image
@@ -92,7 +92,7 @@ def _upsample_kernel(
 
 def upsample_conv(
     a: Tensor, grid: Grid, weights: ConvWeights, *, x: Tensor, normed: Tensor, norm: Norm, config: ConvConfig,
-    device: Device,
+    gpu: Gpu,
 ) -> None:  # fmt: skip
     """``a`` [grid.rows, C] -> ``x`` and ``normed`` [grid.doubled().rows, N]; ``a`` and ``normed`` may be float8.
 
@@ -109,11 +109,11 @@ def upsample_conv(
     block, block_k = config.block_rows, config.block_k
     tiles = 4 * triton.cdiv(grid.rows, block)
     _upsample_kernel[(tiles,)](
-        tile(a, block, block_k, device),
-        tile(weights.weight, n0, block_k, device), tile(weights.weight, n1, block_k, device),
+        tile(a, block, block_k, gpu),
+        tile(weights.weight, n0, block_k, gpu), tile(weights.weight, n1, block_k, gpu),
         weights.bias, norm.gamma, weights.rescale, x, normed, norm.scale,
         grid.rows, grid.height + 1, grid.pitch,
-        C=weights.in_channels, N0=n0, N1=n1, BM=block, BK=block_k, TMA=device.tma,
+        C=weights.in_channels, N0=n0, N1=n1, BM=block, BK=block_k, TMA=gpu.bulk_copies,
         **config.launch_options(),
     )  # fmt: skip
 

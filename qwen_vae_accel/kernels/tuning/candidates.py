@@ -8,22 +8,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from qwen_vae_accel.kernels.sm90.layers import MODES
-from qwen_vae_accel.kernels.sm90.schedules import FLOAT8_SCHEDULES, SCHEDULES, SHARED_LIMIT, Mode, Schedule, Variant
-from qwen_vae_accel.kernels.tuning.selection import (
-    ATTENTION_KEY,
-    H200_ATTENTION,
-    H200_CONVS,
-    SCHEDULE_PREFIX,
-    AttentionConfig,
-    Config,
-    ConvConfig,
-    Device,
-    Key,
-    Tuning,
-    attention_fits,
-    conv_fits,
+from qwen_vae_accel.kernels.gpu import Gpu
+from qwen_vae_accel.kernels.network import Kind
+from qwen_vae_accel.kernels.sm90.schedules import (
+    FLOAT8_SCHEDULES,
+    MODES,
+    SCHEDULES,
+    SHARED_LIMIT,
+    Mode,
+    Schedule,
+    Variant,
 )
+from qwen_vae_accel.kernels.tuning.configs import AttentionConfig, Config, ConvConfig, attention_fits, conv_fits
+from qwen_vae_accel.kernels.tuning.keys import KernelKey
+from qwen_vae_accel.kernels.tuning.selection import Tuning
+from qwen_vae_accel.kernels.tuning.tables import ATTENTION_KEY, H200_ATTENTION, H200_CONVS
 
 # Rows of a tile and warps. Accumulators decide: fewer registers leave the tensor cores idle, more are spilled.
 _TILES = ((64, 4), (64, 8), (128, 4), (128, 8), (256, 8))
@@ -33,52 +32,48 @@ _MOST_WEIGHT_STAGES = 16
 _STAGGERS = (8, 4, 0)  # steps
 
 
-def candidates(key: Key, device: Device) -> tuple[Config, ...]:
-    """What to try for ``key`` on ``device``, the shipped configurations first; every relative cost in it is 1.
+def candidates(key: KernelKey, gpu: Gpu) -> tuple[Config, ...]:
+    """What to try for ``key`` on ``gpu``, the shipped configurations first; every relative cost in it is 1.
 
     Raises:
         ValueError: there is no such kernel.
     """
     if key == ATTENTION_KEY:
-        return _attention(device)
-    try:
-        kind, channels, out, *epilogue = key
-        name, channels, out = str(kind), int(channels), int(out)
-        if name.startswith(SCHEDULE_PREFIX):
-            if not epilogue:
-                kind, _, float8 = name.removeprefix(SCHEDULE_PREFIX).partition(" ")
-                return tuple(dict.fromkeys(_schedules(MODES[kind], channels, out, bool(float8))))
-        elif len(epilogue) == 1 and isinstance(epilogue[0], str) and key[:3] in H200_CONVS:
-            found = (*Tuning().shipped(key, device), *_convs(name, channels, out, key, device))
-            return tuple(dict.fromkeys(replace(config, wave=1.0) for config in found))
-    except (KeyError, TypeError, ValueError):
-        pass
+        return _attention(key, gpu)
+    if key.sm90 and key.kind in MODES and not key.epilogue:
+        table = FLOAT8_SCHEDULES if key.float8 else SCHEDULES
+        place = MODES[key.kind], key.in_channels, key.out_channels
+        if place in table:
+            return tuple(dict.fromkeys(_schedules(*place, key.float8)))
+    elif not key.sm90 and key.any_epilogue in H200_CONVS:
+        found = (*Tuning().shipped(key, gpu), *_convs(key, gpu))
+        return tuple(dict.fromkeys(replace(config, wave=1.0) for config in found))
     raise ValueError(f"no kernel {key}")
 
 
-def _convs(kind: str, channels: int, out: int, key: Key, device: Device) -> Iterator[ConvConfig]:
-    width = min(out, 384)
-    name, _, float8 = kind.partition(" ")
-    depths = [32] if name == "in" else [k for k in (32, 64, 128) if channels % k == 0][: 3 if float8 else 2][-2:]
-    for rows, warps in _TILES if device.tma else ((32, 4), *_TILES):  # warpgroup instructions need 64 rows
+def _convs(key: KernelKey, gpu: Gpu) -> Iterator[ConvConfig]:
+    width = min(key.out_channels, 384)
+    dividing = [k for k in (32, 64, 128) if key.in_channels % k == 0]
+    depths = [32] if key.kind is Kind.IN else dividing[: 3 if key.float8 else 2][-2:]
+    for rows, warps in _TILES if gpu.bulk_copies else ((32, 4), *_TILES):  # warpgroup instructions need 64 rows
         if rows * width // (32 * warps) not in _ACCUMULATORS:
             continue
         for depth in depths:
-            fitting = [s for s in range(1, _MOST_STAGES + 1) if conv_fits(ConvConfig(rows, depth, warps, s), key, device)]
+            fitting = [s for s in range(1, _MOST_STAGES + 1) if conv_fits(ConvConfig(rows, depth, warps, s), key, gpu)]
             for stages in fitting[-2:] if depth == depths[-1] else fitting[-1:]:
                 yield ConvConfig(rows, depth, warps, stages)
-            if depth == depths[-1] and name in ("conv", "proj") and fitting[:-1]:
+            if depth == depths[-1] and key.kind in (Kind.CONV, Kind.PROJ) and fitting[:-1]:
                 yield ConvConfig(rows, depth, warps, fitting[-2], per_sm=1)
 
 
-def _attention(device: Device) -> tuple[AttentionConfig, ...]:
+def _attention(key: KernelKey, gpu: Gpu) -> tuple[AttentionConfig, ...]:
     plain = (
         AttentionConfig(queries, keys, warps, stages)
         for queries, warps in ((128, 8), (64, 8), (64, 4))
         for keys in (16, 32, 64)
         for stages in (2, 1)
     )
-    return tuple(config for config in (H200_ATTENTION, *plain) if attention_fits(config, device))
+    return tuple(config for config in (H200_ATTENTION, *plain) if attention_fits(config, key, gpu))
 
 
 def _schedules(mode: Mode, channels: int, out: int, float8: bool) -> Iterator[Schedule]:

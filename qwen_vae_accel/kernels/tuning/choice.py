@@ -7,89 +7,81 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
 
+from qwen_vae_accel.kernels.gpu import Gpu
 from qwen_vae_accel.kernels.layout import Grid
-from qwen_vae_accel.kernels.sm90.layers import MODES
-from qwen_vae_accel.kernels.sm90.schedules import Schedule, load
-from qwen_vae_accel.kernels.tuning.selection import (
-    ATTENTION_KEY,
-    SCHEDULE_PREFIX,
-    AttentionConfig,
-    Config,
-    ConvConfig,
-    Device,
-    Key,
-    Tuning,
-    attention_seconds,
-    conv_waves,
-)
+from qwen_vae_accel.kernels.sm90.schedules import MODES, Schedule, load
+from qwen_vae_accel.kernels.tuning.configs import AttentionConfig, Config, ConvConfig, attention_seconds, conv_waves
+from qwen_vae_accel.kernels.tuning.keys import KernelKey
+from qwen_vae_accel.kernels.tuning.selection import Tuning
 
 WORTH = 0.99  # of another's time; a gain below that is noise
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
-    """A kernel at a size. The same case of two networks is the same launch."""
+class Problem:
+    """A kernel at a size. The same problem of two networks is the same launch."""
 
     kernel: str
     shape: str
     grid: Grid  # that tiles divide
 
 
-Times = dict[Config, dict[Case, float]]  # milliseconds; infinite for what cannot run
+Times = dict[Config, dict[Problem, float]]  # milliseconds; infinite for what cannot run
 
 
-def choose(key: Key, times: Times, device: Device) -> tuple[Config, ...]:
+def choose(key: KernelKey, times: Times, gpu: Gpu) -> tuple[Config, ...]:
     """The fastest configuration, and a second one with it where that makes some sizes faster; none if none ran.
 
-    Every case counts alike: by how much slower it is than its fastest. Between two configurations the kernels choose by
+    Every problem counts alike: by how much slower it is than its fastest. Between two configurations the kernels choose by
     load (rounds of tiles) times relative cost; the second one's cost is that of the measured ratios that serves best.
     """
-    cases = sorted({case for found in times.values() for case in found}, key=str)
-    complete = {c: found for c, found in times.items() if all(math.isfinite(found.get(case, math.inf)) for case in cases)}
-    if not complete or not cases:
+    problems = sorted({problem for found in times.values() for problem in found}, key=str)
+    complete = {
+        c: found for c, found in times.items() if all(math.isfinite(found.get(problem, math.inf)) for problem in problems)
+    }
+    if not complete or not problems:
         return ()
-    fastest = {case: min(found[case] for found in complete.values()) for case in cases}
+    fastest = {problem: min(found[problem] for found in complete.values()) for problem in problems}
 
-    def slowness(spent: Mapping[Case, float]) -> float:
-        return sum(spent[case] / fastest[case] for case in cases) / len(cases)
+    def slowness(spent: Mapping[Problem, float]) -> float:
+        return sum(spent[problem] / fastest[problem] for problem in problems) / len(problems)
 
     alone = min(complete, key=lambda config: slowness(complete[config]))
     if isinstance(alone, AttentionConfig):
-        return (_calibrated(alone, complete[alone], device),)
+        return (_calibrated(key, alone, complete[alone], gpu),)
     best = slowness(complete[alone])
     chosen: tuple[Config, ...] = (alone,)
     loads = {
-        config: {case: _load(key, config, case.grid, device) for case in cases}
-        for config in (alone, *(min(complete, key=lambda config: complete[config][case]) for case in cases))
+        config: {problem: _load(key, config, problem.grid, gpu) for problem in problems}
+        for config in (alone, *(min(complete, key=lambda config: complete[config][problem]) for problem in problems))
         if not isinstance(config, AttentionConfig)
     }
     # The order decides only whose cost is 1.
     for first, second in combinations(sorted(loads, key=lambda config: sum(loads[config].values())), 2):
-        ratios = {case: complete[second][case] / complete[first][case] for case in cases}
-        for cost in {ratios[case] * loads[first][case] / loads[second][case] for case in cases}:
-            taken = {c: second if loads[second][c] * cost < loads[first][c] else first for c in cases}
-            found = slowness({case: complete[config][case] for case, config in taken.items()})
+        ratios = {problem: complete[second][problem] / complete[first][problem] for problem in problems}
+        for cost in {ratios[problem] * loads[first][problem] / loads[second][problem] for problem in problems}:
+            taken = {c: second if loads[second][c] * cost < loads[first][c] else first for c in problems}
+            found = slowness({problem: complete[config][problem] for problem, config in taken.items()})
             if found < best * WORTH:
                 best, chosen = found, (first, _with_cost(second, cost))
     return chosen
 
 
-def _load(key: Key, config: ConvConfig | Schedule, grid: Grid, device: Device) -> float:
+def _load(key: KernelKey, config: ConvConfig | Schedule, grid: Grid, gpu: Gpu) -> float:
     if isinstance(config, ConvConfig):
-        return conv_waves(config, grid, device)
-    mode = MODES[str(key[0]).removeprefix(SCHEDULE_PREFIX).split()[0]]
-    return load(config, mode, grid.batch, grid.height, grid.width, device.multiprocessors)
+        return conv_waves(config, grid, gpu)
+    return load(config, MODES[key.kind], grid.batch, grid.height, grid.width, gpu.multiprocessors)
 
 
 def _with_cost(config: ConvConfig | Schedule, ratio: float) -> Config:
     return replace(config, cost=ratio) if isinstance(config, Schedule) else replace(config, wave=ratio)
 
 
-def _calibrated(config: AttentionConfig, times: dict[Case, float], device: Device) -> AttentionConfig:
-    """With the rate that explains the time of the largest case."""
-    case = max(times, key=lambda case: case.grid.pixels)
-    splits = Tuning(measured={ATTENTION_KEY: (config,)}).attention_splits(case.grid, device)
-    merge = attention_seconds(replace(config, rate=math.inf), case.grid, device, splits)
-    computing = attention_seconds(config, case.grid, device, splits) - merge
-    left = times[case] / 1e3 - merge
+def _calibrated(key: KernelKey, config: AttentionConfig, times: dict[Problem, float], gpu: Gpu) -> AttentionConfig:
+    """With the rate that explains the time of the largest problem."""
+    problem = max(times, key=lambda problem: problem.grid.pixels)
+    splits = Tuning(measured={key: (config,)}).attention_splits(key, problem.grid, gpu)
+    merge = attention_seconds(replace(config, rate=math.inf), key, problem.grid, gpu, splits)
+    computing = attention_seconds(config, key, problem.grid, gpu, splits) - merge
+    left = times[problem] / 1e3 - merge
     return replace(config, rate=config.rate * computing / left) if left > 0 else config

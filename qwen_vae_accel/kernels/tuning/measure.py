@@ -1,7 +1,7 @@
 """Measure the kernels' configurations on this GPU and keep the fastest.
 
-Kernels are timed where they run: the plan of a network says which kernels it launches at which sizes, and what each is
-tuned by (``network.Tuned``). In round i every kernel has its i-th candidate. All candidates compile first, in parallel.
+Kernels are timed where they run: a network's list of launches says which kernels run at which sizes, and what each is tuned
+by (``launches.Step``). In round i every kernel has its i-th candidate. All candidates compile first, in parallel.
 """
 
 from __future__ import annotations
@@ -19,18 +19,23 @@ from torch import Tensor
 from qwen_vae_accel.errors import TuningError
 from qwen_vae_accel.kernels import compiling
 from qwen_vae_accel.kernels.float8 import calibrated_layers, input_scales
-from qwen_vae_accel.kernels.fused import FusedConfig, FusedDecoder, FusedEncoder, describe_device
-from qwen_vae_accel.kernels.memory import Memory, Program, Step
-from qwen_vae_accel.kernels.network import FLOAT8_CAPABILITY, LATENT_CHANNELS, decoder_shapes, encoder_shapes
+from qwen_vae_accel.kernels.fused import FusedConfig, FusedDecoder, FusedEncoder
+from qwen_vae_accel.kernels.gpu import Gpu, describe_gpu
+from qwen_vae_accel.kernels.launches import LaunchList, Step
+from qwen_vae_accel.kernels.memory import Memory
+from qwen_vae_accel.kernels.network import Network, published
+from qwen_vae_accel.kernels.reasons import FLOAT8_CAPABILITY
 from qwen_vae_accel.kernels.timing import first_ms, launch_ms
 from qwen_vae_accel.kernels.tuning.candidates import candidates
-from qwen_vae_accel.kernels.tuning.choice import WORTH, Case, Times, choose
-from qwen_vae_accel.kernels.tuning.selection import Config, Device, Key, Tuning
+from qwen_vae_accel.kernels.tuning.choice import WORTH, Problem, Times, choose
+from qwen_vae_accel.kernels.tuning.configs import Config
+from qwen_vae_accel.kernels.tuning.keys import KernelKey
+from qwen_vae_accel.kernels.tuning.selection import Tuning
 from qwen_vae_accel.kernels.tuning.stored import Measured
 
 logger = logging.getLogger(__name__)
 
-Network = FusedDecoder | FusedEncoder
+FusedNetwork = FusedDecoder | FusedEncoder
 Progress = Callable[[str, int, int], None]  # what is done, steps done, steps in all
 
 _HOPELESS = 3.0  # times the fastest so far; then one launch is enough
@@ -40,11 +45,11 @@ _FLOAT8_DIFFERENCE = 2e-1
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One launch of one kernel, planned with ``tuning``."""
+    """One launch of one kernel, as ``tuning`` has it."""
 
-    key: Key
+    key: KernelKey
     tuning: Tuning
-    case: Case
+    problem: Problem
     step: Step
     memory: Memory
 
@@ -55,9 +60,9 @@ class Trial:
 class Clock:
     """Times trials on the GPU."""
 
-    def prepare(self, program: Program, memory: Memory) -> None:
+    def prepare(self, launches: LaunchList, memory: Memory) -> None:
         """Run a whole network, so that its memory holds numbers such as it meets in use."""
-        program.run(memory)
+        launches.run(memory)
 
     def __call__(self, trial: Trial, fastest: float = math.inf) -> float:
         """Milliseconds of a trial; infinity for one that cannot run, or is much slower than ``fastest``.
@@ -75,45 +80,45 @@ class Clock:
             return math.inf
 
 
-def random_networks(dtype: torch.dtype, device: torch.device) -> list[Network]:
+def random_networks(dtype: torch.dtype, device: torch.device) -> list[FusedNetwork]:
     """Decoder, encoder and, where the GPU has it, float8 decoder of the published topology, with random weights.
 
     They are made without sm90/, so that weights stay on the GPU, where packing takes least.
     """
-    config = FusedConfig(graphs=0, tuning=Tuning(hopper_convs=False))
+    config = FusedConfig(graphs=0, tuning=Tuning(sm90=False))
 
-    def state(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    def state(network: Network) -> dict[str, Tensor]:
         generator = torch.Generator(device).manual_seed(0)
         draw = lambda shape: torch.randn(shape, generator=generator, device=device)  # noqa: E731
         return {
             name: 1 + 0.1 * draw(shape) if name.endswith("gamma") else draw(shape) * math.prod(shape[1:]) ** -0.5
-            for name, shape in shapes.items()
+            for name, shape in network.parameters().items()
         }
 
-    decoder = state(decoder_shapes(3))
-    networks: list[Network] = [
+    decoding = published("decode")
+    decoder = state(decoding)
+    networks: list[FusedNetwork] = [
         FusedDecoder(decoder, dtype=dtype, device=device, config=config),
-        FusedEncoder(state(encoder_shapes(3)), dtype=dtype, device=device, config=config),
+        FusedEncoder(state(published("encode")), dtype=dtype, device=device, config=config),
     ]
     if torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY:
-        scales = input_scales(decoder, dict.fromkeys(calibrated_layers().values(), 16.0))
+        scales = input_scales(decoder, dict.fromkeys(calibrated_layers(decoding).values(), 16.0))
         networks.append(FusedDecoder(decoder, dtype=dtype, device=device, config=config, float8=scales))
     return networks
 
 
-def input_shape(network: Network, height: int, width: int) -> tuple[int, int, int, int]:
+def input_shape(network: FusedNetwork, height: int, width: int) -> tuple[int, int, int, int]:
     """Of one image of ``height`` x ``width`` pixels."""
-    scale = 8 if network.channels == LATENT_CHANNELS else 1
-    return 1, network.channels, height // scale, width // scale
+    return 1, network.network.in_channels, *network.network.input_size(height, width)
 
 
 class Tuner:
     """Tunes the kernels that ``networks`` launch for images of ``sizes``.
 
     Args:
-        networks: of one device and dtype, made with ``hopper_convs=False`` (:func:`random_networks`).
+        networks: of one device and dtype, made with ``Tuning(sm90=False)`` (:func:`random_networks`).
         sizes: heights and widths in pixels.
-        device: what to know of the GPU.
+        gpu: what to know of the GPU.
         base: what the choices are compared with.
         only: leaves out kernels for whose key it is false.
         clock: times trials.
@@ -121,34 +126,34 @@ class Tuner:
     """
 
     def __init__(
-        self, networks: Sequence[Network], sizes: Sequence[tuple[int, int]], device: Device, *, base: Tuning | None = None,
-        only: Callable[[Key], bool] = lambda key: True, clock: Clock | None = None, progress: Progress = lambda *_: None,
+        self, networks: Sequence[FusedNetwork], sizes: Sequence[tuple[int, int]], gpu: Gpu, *, base: Tuning | None = None,
+        only: Callable[[KernelKey], bool] = lambda key: True, clock: Clock | None = None, progress: Progress = lambda *_: None,
     ) -> None:  # fmt: skip
         self._inputs = [(network, input_shape(network, *size)) for network in networks for size in sizes]
-        self._device, self._base, self._clock, self._progress = device, base or Tuning(), clock or Clock(), progress
+        self._gpu, self._base, self._clock, self._progress = gpu, base or Tuning(), clock or Clock(), progress
         self._only = only
         keys = {trial.key for trial in self._trials(self._base, "meta")}
-        self.candidates = {key: candidates(key, device) for key in sorted(keys, key=str)}
-        self._failed: set[tuple[Key, Config]] = set()
+        self.candidates = {key: candidates(key, gpu) for key in sorted(keys, key=str)}
+        self._failed: set[tuple[KernelKey, Config]] = set()
 
     def _trials(self, tuning: Tuning, where: torch.device | str | None = None, *, prepare: bool = False) -> Iterator[Trial]:
-        """Every case once, planned with ``tuning``."""
-        seen: set[tuple[Key, Case]] = set()
+        """Every problem once, as ``tuning`` has it."""
+        seen: set[tuple[KernelKey, Problem]] = set()
         for network, shape in self._inputs:
-            program, tuned = network.tuned_program(shape, tuning)
+            launches = network.tuned_launches(shape, tuning)
             device = network.device if where is None else where
-            memory = program.memory(torch.randn(shape, device=device).to(network.dtype))
+            memory = launches.memory(torch.randn(shape, device=device).to(network.dtype))
             if prepare:
-                self._clock.prepare(program, memory)
-            for step, by in zip(program.steps, tuned, strict=True):
-                if by is None or not self._only(by.key):
+                self._clock.prepare(launches, memory)
+            for step in launches.steps:
+                if step.key is None or step.tiled is None or not self._only(step.key):
                     continue
-                case = Case(step.kernel, step.shape, by.grid)
-                if (by.key, case) not in seen:
-                    seen.add((by.key, case))
-                    yield Trial(by.key, tuning, case, step, memory)
+                problem = Problem(step.kernel, step.shape, step.tiled)
+                if (step.key, problem) not in seen:
+                    seen.add((step.key, problem))
+                    yield Trial(step.key, tuning, problem, step, memory)
 
-    def _rounds(self) -> Iterator[tuple[Tuning, dict[Key, Config]]]:
+    def _rounds(self) -> Iterator[tuple[Tuning, dict[KernelKey, Config]]]:
         for index in range(max(map(len, self.candidates.values()), default=0)):
             configs = {key: found[index] for key, found in self.candidates.items() if index < len(found)}
             yield self._base.with_measured({key: (config,) for key, config in configs.items()}), configs
@@ -156,7 +161,7 @@ class Tuner:
     def compile(self, device: torch.device) -> None:
         """Compile every candidate, in parallel; those that do not compile are not measured."""
         tasks: compiling.Tasks = {}
-        users: dict[object, set[tuple[Key, Config]]] = {}
+        users: dict[object, set[tuple[KernelKey, Config]]] = {}
         for tuning, configs in self._rounds():
             for trial in self._trials(tuning, "meta"):
                 if trial.key not in configs:
@@ -182,26 +187,26 @@ class Tuner:
 
         attempts: compiling.Tasks = {name: partial(attempt, name, task) for name, task in tasks.items()}
         for network, shape in self._inputs:  # and what the networks run beside
-            program, _ = network.tuned_program(shape, self._base)
+            launches = network.tuned_launches(shape, self._base)
             with compiling.collecting() as beside:
-                program.run(program.memory(torch.empty(shape, dtype=network.dtype, device="meta")))
+                launches.run(launches.memory(torch.empty(shape, dtype=network.dtype, device="meta")))
             attempts = {**beside, **attempts}
         compiling.run(attempts, device, lambda done, total: self._progress("compile candidates", done, total))
 
-    def measure(self) -> dict[Key, Times]:
-        """Milliseconds of every candidate in every case."""
-        times: dict[Key, Times] = {key: {config: {} for config in found} for key, found in self.candidates.items()}
-        fastest: dict[tuple[Key, Case], float] = {}
+    def measure(self) -> dict[KernelKey, Times]:
+        """Milliseconds of every candidate in every problem."""
+        times: dict[KernelKey, Times] = {key: {config: {} for config in found} for key, found in self.candidates.items()}
+        fastest: dict[tuple[KernelKey, Problem], float] = {}
         total = sum(map(len, self.candidates.values()))
         done = 0
         collections.deque(self._trials(self._base, prepare=True), maxlen=0)  # a warm GPU, and numbers in its memory
         for tuning, configs in self._rounds():
             for trial in self._trials(tuning):
-                place, config = (trial.key, trial.case), configs.get(trial.key)
+                place, config = (trial.key, trial.problem), configs.get(trial.key)
                 if config is None or (trial.key, config) in self._failed:
                     continue
                 spent = self._clock(trial, fastest.get(place, math.inf))
-                times[trial.key][config][trial.case] = spent
+                times[trial.key][config][trial.problem] = spent
                 fastest[place] = min(spent, fastest.get(place, math.inf))
                 if spent == math.inf:
                     self._failed.add((trial.key, config))
@@ -209,14 +214,14 @@ class Tuner:
             self._progress("measure candidates", done, total)
         return times
 
-    def compare(self, choices: Mapping[Key, tuple[Config, ...]], rounds: int = 2) -> list[Measured]:
+    def compare(self, choices: Mapping[KernelKey, tuple[Config, ...]], rounds: int = 2) -> list[Measured]:
         """The choices against ``base``, in turns; those that are not faster are dropped."""
         tunings = (self._base, self._base.with_measured(choices))
-        best: list[dict[tuple[Key, Case], float]] = [{}, {}]
+        best: list[dict[tuple[KernelKey, Problem], float]] = [{}, {}]
         for index in range(rounds):
             for which, tuning in enumerate(tunings):
                 for trial in self._trials(tuning, prepare=True):
-                    place = (trial.key, trial.case)
+                    place = (trial.key, trial.problem)
                     spent = self._clock(trial)
                     best[which][place] = min(spent, best[which].get(place, math.inf))
                 self._progress("compare with what ships", 2 * index + which + 1, 2 * rounds)
@@ -229,7 +234,7 @@ class Tuner:
 
     def run(self) -> list[Measured]:
         """Measure, choose, compare."""
-        choices = {key: choose(key, times, self._device) for key, times in self.measure().items()}
+        choices = {key: choose(key, times, self._gpu) for key, times in self.measure().items()}
         return self.compare({key: found for key, found in choices.items() if found})
 
     def check(self, measured: Sequence[Measured]) -> None:
@@ -243,9 +248,9 @@ class Tuner:
             image = torch.randn(shape, device=network.device).to(network.dtype)
             outputs = []
             for which in (self._base, tuning):
-                program, _ = network.tuned_program(shape, which)
-                memory = program.memory(image)
-                program.run(memory)
+                launches = network.tuned_launches(shape, which)
+                memory = launches.memory(image)
+                launches.run(memory)
                 outputs.append(memory.output.float())
             difference = ((outputs[1] - outputs[0]).norm() / outputs[0].norm()).item()
             limit = _FLOAT8_DIFFERENCE if network.float8 else _LARGEST_DIFFERENCE[network.dtype]
@@ -274,7 +279,7 @@ def tune(
     """
     with torch.cuda.device(device), torch.no_grad():
         networks = random_networks(dtype, device)
-        tuner = Tuner(networks, sizes, describe_device(device), progress=progress)
+        tuner = Tuner(networks, sizes, describe_gpu(device), progress=progress)
         tuner.compile(device)
         measured = tuner.run()
         tuner.check(measured)

@@ -15,23 +15,18 @@ import torch
 
 from qwen_vae_accel.documents import LARGEST_FILE, parse_json
 from qwen_vae_accel.files import read_file, write_atomically
+from qwen_vae_accel.kernels.gpu import Gpu
+from qwen_vae_accel.kernels.network import Kind
 from qwen_vae_accel.kernels.sm90.schedules import Schedule
 from qwen_vae_accel.kernels.tuning.candidates import candidates
-from qwen_vae_accel.kernels.tuning.selection import (
-    ATTENTION_KEY,
-    SCHEDULE_PREFIX,
-    AttentionConfig,
-    Config,
-    ConvConfig,
-    Device,
-    Key,
-    Tuning,
-)
+from qwen_vae_accel.kernels.tuning.configs import RELATIVE_FIELDS, AttentionConfig, Config, ConvConfig
+from qwen_vae_accel.kernels.tuning.keys import KernelKey
+from qwen_vae_accel.kernels.tuning.selection import Tuning
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1
-_RELATIVE = {ConvConfig: ("wave", 1.0), Schedule: ("cost", 1.0), AttentionConfig: ("rate", 390e12)}
+_VERSION = 2
+_AGAIN = "qwen-vae-accel tune --engine-dir DIR measures again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +57,7 @@ class Measured:
     ``milliseconds`` and ``shipped_milliseconds``: sums over the same launches, one for each different size it was measured at.
     """
 
-    key: Key
+    key: KernelKey
     choices: tuple[Config, ...]
     milliseconds: float
     shipped_milliseconds: float
@@ -88,15 +83,16 @@ class TunedGpu:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {"version": _VERSION, **asdict(self)}
+        kernels = [{**asdict(kernel), "key": kernel.key.as_dict()} for kernel in self.kernels]
+        return {"version": _VERSION, **asdict(self), "kernels": kernels}
 
     def dumps(self) -> str:
         """As JSON."""
         return json.dumps(self.as_dict(), indent=1) + "\n"
 
     @classmethod
-    def loads(cls, text: str | bytes, machine: Machine, device: Device) -> TunedGpu:
-        """From JSON, to be used on ``machine``, whose GPU is ``device``.
+    def loads(cls, text: str | bytes, machine: Machine, gpu: Gpu) -> TunedGpu:
+        """From JSON, to be used on ``machine``, whose GPU is ``gpu``.
 
         Raises:
             ValueError: it is no such JSON, has another version, was measured elsewhere, or names what tuning never tries.
@@ -104,10 +100,11 @@ class TunedGpu:
         try:
             document = parse_json(text)
             if document["version"] != _VERSION:
-                raise ValueError(f"version {document['version']!r} of the schema; this release reads {_VERSION}")
+                found = document["version"]
+                raise ValueError(f"version {found!r} of the schema, this release reads {_VERSION}: {_AGAIN}")
             if different := _differences(Machine(**document["machine"]), machine):
-                raise ValueError(f"measured with {'; '.join(different)}: qwen-vae-accel tune measures again")
-            kernels = tuple(_measured(entry, device) for entry in document["kernels"])
+                raise ValueError(f"measured with {'; '.join(different)}: {_AGAIN}")
+            kernels = tuple(_measured(entry, gpu) for entry in document["kernels"])
             if len({kernel.key for kernel in kernels}) != len(kernels):
                 raise ValueError("a kernel is listed twice")
             return cls(
@@ -135,10 +132,10 @@ def _differences(measured: Machine, here: Machine) -> list[str]:
     return [f"{name} {theirs}, here {ours}" for name, theirs, ours in pairs if theirs != ours]
 
 
-def _measured(entry: Any, device: Device) -> Measured:
-    key = tuple(entry["key"])
-    known = candidates(key, device)
-    kind = AttentionConfig if key == ATTENTION_KEY else Schedule if str(key[0]).startswith(SCHEDULE_PREFIX) else ConvConfig
+def _measured(entry: Any, gpu: Gpu) -> Measured:
+    key = KernelKey.from_dict(entry["key"])
+    known = candidates(key, gpu)
+    kind = AttentionConfig if key.kind is Kind.ATTENTION else Schedule if key.sm90 else ConvConfig
     choices = tuple(_choice(kind, values, known) for values in entry["choices"])
     if len(choices) > 2:
         raise ValueError(f"{len(choices)} choices for {key}; at most two are made")
@@ -146,7 +143,7 @@ def _measured(entry: Any, device: Device) -> Measured:
 
 
 def _choice(kind: type, values: dict[str, Any], known: tuple[Config, ...]) -> Config:
-    name, neutral = _RELATIVE[kind]
+    name, neutral = RELATIVE_FIELDS[kind]
     relative = _number(values[name])
     if set(values) != {field.name for field in fields(kind)}:
         raise ValueError(f"{values} has other fields than {kind.__name__}")
@@ -173,11 +170,11 @@ def write_tuned(folder: Path, tuned: TunedGpu) -> Path:
     return path
 
 
-def read_tuned(folder: Path, machine: Machine, device: Device) -> TunedGpu | None:
+def read_tuned(folder: Path, machine: Machine, gpu: Gpu) -> TunedGpu | None:
     """The tuning of ``machine`` in ``folder``; None, with the reason logged, where there is none that serves."""
     path = tuning_path(folder, machine.gpu)
     try:
-        return TunedGpu.loads(read_file(path, LARGEST_FILE), machine, device)
+        return TunedGpu.loads(read_file(path, LARGEST_FILE), machine, gpu)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

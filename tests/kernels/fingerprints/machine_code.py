@@ -73,9 +73,9 @@ def _codes(name: str, gpu: str, dtype: torch.dtype, known: dict[Any, str], steps
     network = make(name, gpu, dtype)
     with compiling.collecting() as tasks:
         for shape in network.usual_shapes():
-            program = network.program(shape)
-            memory = program.memory(torch.empty(shape, dtype=dtype, device=META))
-            for step in program.steps:
+            launches = network.launches(shape)
+            memory = launches.memory(torch.empty(shape, dtype=dtype, device=META))
+            for step in launches.steps:
                 if steps(step.kernel):
                     step.launch(memory)
     for key, task in tasks.items():

@@ -14,9 +14,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from qwen_vae_accel.kernels.compiling import Kernel
+from qwen_vae_accel.kernels.compiling import TritonKernel
 from qwen_vae_accel.kernels.layout import Grid
-from qwen_vae_accel.kernels.network import decoder_shapes, encoder_shapes
+from qwen_vae_accel.kernels.network import published
 from qwen_vae_accel.kernels.sm90 import attention as attention_sm90
 from qwen_vae_accel.kernels.sm90 import conv3x3, driver
 from qwen_vae_accel.kernels.sm90.conv3x3 import Conv3x3
@@ -51,7 +51,7 @@ def _recording() -> Iterator[list[Any]]:
     """Inside, launches are added to the list instead of made."""
     launches: list[Any] = []
 
-    def triton_launch(self: Kernel, grid: tuple[int, ...]) -> Callable[..., None]:
+    def triton_launch(self: TritonKernel, grid: tuple[int, ...]) -> Callable[..., None]:
         name = getattr(self._jit, "fn", self._jit).__name__
         return lambda *args, **options: launches.append([name, list(grid), _described(args), _described(options)])
 
@@ -70,7 +70,7 @@ def _recording() -> Iterator[list[Any]]:
     call = Conv3x3.__call__
 
     def layer_call(self, a, grid, **options):
-        present = {name: value for name, value in options.items() if value is not None and name != "flat"}
+        present = {name: value for name, value in options.items() if value is not None}
         launches.append(["sm90 layer", _described([a, grid]), _described(present)])
         call(self, a, grid, **options)
 
@@ -79,21 +79,21 @@ def _recording() -> Iterator[list[Any]]:
 
     with contextlib.ExitStack() as stack:
         for target, name, value in (
-            (Kernel, "__getitem__", triton_launch),
+            (TritonKernel, "__getitem__", triton_launch),
             (Conv3x3, "__call__", layer_call),
             (Conv3x3, "_weights", lambda self, schedule: torch.empty(0, device=META)),
             (conv3x3, "_kernel", conv_kernel),
             (attention_sm90, "_load", lambda split, dtype: [attention_sm90._defines(split, dtype), dtype]),
             (driver, "encode_tensor_map", tensor_map),
             (driver, "bind_context", lambda device: None),
-            (driver, "Launch", Launch),
+            (driver, "PreparedLaunch", Launch),
         ):
             stack.enter_context(mock.patch.object(target, name, value))
-        attention_sm90._plan.cache_clear()
+        attention_sm90._prepare.cache_clear()
         try:
             yield launches
         finally:
-            attention_sm90._plan.cache_clear()
+            attention_sm90._prepare.cache_clear()
 
 
 def plans(wanted: Callable[[str], bool] = lambda name: True) -> dict[str, str]:
@@ -108,12 +108,17 @@ def plans(wanted: Callable[[str], bool] = lambda name: True) -> dict[str, str]:
                     if not wanted(place):
                         continue
                     launches.clear()
-                    program = network.program(input_shape(name, size))
-                    memory = program.memory(torch.empty(input_shape(name, size), dtype=torch.bfloat16, device=META))
-                    program.run(memory)
-                    steps = [[step.kernel, step.shape, step.flops] for step in program.steps]
-                    counters = None if program.counters is None else [program.counters.index, program.counters.columns]
-                    scratch = [list(program.offsets), program.scratch_bytes, counters, list(program.output_shape)]
+                    listed = network.launches(input_shape(name, size))
+                    memory = listed.memory(torch.empty(input_shape(name, size), dtype=torch.bfloat16, device=META))
+                    listed.run(memory)
+                    steps = [[step.kernel, step.shape, step.flops] for step in listed.steps]
+                    counters = None if listed.counters is None else [listed.counters.index, listed.counters.columns]
+                    scratch = [
+                        list(listed.offsets),
+                        listed.scratch_bytes,
+                        counters,
+                        list(listed.output_shape),
+                    ]
                     found[place] = f"launches {digest([steps, launches])} scratch {digest(scratch)}"
     return found
 
@@ -142,7 +147,10 @@ def _bytes(tensor: Tensor) -> str:
 def weights() -> dict[str, str]:
     """Hashes of what a network holds, in whatever order; float8's rounding searches, so of that the shapes alone."""
     found = {}
-    states = {"encode": _whole_numbers(encoder_shapes(3)), "decode": _whole_numbers(decoder_shapes(3))}
+    states = {
+        "encode": _whole_numbers(published("encode").parameters()),
+        "decode": _whole_numbers(published("decode").parameters()),
+    }
     for name in NETWORKS:
         network = make(name, "A100", torch.bfloat16, states[name.split()[0]])
         exact = "float8" not in name

@@ -10,19 +10,19 @@ from unittest import mock
 import torch
 
 from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder
-from qwen_vae_accel.kernels.float8 import calibrated_layers
-from qwen_vae_accel.kernels.network import decoder_shapes, encoder_shapes
+from qwen_vae_accel.kernels.float8 import block_layers, calibrated_layers
+from qwen_vae_accel.kernels.gpu import Gpu
+from qwen_vae_accel.kernels.network import published
 from qwen_vae_accel.kernels.sm90 import conv3x3, driver, layers, nvrtc
-from qwen_vae_accel.kernels.sm90.layers import HopperConvs
-from qwen_vae_accel.kernels.tuning.selection import Device
+from qwen_vae_accel.kernels.sm90.layers import Sm90Layers
 
 META = torch.device("meta")
 NETWORKS = ("decode", "encode", "decode float8")
 GPUS = {
-    "H200": Device(132, 232448, True, True),
-    "H200 without NVRTC": Device(132, 232448, True, False),
-    "A100": Device(108, 166912, False, False),
-    "RTX 4090": Device(128, 101376, False, False),
+    "H200": Gpu(132, 232448, True, True),
+    "H200 without NVRTC": Gpu(132, 232448, True, False),
+    "A100": Gpu(108, 166912, False, False),
+    "RTX 4090": Gpu(128, 101376, False, False),
 }
 CAPABILITIES = {"H200": 90, "H200 without NVRTC": 90, "A100": 80, "RTX 4090": 89}
 # Batch, height and width of the image; the encoder also takes sides that no latent has.
@@ -31,16 +31,17 @@ _FLOAT8_SCALE = 0.5
 
 
 def float8_layers() -> dict[str, float]:
-    blocks = [f"up_blocks.{level}.resnets.{i}.conv{which}" for level in range(4) for i in range(3) for which in (1, 2)]
-    return dict.fromkeys([*blocks, *calibrated_layers()], _FLOAT8_SCALE)
+    network = published("decode")
+    return dict.fromkeys([*block_layers(network), *calibrated_layers(network)], _FLOAT8_SCALE)
 
 
 def make(name: str, gpu: str, dtype: torch.dtype, state: dict[str, torch.Tensor] | None = None) -> FusedDecoder | FusedEncoder:
     """A network whose weights are ``state``, or on the ``meta`` device; its sm90 layers believe they are on a GPU."""
-    kind, shapes = (FusedEncoder, encoder_shapes(3)) if name == "encode" else (FusedDecoder, decoder_shapes(3))
-    state = state or {key: torch.empty(shape, device=META) for key, shape in shapes.items()}
+    method = name.split()[0]
+    kind = FusedEncoder if method == "encode" else FusedDecoder
+    state = state or {key: torch.empty(shape, device=META) for key, shape in published(method).parameters().items()}
     device = next(iter(state.values())).device
-    config = FusedConfig(graphs=0, device=GPUS[gpu])
+    config = FusedConfig(graphs=0, gpu=GPUS[gpu])
     return kind(state, dtype=dtype, device=device, config=config, float8=float8_layers() if "float8" in name else None)
 
 
@@ -66,7 +67,7 @@ def pretended_gpu() -> Iterator[None]:
             (driver, "library", object),
             (conv3x3, "unsupported", real_reasons),
             (layers, "unsupported", real_reasons),
-            (HopperConvs, "to_host", lambda self, weights: weights),
+            (Sm90Layers, "to_host", lambda self, weights: weights),
         ):
             stack.enter_context(mock.patch.object(target, name, value))
         yield

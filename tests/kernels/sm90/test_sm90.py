@@ -215,10 +215,10 @@ def test_a_launch_is_made_on_the_current_stream_of_the_kernels_device(monkeypatc
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
     monkeypatch.setattr(torch.cuda, "device", Device)
     driver._overlaps.cache_clear()
-    kernel = driver.Kernel.__new__(driver.Kernel)
+    kernel = driver.LoadedKernel.__new__(driver.LoadedKernel)
     kernel.device, kernel.shared_bytes, kernel._function = 1, 5, "function"
     try:
-        driver.Launch(kernel, (2, 3, 4), 384, (ctypes.c_int(7), ctypes.c_int(8)))()
+        driver.PreparedLaunch(kernel, (2, 3, 4), 384, (ctypes.c_int(7), ctypes.c_int(8)))()
     finally:
         driver._overlaps.cache_clear()
     assert made == [((2, 3, 4), (384, 1, 1), 5, 101, int(version >= 12030), [7, 8])]

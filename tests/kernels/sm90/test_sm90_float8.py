@@ -9,13 +9,13 @@ from qwen_vae_accel.kernels.float8 import FLOAT8, LARGEST, quantize
 from qwen_vae_accel.kernels.layout import Grid, pixel_rows
 from qwen_vae_accel.kernels.sm90 import driver, nvrtc
 from qwen_vae_accel.kernels.sm90.conv3x3 import Conv3x3, unsupported
-from qwen_vae_accel.kernels.sm90.layers import HopperConvs
+from qwen_vae_accel.kernels.sm90.layers import Sm90Layers
 from qwen_vae_accel.kernels.sm90.packing import channel_order, pack
 from qwen_vae_accel.kernels.sm90.schedules import FLOAT8_SCHEDULES, SHARED_LIMIT, Mode, Variant, choose_schedule
 from qwen_vae_accel.kernels.sm90.source import conv_source, wgmma_wrapper
-from qwen_vae_accel.kernels.triton.conv3x3 import Norm, conv_reference
+from qwen_vae_accel.kernels.triton.conv3x3 import conv_reference
 from qwen_vae_accel.kernels.tuning.selection import Tuning
-from qwen_vae_accel.kernels.weights import Packer
+from qwen_vae_accel.kernels.weights import Norm, Packer
 from tests.kernels.cases import (
     float8_norm,
     folded_upsample,
@@ -87,7 +87,7 @@ def test_a_shortcut_beside_float8_is_left_to_the_other_kernel():
     state = random_layer("conv", 384, 384, 3) | random_layer("short", 384, 192, 1)
     weights = Packer(state, torch.bfloat16, torch.device("cpu"), {"conv": 1.0}).conv("conv", "short")
     cpu = torch.device("cpu")
-    layers = HopperConvs(cpu, Tuning(), lambda *_, **__: pytest.fail("made"))
+    layers = Sm90Layers(cpu, Tuning(), lambda *_, **__: pytest.fail("made"))
     assert layers.layer(weights, "conv") is None
 
 

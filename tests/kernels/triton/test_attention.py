@@ -5,30 +5,32 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qwen_vae_accel.kernels.gpu import Gpu
 from qwen_vae_accel.kernels.layout import Grid, from_flat
 from qwen_vae_accel.kernels.triton.attention import attention, attention_reference, qkv, qkv_reference
-from qwen_vae_accel.kernels.tuning.selection import AttentionConfig, Device, Tuning
+from qwen_vae_accel.kernels.tuning.configs import AttentionConfig
+from qwen_vae_accel.kernels.tuning.selection import Tuning
 from qwen_vae_accel.kernels.weights import Packer
 from tests.kernels.cases import CONFIG, DEVICES, DTYPES, assert_close, poisoned, random_flat, random_layer
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreter tests; the GPU has test_gpu.py")
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("gpu", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_qkv(dtype, device):
+def test_qkv(dtype, gpu):
     grid = Grid(2, 5, 6)
     weights = Packer(random_layer("to_qkv", 1152, 384, 1), dtype, torch.device("cpu")).conv("to_qkv")
     a = random_flat(grid, 384, dtype)
     tokens = poisoned(grid.pixels, 1152, dtype=dtype)
-    qkv(a, grid, weights, tokens, config=CONFIG, device=device)
+    qkv(a, grid, weights, tokens, config=CONFIG, gpu=gpu)
     assert_close(tokens, qkv_reference(a, grid, weights), dtype)
 
 
 @pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("gpu", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_attention(dtype, device, splits):
+def test_attention(dtype, gpu, splits):
     """117 tokens of two images: no tile is full at the end, and the last keys lie beside the next image's."""
     grid = Grid(2, 9, 13)
     tokens = (2 * torch.randn(grid.pixels, 1152, generator=torch.Generator().manual_seed(0))).to(dtype)
@@ -36,7 +38,7 @@ def test_attention(dtype, device, splits):
     partial = poisoned(splits * grid.pixels, 384, dtype=torch.float32)
     tops = poisoned(splits * grid.pixels, 1, dtype=torch.float32)
     config = AttentionConfig(block_queries=32, block_keys=16, warps=4, stages=1)
-    attention(tokens, grid, out, config=config, device=device, splits=splits, partial=partial, tops=tops)
+    attention(tokens, grid, out, config=config, gpu=gpu, splits=splits, partial=partial, tops=tops)
     assert_close(from_flat(out, grid), from_flat(attention_reference(tokens, grid), grid), dtype)
 
 
@@ -46,12 +48,12 @@ def test_attention_with_large_scores():
     tokens = (12 * torch.randn(grid.pixels, 1152, generator=torch.Generator().manual_seed(0))).to(torch.float16)
     out = poisoned(grid.rows, 384, dtype=torch.float16)
     config = AttentionConfig(block_queries=32, block_keys=16, warps=4, stages=1)
-    attention(tokens, grid, out, config=config, device=Device(2, 1 << 17, True))
+    attention(tokens, grid, out, config=config, gpu=Gpu(2, 1 << 17, True))
     assert_close(from_flat(out, grid), from_flat(attention_reference(tokens, grid), grid), torch.float16)
 
 
 def test_splits_fill_the_gpu():
-    h200 = Device(132, 232448, True, True)
+    h200 = Gpu(132, 232448, True, True)
     choose = Tuning().attention_splits
     assert choose(Grid(1, 128, 128), h200) == 1  # 128 tiles: one wave as it is
     assert choose(Grid(1, 64, 64), h200) > 1  # 32 tiles

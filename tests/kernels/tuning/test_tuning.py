@@ -17,59 +17,55 @@ pytest.importorskip("triton")
 
 from qwen_vae_accel.backends.fused import backend as backend_module
 from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder, compiling
-from qwen_vae_accel.kernels.float8 import calibrated_layers
-from qwen_vae_accel.kernels.fused import describe_device
+from qwen_vae_accel.kernels.float8 import block_layers, calibrated_layers
+from qwen_vae_accel.kernels.gpu import Gpu, describe_gpu
 from qwen_vae_accel.kernels.layout import Grid
-from qwen_vae_accel.kernels.network import decoder_shapes, encoder_shapes
+from qwen_vae_accel.kernels.network import Kind, published
 from qwen_vae_accel.kernels.sm90 import attention as attention_sm90
-from qwen_vae_accel.kernels.sm90.layers import MODES, HopperConvs
-from qwen_vae_accel.kernels.sm90.schedules import SHARED_LIMIT, Mode, Schedule, Variant, choose_schedule
+from qwen_vae_accel.kernels.sm90 import layers as layers_module
+from qwen_vae_accel.kernels.sm90.layers import Sm90Layers
+from qwen_vae_accel.kernels.sm90.schedules import MODES, SHARED_LIMIT, Mode, Schedule, Variant, choose_schedule
 from qwen_vae_accel.kernels.triton.attention import _qkv_kernel
 from qwen_vae_accel.kernels.tuning.candidates import candidates
-from qwen_vae_accel.kernels.tuning.choice import Case, choose
+from qwen_vae_accel.kernels.tuning.choice import Problem, choose
+from qwen_vae_accel.kernels.tuning.configs import AttentionConfig, ConvConfig, attention_fits, conv_fits, conv_waves
+from qwen_vae_accel.kernels.tuning.keys import KernelKey
 from qwen_vae_accel.kernels.tuning.measure import Tuner, random_networks
-from qwen_vae_accel.kernels.tuning.selection import (
-    ATTENTION_KEY,
-    AttentionConfig,
-    ConvConfig,
-    Device,
-    Tuning,
-    attention_fits,
-    conv_fits,
-    conv_waves,
-)
+from qwen_vae_accel.kernels.tuning.selection import Tuning
 from qwen_vae_accel.kernels.tuning.stored import Machine, Measured, TunedGpu, read_tuned, tuning_path, write_tuned
+from qwen_vae_accel.kernels.tuning.tables import ATTENTION_KEY
 from qwen_vae_accel.kernels.weights import ConvWeights
-from tests.kernels.test_network import StandIn
+from tests.kernels.test_network import StandInLayers, meta
 
-H200 = Device(132, 232448, True, True)
-ADA = Device(128, 101376, False, False)
+H200 = Gpu(132, 232448, True, True)
+ADA = Gpu(128, 101376, False, False)
 RELATIVE = {ConvConfig: "wave", Schedule: "cost", AttentionConfig: "rate"}
 MACHINE = Machine("NVIDIA H200", "9.0", 132, "3.6.0")
 CONV_KEYS = [
-    ("in", 16, 384, ""), ("in", 3, 96, ""), ("qkv", 384, 1152, ""), ("proj", 384, 384, "residual x norm"),
-    ("conv", 96, 96, "norm"), ("conv", 192, 192, "residual x norm"), ("conv", 384, 384, "x"), ("up", 384, 192, ""),
-    ("down", 192, 192, ""), ("conv float8", 96, 96, "norm"), ("conv float8", 384, 384, "norm"), ("up float8", 192, 96, ""),
+    KernelKey(Kind.IN, 16, 384), KernelKey(Kind.IN, 3, 96), KernelKey(Kind.QKV, 384, 1152),
+    KernelKey(Kind.PROJ, 384, 384, epilogue="residual x norm"), KernelKey(Kind.CONV, 96, 96, epilogue="norm"),
+    KernelKey(Kind.CONV, 192, 192, epilogue="residual x norm"), KernelKey(Kind.CONV, 384, 384, epilogue="x"),
+    KernelKey(Kind.UP, 384, 192), KernelKey(Kind.DOWN, 192, 192),
+    KernelKey(Kind.CONV, 96, 96, float8=True, epilogue="norm"), KernelKey(Kind.CONV, 384, 384, float8=True, epilogue="norm"),
+    KernelKey(Kind.UP, 192, 96, float8=True),
 ]  # fmt: skip
 SCHEDULE_KEYS = [
-    ("sm90 conv", 96, 96), ("sm90 conv", 192, 192), ("sm90 conv", 384, 384), ("sm90 up", 192, 96), ("sm90 down", 384, 384),
-    ("sm90 conv float8", 192, 384), ("sm90 up float8", 384, 192),
+    *(KernelKey(Kind.CONV, channels, channels, sm90=True) for channels in (96, 192, 384)),
+    KernelKey(Kind.UP, 192, 96, sm90=True), KernelKey(Kind.DOWN, 384, 384, sm90=True),
+    KernelKey(Kind.CONV, 192, 384, float8=True, sm90=True), KernelKey(Kind.UP, 384, 192, float8=True, sm90=True),
 ]  # fmt: skip
 
 
 def meta_networks(*, float8: bool = False) -> list:
-    config, device = FusedConfig(graphs=0, device=H200, tuning=Tuning(hopper_convs=False)), torch.device("meta")
-    decoder, encoder = (
-        {name: torch.empty(shape, device=device) for name, shape in shapes.items()}
-        for shapes in (decoder_shapes(3), encoder_shapes(3))
-    )
+    config, device = FusedConfig(graphs=0, gpu=H200, tuning=Tuning(sm90=False)), torch.device("meta")
+    decoder, encoder = meta("decode"), meta("encode")
     networks = [
         FusedDecoder(decoder, dtype=torch.bfloat16, device=device, config=config),
         FusedEncoder(encoder, dtype=torch.bfloat16, device=device, config=config),
     ]
     if float8:
-        blocks = [f"up_blocks.{level}.resnets.{i}.conv{which}" for level in range(4) for i in range(3) for which in (1, 2)]
-        scales = dict.fromkeys([*blocks, *calibrated_layers()], 1.0)
+        network = published("decode")
+        scales = dict.fromkeys([*block_layers(network), *calibrated_layers(network)], 1.0)
         networks.append(FusedDecoder(decoder, dtype=torch.bfloat16, device=device, config=config, float8=scales))
     return networks
 
@@ -84,22 +80,22 @@ def test_candidates_fit_and_are_few(key, device):
     assert 2 <= len(found) == len(set(found)) <= 24
     for config in found:
         if isinstance(config, AttentionConfig):
-            assert attention_fits(config, device)
+            assert attention_fits(config, key, device)
         else:
             assert conv_fits(config, key, device) and config.wave == 1.0
-            assert key[0] == "in" or key[1] % config.block_k == 0
-            assert config.per_sm == 0 or key[0].startswith(("conv", "proj"))
+            assert key.kind is Kind.IN or key.in_channels % config.block_k == 0
+            assert config.per_sm == 0 or key.kind in (Kind.CONV, Kind.PROJ)
 
 
 @pytest.mark.parametrize("key", SCHEDULE_KEYS, ids=str)
 def test_schedules_to_try_keep_the_rules_of_the_kernel(key):
     """Those of the static assertions of conv.cu, and that the second warpgroup is let go before the rings are empty."""
-    kind, _, float8 = key[0].removeprefix("sm90 ").partition(" ")
-    mode = MODES[kind]
+    mode, eight = MODES[key.kind], key.float8
     found = candidates(key, H200)
     assert 2 <= len(found) == len(set(found)) <= 24
     for schedule in found:
-        variant = Variant(mode, *key[1:], 0, mode == Mode.CONV, True, 2, schedule, bool(float8), bool(float8), bool(float8))
+        place = mode, key.in_channels, key.out_channels
+        variant = Variant(*place, 0, mode == Mode.CONV, True, 2, schedule, eight, eight, eight)
         assert variant.shared_bytes() <= SHARED_LIMIT and variant.pixel_bytes in (64, 128) and variant.columns % 32 == 0
         assert schedule.resident or schedule.stagger < schedule.b_stages
         assert schedule.stagger // (9 if mode == Mode.CONV else 4) < schedule.a_stages
@@ -107,8 +103,14 @@ def test_schedules_to_try_keep_the_rules_of_the_kernel(key):
 
 
 @pytest.mark.parametrize(
-    "key", [("conv", 96, 96), ("conv", 96, 100, "norm"), ("sm90 conv", 96, 384), (), ("no", 1), (3, 4, 5, 6)]
-)
+    "key",
+    [
+        KernelKey(Kind.CONV, 96, 100, epilogue="norm"), KernelKey(Kind.CONV, 96, 384, sm90=True), KernelKey(Kind.OUT, 96, 3),
+        KernelKey(Kind.CONV, 96, 96, epilogue="norm", sm90=True), KernelKey(Kind.ATTENTION, 768, 768),
+        KernelKey(Kind.QKV, 384, 1152, sm90=True), KernelKey(Kind.DOWN, 96, 96, float8=True),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_what_is_no_kernel_has_no_candidates(key):
     with pytest.raises(ValueError, match="no kernel"):
         candidates(key, H200)
@@ -116,17 +118,17 @@ def test_what_is_no_kernel_has_no_candidates(key):
 
 # ---- the choice -----------------------------------------------------------------------------------------------------
 
-CASES = [Case("conv3x3 384->384 norm", f"1x{side}x{side}", Grid(1, side, side)) for side in (64, 128, 256)]
-KEY = ("conv", 384, 384, "norm")
+PROBLEMS = [Problem("conv3x3 384->384 norm", f"1x{side}x{side}", Grid(1, side, side)) for side in (64, 128, 256)]
+KEY = KernelKey(Kind.CONV, 384, 384, epilogue="norm")
 WIDE, NARROW, OTHER = ConvConfig(128, 64, 8, 3), ConvConfig(64, 64, 4, 3), ConvConfig(64, 64, 8, 2)
 
 
-def times(config: ConvConfig, wave: float) -> dict[Case, float]:
-    return {case: conv_waves(config, case.grid, H200) * wave for case in CASES}
+def times(config: ConvConfig, wave: float) -> dict[Problem, float]:
+    return {problem: conv_waves(config, problem.grid, H200) * wave for problem in PROBLEMS}
 
 
 def test_the_fastest_wins_alone():
-    spent = {config: dict.fromkeys(CASES, ms) for config, ms in ((WIDE, 1.0), (NARROW, 0.5), (OTHER, 2.0))}
+    spent = {config: dict.fromkeys(PROBLEMS, ms) for config, ms in ((WIDE, 1.0), (NARROW, 0.5), (OTHER, 2.0))}
     assert choose(KEY, spent, H200) == (NARROW,)
 
 
@@ -135,33 +137,32 @@ def test_small_tiles_for_small_images_with_their_relative_cost():
     first, second = choose(KEY, spent, H200)
     assert (first, dataclasses.replace(second, wave=1.0)) == (WIDE, NARROW) and second.wave == pytest.approx(0.57)
     tuning = Tuning(measured={KEY: (first, second)})
-    weights = ConvWeights(torch.empty(384, 9 * 384, dtype=torch.bfloat16), torch.empty(384), 384, 9)
-    for case in CASES:
-        taken = tuning.conv("conv", weights, case.grid, H200, "norm")
-        assert spent[dataclasses.replace(taken, wave=1.0)][case] == min(found[case] for found in spent.values())
+    for problem in PROBLEMS:
+        taken = tuning.conv(KEY, problem.grid, H200)
+        assert spent[dataclasses.replace(taken, wave=1.0)][problem] == min(found[problem] for found in spent.values())
 
 
 def test_what_failed_anywhere_is_not_chosen():
-    spent = {WIDE: times(WIDE, 1.0), NARROW: {CASES[0]: 0.001, CASES[1]: math.inf}, OTHER: {}}
+    spent = {WIDE: times(WIDE, 1.0), NARROW: {PROBLEMS[0]: 0.001, PROBLEMS[1]: math.inf}, OTHER: {}}
     assert choose(KEY, spent, H200) == (WIDE,)
     assert choose(KEY, {WIDE: {}}, H200) == ()
 
 
 def test_schedules_are_chosen_by_their_load():
-    wide, narrow = candidates(("sm90 conv", 384, 384), H200)[:2]
-    large, small = CASES[2], CASES[0]
+    wide, narrow = candidates(SCHEDULE_KEYS[2], H200)[:2]
+    large, small = PROBLEMS[2], PROBLEMS[0]
     spent = {wide: {large: 1.0, small: 0.1}, narrow: {large: 1.4, small: 0.06}}
-    found = choose(("sm90 conv", 384, 384), spent, H200)
+    found = choose(SCHEDULE_KEYS[2], spent, H200)
     assert {dataclasses.replace(schedule, cost=1.0) for schedule in found} == {wide, narrow}
-    for case, expected in ((large, wide), (small, narrow)):
-        taken = choose_schedule(Mode.CONV, 384, 384, 1, case.grid.height, case.grid.width, 132, schedules=found)
+    for problem, expected in ((large, wide), (small, narrow)):
+        taken = choose_schedule(Mode.CONV, 384, 384, 1, problem.grid.height, problem.grid.width, 132, schedules=found)
         assert dataclasses.replace(taken, cost=1.0) == expected
 
 
 def test_attention_gets_the_rate_it_was_measured_at():
     config = AttentionConfig(128, 32, 8, 2)
-    case = Case("attention 384", "1x128x128", Grid(1, 128, 128))
-    (found,) = choose(ATTENTION_KEY, {config: {case: 2.0}}, H200)
+    problem = Problem("attention 384", "1x128x128", Grid(1, 128, 128))
+    (found,) = choose(ATTENTION_KEY, {config: {problem: 2.0}}, H200)
     assert dataclasses.replace(found, rate=config.rate) == config
     assert found.rate == pytest.approx(4 * 128 * 128**2 * 384 * 132 / 2e-3, rel=0.01)  # one wave of 128 tiles
 
@@ -172,7 +173,7 @@ def test_attention_gets_the_rate_it_was_measured_at():
 class FakeClock:
     """A kernel's last candidate takes half the time of anything else."""
 
-    def __init__(self, device: Device, broken: tuple = ()):
+    def __init__(self, device: Gpu, broken: tuple = ()):
         self.device, self.broken, self.calls = device, broken, 0
 
     def prepare(self, program, memory) -> None:
@@ -188,24 +189,23 @@ class FakeClock:
         return 0.5 if choices and dataclasses.replace(choices[0], **neutral) == best else 1.0
 
 
-def hopper_layers(self, tuning: Tuning) -> HopperConvs | None:
-    meta = torch.device("meta")
-    return HopperConvs(meta, tuning, StandIn) if tuning.hopper_convs else None
+def sm90_layers(self, tuning: Tuning) -> Sm90Layers | None:
+    return StandInLayers(torch.device("meta"), tuning) if tuning.sm90 else None
 
 
-@pytest.mark.parametrize("hopper", [False, True])
-def test_every_kernel_of_the_networks_gets_its_fastest(monkeypatch, hopper):
-    if hopper:
-        monkeypatch.setattr(FusedDecoder, "_hopper_convs", hopper_layers)
-        monkeypatch.setattr(FusedEncoder, "_hopper_convs", hopper_layers)
+@pytest.mark.parametrize("sm90", [False, True])
+def test_every_kernel_of_the_networks_gets_its_fastest(monkeypatch, sm90):
+    if sm90:
+        monkeypatch.setattr(FusedDecoder, "_sm90_layers", sm90_layers)
+        monkeypatch.setattr(FusedEncoder, "_sm90_layers", sm90_layers)
     steps = []
     clock = FakeClock(H200)
     networks = meta_networks(float8=True)
     tuner = Tuner(networks, [(64, 64), (512, 512)], H200, clock=clock, progress=lambda *step: steps.append(step))
-    kinds = {key[0] for key in tuner.candidates}
-    sm90 = {"sm90 conv", "sm90 up", "sm90 down", "sm90 conv float8", "sm90 up float8", "conv float8"}
+    kinds = {str(key.any_epilogue).replace(f" {key.in_channels}->{key.out_channels}", "") for key in tuner.candidates}
+    layers = {"sm90 conv", "sm90 up", "sm90 down", "sm90 conv float8", "sm90 up float8", "conv float8"}
     triton = {"conv", "up", "down", "conv float8", "up float8"}
-    assert kinds == {"in", "qkv", "proj", "attention"} | (sm90 if hopper else triton)
+    assert kinds == {"in", "qkv", "proj", "attention"} | (layers if sm90 else triton)
     measured = tuner.run()
     assert [kernel.key for kernel in measured] == list(tuner.candidates)
     for kernel in measured:
@@ -217,7 +217,7 @@ def test_every_kernel_of_the_networks_gets_its_fastest(monkeypatch, hopper):
 
 
 def test_a_candidate_that_cannot_run_is_tried_once_and_left_out():
-    key = ("qkv", 384, 1152, "")
+    key = KernelKey(Kind.QKV, 384, 1152)
     clock = FakeClock(H200, broken=(candidates(key, H200)[-1],))
     tuner = Tuner(meta_networks(), [(64, 64), (128, 128)], H200, only=lambda k: k == key, clock=clock)
     (kernel,) = tuner.run()
@@ -227,7 +227,7 @@ def test_a_candidate_that_cannot_run_is_tried_once_and_left_out():
 
 
 def test_what_does_not_compile_is_not_measured(monkeypatch):
-    key = ("qkv", 384, 1152, "")
+    key = KernelKey(Kind.QKV, 384, 1152)
 
     def task(kernel, stages):
         if kernel is _qkv_kernel and stages == 3:
@@ -237,7 +237,7 @@ def test_what_does_not_compile_is_not_measured(monkeypatch):
         name = (id(self), *sorted(options.items()))
         tasks.setdefault(name, lambda: task(self, options.get("num_stages")))
 
-    monkeypatch.setattr(compiling.Kernel, "_list", listed)
+    monkeypatch.setattr(compiling.TritonKernel, "_list", listed)
     monkeypatch.setattr(attention_sm90, "_load", lambda split, dtype: None)
     monkeypatch.setattr(compiling, "run", lambda tasks, device, progress: [task() for task in tasks.values()])
     seen = set()
@@ -320,15 +320,21 @@ def replaced(old: str, new: str) -> str:
         ("", "line"),
         ("[]", "not a tuning"),
         ("[" * 100_000, ""),
-        ('{"version": 2}', "version 2 of the schema"),
-        (replaced('"version": 1', '"version": "1"'), "version '1'"),
+        ('{"version": 3}', "version 3 of the schema"),
+        (
+            '{"version": 1}',
+            "version 1 of the schema, this release reads 2: qwen-vae-accel tune --engine-dir DIR measures again",
+        ),
+        (replaced('"version": 2', '"version": "2"'), "version '2'"),
         (replaced("H200", "H100"), "gpu NVIDIA H100, here NVIDIA H200"),
         (replaced('"triton": "3.6.0"', '"triton": "3.5.1"'), "triton 3.5.1, here 3.6.0"),
         (replaced('"block_rows": 128', '"block_rows": 112'), "not among the configurations"),
         (replaced('"block_rows": 128', '"block_rows": true'), "not among the configurations"),
         (replaced('"wave": 0.6', '"wave": NaN'), "NaN is no JSON"),
         (replaced('"stages": 3', '"steps": 3'), "other fields"),
-        (replaced('"conv"', '"comv"'), "no kernel"),
+        (replaced('"conv"', '"comv"'), "valid Kind"),
+        (replaced('"in_channels": 384', '"in_channels": 385'), "no kernel conv 385->384 norm"),
+        (replaced('"float8": false', '"float8": 0'), "float8 of a kernel's key is 0, not of type bool"),
         ("\x00\xff", "line"),
     ],
 )
@@ -352,46 +358,48 @@ def test_writing_replaces_whole_files(tmp_path, monkeypatch, caplog):
 
 
 def test_measured_configurations_come_first_key_by_key():
-    weights = ConvWeights(torch.empty(96, 864, dtype=torch.bfloat16), torch.empty(96), 96, 9)
-    chosen = candidates(("conv", 96, 96, "norm"), H200)[-1]
+    key = KernelKey(Kind.CONV, 96, 96, epilogue="norm")
+    other = dataclasses.replace(key, epilogue="x")
+    chosen = candidates(key, H200)[-1]
     attention = candidates(ATTENTION_KEY, H200)[-1]
-    kernels = (Measured(("conv", 96, 96, "norm"), (chosen,), 1, 2), Measured(ATTENTION_KEY, (attention,), 1, 2))
+    kernels = (Measured(key, (chosen,), 1, 2), Measured(ATTENTION_KEY, (attention,), 1, 2))
     tuning, shipped = tuned_gpu(kernels).tuning(), Tuning()
     grid = Grid(1, 64, 64)
-    assert tuning.conv("conv", weights, grid, H200, "norm") == chosen != shipped.conv("conv", weights, grid, H200, "norm")
-    assert tuning.conv("conv", weights, grid, H200, "x") == shipped.conv("conv", weights, grid, H200, "x")
-    assert tuning.attention_on(H200) == attention != shipped.attention_on(H200)
+    assert tuning.conv(key, grid, H200) == chosen != shipped.conv(key, grid, H200)
+    assert tuning.conv(other, grid, H200) == shipped.conv(other, grid, H200)
+    assert tuning.attention_on(ATTENTION_KEY, H200) == attention != shipped.attention_on(ATTENTION_KEY, H200)
     # Where the table does not serve, because there are no bulk copies, what was measured there does.
-    assert tuning.conv("conv", weights, grid, ADA, "norm") == chosen != shipped.conv("conv", weights, grid, ADA, "norm")
+    assert tuning.conv(key, grid, ADA) == chosen != shipped.conv(key, grid, ADA)
     assert tuned_gpu((Measured(KEY, (), 1, 1),)).tuning() == shipped
 
 
 def test_weights_given_to_the_schedules_are_not_planned_for_triton(monkeypatch):
     (decoder, _) = meta_networks()
-    monkeypatch.setattr(decoder, "_hopper", object())
-    with pytest.raises(ValueError, match="hopper_convs"):
-        decoder.tuned_program((1, 16, 8, 8), Tuning(hopper_convs=False))
+    monkeypatch.setattr(decoder, "_sm90", object())
+    with pytest.raises(ValueError, match="sm90=True"):
+        decoder.tuned_launches((1, 16, 8, 8), Tuning(sm90=False))
 
 
-def test_measured_schedules_reach_the_layers():
-    chosen = candidates(("sm90 conv", 192, 192), H200)[-1]
-    tuning = tuned_gpu((Measured(("sm90 conv", 192, 192), (chosen,), 1, 2),)).tuning()
+def test_measured_schedules_reach_the_layers(monkeypatch):
+    chosen = candidates(SCHEDULE_KEYS[1], H200)[-1]
+    tuning = tuned_gpu((Measured(SCHEDULE_KEYS[1], (chosen,), 1, 2),)).tuning()
     made = {}
 
     def make(weights, mode, device, schedules, keep):
         made[weights.in_channels] = schedules
 
-    layers = HopperConvs(torch.device("cpu"), tuning, make)
+    monkeypatch.setattr(layers_module, "unsupported", lambda *_: [])
+    layers = Sm90Layers(torch.device("cpu"), tuning, make)
     for channels in (192, 384):
         matrix = torch.empty(channels, 9 * channels, dtype=torch.bfloat16)
-        layers.layer(ConvWeights(matrix, torch.empty(channels), channels, 9), "conv")
+        layers.layer(ConvWeights(matrix, torch.empty(channels), channels, 9), Kind.CONV)
     assert made == {192: (chosen,), 384: ()}
 
 
 def test_the_backend_reads_the_engine_directory(tmp_path, monkeypatch):
     write_tuned(tmp_path, EXAMPLE)
     monkeypatch.setattr(Machine, "of", classmethod(lambda cls, device: MACHINE))
-    monkeypatch.setattr(backend_module, "describe_device", lambda device: H200)
+    monkeypatch.setattr(backend_module, "describe_gpu", lambda device: H200)
     assert backend_module._tuning(tmp_path, torch.device("cuda")) == EXAMPLE.tuning() != Tuning()
     assert backend_module._tuning(tmp_path / "other", torch.device("cuda")) == Tuning()
     assert backend_module._tuning(None, torch.device("cuda")) == Tuning()
@@ -408,16 +416,16 @@ def test_tuned_on_the_gpu(tmp_path: Path, only: str):
     device = torch.device("cuda", torch.cuda.current_device())
     if only.startswith("sm90") and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs compute capability 9.0")
-    base = Tuning(hopper_convs=only.startswith("sm90"))
+    base = Tuning(sm90=only.startswith("sm90"))
     networks = random_networks(torch.bfloat16, device)[:1]
     tuner = Tuner(
-        networks, [(256, 320)], describe_device(device), base=base,
-        only=lambda key: " ".join(map(str, key)).startswith(only),
+        networks, [(256, 320)], describe_gpu(device), base=base,
+        only=lambda key: str(key).startswith(only),
     )  # fmt: skip
     assert tuner.candidates
     tuner.compile(device)
     found = tuner.measure()
-    choices = {key: choose(key, times, describe_device(device)) for key, times in found.items()}
+    choices = {key: choose(key, times, describe_gpu(device)) for key, times in found.items()}
     assert all(choices.values())
     measured = tuner.compare(choices)
     for kernel in measured:
@@ -428,9 +436,9 @@ def test_tuned_on_the_gpu(tmp_path: Path, only: str):
     tuner.check(forced)
     machine = Machine.of(device)
     write_tuned(tmp_path, tuned_gpu(forced, machine))
-    tuned = read_tuned(tmp_path, machine, describe_device(device))
+    tuned = read_tuned(tmp_path, machine, describe_gpu(device))
     assert tuned is not None and tuned.kernels == forced
-    program, _ = networks[0].tuned_program((1, 16, 32, 40), tuned.tuning(base))
-    memory = program.memory(torch.randn(1, 16, 32, 40, device=device).bfloat16())
-    program.run(memory)
+    launches = networks[0].tuned_launches((1, 16, 32, 40), tuned.tuning(base))
+    memory = launches.memory(torch.randn(1, 16, 32, 40, device=device).bfloat16())
+    launches.run(memory)
     assert memory.output.isfinite().all()

@@ -1,0 +1,331 @@
+"""The order of kernels of a decoder and an encoder, for one input shape.
+
+Between kernels two flat matrices travel (layout.py): ``x``, what residuals and resampling read, and ``normed``, which is
+silu(rms_norm(x)) for the next convolution, written by whichever kernel produced x. A residual block is two kernels:
+
+    conv1: normed -> hidden = silu(norm2(.))        conv2: hidden + residual x -> x in place, normed in place
+
+With float8 (float8.py) ``normed``, ``hidden`` and the x that an upsampling reads are e4m3 where their convolution is.
+
+Liveness: x, normed and hidden of one level, three matrices, are the peak (0.60 GB at 1024x1024); an upsample holds the
+small x and the large x and normed. The last block writes neither, only conv_out's products over the dead ``normed``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from qwen_vae_accel.kernels.float8 import FLOAT8
+from qwen_vae_accel.kernels.gpu import Gpu
+from qwen_vae_accel.kernels.launches import LaunchList, Step
+from qwen_vae_accel.kernels.layout import Grid
+from qwen_vae_accel.kernels.memory import Arena, Memory, Slot
+from qwen_vae_accel.kernels.network import Kind
+from qwen_vae_accel.kernels.overlap import Matrix, Overlap, link
+from qwen_vae_accel.kernels.triton.attention import attention, qkv
+from qwen_vae_accel.kernels.triton.conv3x3 import conv
+from qwen_vae_accel.kernels.triton.conv_in import conv_in
+from qwen_vae_accel.kernels.triton.conv_out import conv_out, head_products, sum_taps
+from qwen_vae_accel.kernels.triton.downsample_conv import downsample_conv
+from qwen_vae_accel.kernels.triton.upsample_conv import upsample_conv
+from qwen_vae_accel.kernels.tuning.keys import KernelKey
+from qwen_vae_accel.kernels.tuning.selection import Tuning
+from qwen_vae_accel.kernels.weights import (
+    AttentionWeights,
+    ConvWeights,
+    HeadWeights,
+    NetworkWeights,
+    Norm,
+    ResidualWeights,
+    SmallConvWeights,
+)
+
+if TYPE_CHECKING:
+    from qwen_vae_accel.kernels.sm90.conv3x3 import Conv3x3
+    from qwen_vae_accel.kernels.sm90.layers import Sm90Layers
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """The two matrices between kernels; either may be absent once nothing reads it."""
+
+    grid: Grid
+    x: Slot | None
+    normed: Slot | None
+
+
+def _widths(weights: ConvWeights) -> str:
+    kind = " float8" if weights.weight.dtype == FLOAT8 else ""
+    return f"{weights.in_channels}->{weights.out_channels}{kind}"
+
+
+class LaunchBuilder:
+    """Lists the launches for one input shape and places their matrices: a method for each part of a network.
+
+    Args:
+        dtype: of what is not float8: bfloat16 or float16.
+        gpu: decides tiles and splits, with ``tuning``.
+        sm90: makes the convolutions of ``sm90/``; None for Triton's everywhere.
+    """
+
+    def __init__(self, dtype: torch.dtype, gpu: Gpu, tuning: Tuning, sm90: Sm90Layers | None = None) -> None:
+        self.dtype, self.gpu, self.tuning, self.sm90 = dtype, gpu, tuning, sm90
+        self.arena = Arena()
+        self.steps: list[Step] = []
+        self.overlaps: list[Overlap | None] = []
+
+    def launches(self, output_shape: tuple[int, ...]) -> LaunchList:
+        """What was listed, for an output ``[B, C, H, W]``."""
+        offsets, scratch_bytes = self.arena.place()
+        found = LaunchList(tuple(self.steps), offsets, scratch_bytes, output_shape)
+        return found.counting(link(self.overlaps, offsets))
+
+    def add(
+        self, kernel: str, grid: Grid, flops: int, launch: Callable[[Memory], None], key: KernelKey | None = None,
+        tiled: Grid | None = None, overlap: Overlap | None = None,
+    ) -> None:  # fmt: skip
+        """List a launch that writes the pixels of ``grid``; the other arguments are those of :class:`Step`."""
+        self.overlaps.append(overlap)
+        self.arena.step()
+        self.steps.append(Step(kernel, f"{grid.batch}x{grid.height}x{grid.width}", flops, launch, key, tiled))
+
+    def layer(self, weights: ConvWeights, kind: Kind) -> Conv3x3 | None:
+        """The layer of ``sm90/``, or None where the Triton kernel runs."""
+        return None if self.sm90 is None else self.sm90.layer(weights, kind)
+
+    def take(self, grid: Grid, channels: int, scale: float | None = None) -> Slot:
+        """A flat matrix; with the scale of a float8 input, in float8."""
+        return self.arena.take(grid.rows, channels, self.dtype if scale is None else FLOAT8)
+
+    def conv(
+        self, level: Activations, a: Slot | None, weights: ConvWeights, *, x: Slot | None = None, normed: Slot | None = None,
+        norm: Norm | None = None, residual: Slot | None = None, shortcut: Slot | None = None,
+        head: Tensor | None = None, products: Slot | None = None, x_scale: float | None = None,
+    ) -> None:  # fmt: skip
+        grid, gpu = level.grid, self.gpu
+        present = {"residual": residual, "shortcut": shortcut, "x": x, "norm": norm, "head": products}
+        epilogue = " ".join(name for name, value in present.items() if value is not None)
+        kind = Kind.CONV if weights.taps == 9 else Kind.PROJ
+        config = self.tuning.conv(KernelKey.of(kind, weights, epilogue), grid, gpu)
+        layer = self.layer(weights, kind) if head is None else None
+        overlap = None if layer is None else self.overlap(layer, grid, grid, a, (residual, shortcut), (x, normed))
+        flops = weights.flops(grid.pixels)
+        if head is not None and products is not None:
+            flops += 2 * grid.pixels * head.shape[0] * products.rows
+
+        def launch(m: Memory) -> None:
+            if overlap is not None:
+                overlap.layer(
+                    m[a], grid, x=m.get(x), normed=m.get(normed), gamma=None if norm is None else norm.gamma,
+                    silu=norm is None or norm.silu, residual=m.get(residual), shortcut=m.get(shortcut),
+                    x_scale=x_scale, n_scale=None if norm is None else norm.scale, **overlap.arguments(m),
+                )  # fmt: skip
+                return
+            conv(
+                m[a], grid, weights, config=config, gpu=gpu, x=m.get(x), normed=m.get(normed), norm=norm,
+                residual=m.get(residual), shortcut=m.get(shortcut), head=head, products=m.get(products), x_scale=x_scale,
+            )  # fmt: skip
+
+        side = 3 if weights.taps == 9 else 1
+        name = f"conv{side}x{side} {_widths(weights)} {epilogue}"
+        key = KernelKey.of(kind, weights, epilogue, sm90=layer is not None)
+        self.add(name, grid, flops, launch, key, grid, overlap)
+
+    def overlap(
+        self, layer: Conv3x3, grid: Grid, after: Grid, a: Slot | None, others: Iterable[Slot | None],
+        outputs: Iterable[Slot | None],
+    ) -> Overlap:  # fmt: skip
+        """Of a convolution of ``a`` and ``others`` on ``grid`` to ``outputs`` on ``after``."""
+        if a is None:
+            raise ValueError("a launch reads a matrix that nothing wrote")
+
+        def on(grid: Grid, slots: Iterable[Slot | None]) -> tuple[Matrix, ...]:
+            return tuple(Matrix(slot, grid) for slot in slots if slot is not None)
+
+        return Overlap(layer, Matrix(a, grid), on(grid, others), on(after, outputs))
+
+    def conv_in(self, weights: SmallConvWeights, grid: Grid, norm: Norm) -> Activations:
+        out = weights.out_channels
+        x, normed = self.take(grid, out), self.take(grid, out, norm.scale)
+        gpu = self.gpu
+        key = KernelKey.of(Kind.IN, weights)
+        config = self.tuning.conv(key, grid, gpu)
+
+        def launch(m: Memory) -> None:
+            conv_in(m.image, weights, x=m[x], normed=m[normed], norm=norm, config=config, gpu=gpu)
+
+        flops = 2 * grid.pixels * out * 9 * weights.in_channels
+        self.add(f"conv_in {weights.in_channels}->{out}", grid, flops, launch, key, grid)
+        return Activations(grid, x, normed)
+
+    def residual_block(
+        self,
+        level: Activations,
+        block: ResidualWeights,
+        norm: Norm | None,
+        *,
+        keep_x: bool = True,
+        x_scale: float | None = None,
+    ) -> Activations:
+        """``norm`` is the one after the block; without it no normed matrix is written. With ``x_scale``, x is float8."""
+        out = block.conv1.out_channels
+        hidden = self.take(level.grid, out, block.norm2.scale)
+        self.conv(level, level.normed, block.conv1, normed=hidden, norm=block.norm2)
+        same_width = block.conv2.shortcut == 0
+        in_place = same_width and x_scale is None
+        x = (level.x if in_place else self.take(level.grid, out, x_scale)) if keep_x else None
+        normed = None
+        if same_width and norm is not None and level.normed is not None and level.normed.dtype == norm.dtype(self.dtype):
+            normed = level.normed
+        else:
+            self.arena.give(level.normed)
+            normed = None if norm is None else self.take(level.grid, out, norm.scale)
+        self.conv(
+            level, hidden, block.conv2, x=x, norm=norm, normed=normed, x_scale=x_scale,
+            residual=level.x if same_width else None, shortcut=None if same_width else level.x,
+        )  # fmt: skip
+        self.arena.give(hidden)
+        if x is not level.x:
+            self.arena.give(level.x)
+        return replace(level, x=x, normed=normed)
+
+    def last_block(self, level: Activations, block: ResidualWeights, norm: Norm, head: Tensor, count: int) -> Slot:
+        """The decoder's last block, norm_out and the products of conv_out: ``[count, rows]`` fp32."""
+        if self.layer(block.conv2, Kind.CONV) is not None:
+            level = self.residual_block(level, block, norm, keep_x=False)
+            products, gpu = self.arena.take(count, level.grid.rows, torch.float32), self.gpu
+            self.add(
+                f"head {head.shape[0]}->{count}", level.grid, 2 * level.grid.pixels * head.shape[0] * count,
+                lambda m: head_products(m[level.normed], head, m[products], gpu=gpu),
+            )  # fmt: skip
+            self.arena.give(level.normed)
+            return products
+        hidden = self.take(level.grid, block.conv1.out_channels, block.norm2.scale)
+        self.conv(level, level.normed, block.conv1, normed=hidden, norm=block.norm2)
+        self.arena.give(level.normed)
+        products = self.arena.take(count, level.grid.rows, torch.float32)
+        self.conv(level, hidden, block.conv2, norm=norm, residual=level.x, head=head, products=products)
+        self.arena.give(hidden)
+        self.arena.give(level.x)
+        return products
+
+    def attention(self, level: Activations, block: AttentionWeights, norm: Norm) -> Activations:
+        """``level.normed`` holds the attention's own norm of x; afterwards ``norm`` of the sum."""
+        grid, gpu, tuning = level.grid, self.gpu, self.tuning
+        channels = block.proj.in_channels
+        tokens = self.arena.take(grid.pixels, 3 * channels, self.dtype)
+        qkv_key = KernelKey.of(Kind.QKV, block.qkv)
+        qkv_config = tuning.conv(qkv_key, grid, gpu)
+        key = KernelKey(Kind.ATTENTION, channels, channels)
+        config = tuning.attention_on(key, gpu)
+        count = grid.height * grid.width
+        splits = tuning.attention_splits(key, grid, gpu)
+        partial = tops = None
+        if splits > 1:
+            partial = self.arena.take(splits * grid.pixels, channels, torch.float32)
+            tops = self.arena.take(splits * grid.pixels, 1, torch.float32)
+
+        def launch_qkv(m: Memory) -> None:
+            qkv(m[level.normed], grid, block.qkv, m[tokens], config=qkv_config, gpu=gpu)
+
+        def launch_attention(m: Memory) -> None:
+            attention(
+                m[tokens], grid, m[level.normed], config=config, gpu=gpu, splits=splits,
+                partial=m.get(partial), tops=m.get(tops),
+            )  # fmt: skip
+
+        self.add(f"qkv {channels}->{3 * channels}", grid, block.qkv.flops(grid.pixels), launch_qkv, qkv_key, grid)
+        flops = 4 * grid.batch * count * count * channels
+        self.add(f"attention {channels}", grid, flops, launch_attention, key, grid)
+        self.arena.give(tokens, partial, tops)
+        normed = self.take(grid, channels)
+        self.conv(level, level.normed, block.proj, x=level.x, normed=normed, norm=norm, residual=level.x)
+        self.arena.give(level.normed)
+        return replace(level, normed=normed)
+
+    def resample(self, level: Activations, weights: ConvWeights, norm: Norm, kind: Kind) -> Activations:
+        """``kind``: UP or DOWN; ``norm`` is the first one of the next level."""
+        up, grid, gpu = kind is Kind.UP, level.grid, self.gpu
+        after = grid.doubled() if up else grid.halved()
+        x, normed = self.take(after, weights.out_channels), self.take(after, weights.out_channels, norm.scale)
+        tiled = grid if up else after
+        config = self.tuning.conv(KernelKey.of(kind, weights), tiled, gpu)
+        function = upsample_conv if up else downsample_conv
+        layer = self.layer(weights, kind)
+        overlap = None if layer is None else self.overlap(layer, grid, after, level.x, (), (x, normed))
+
+        def launch(m: Memory) -> None:
+            if overlap is not None:
+                overlap.layer(
+                    m[level.x], grid, x=m[x], normed=m[normed], gamma=norm.gamma, silu=norm.silu, n_scale=norm.scale,
+                    **overlap.arguments(m),
+                )  # fmt: skip
+                return
+            function(m[level.x], grid, weights, x=m[x], normed=m[normed], norm=norm, config=config, gpu=gpu)
+
+        name = f"{kind}sample {_widths(weights)}"
+        key = KernelKey.of(kind, weights, sm90=layer is not None)
+        self.add(name, after, weights.flops(tiled.pixels), launch, key, tiled, overlap)
+        self.arena.give(level.x)
+        return Activations(after, x, normed)
+
+    def middle(
+        self, level: Activations, blocks: tuple[ResidualWeights, AttentionWeights, ResidualWeights], norm: Norm, *,
+        keep_x: bool,
+    ) -> Activations:  # fmt: skip
+        """Residual block, attention, residual block; ``norm`` is the one after them."""
+        first, between, last = blocks
+        level = self.residual_block(level, first, between.norm)
+        level = self.attention(level, between, last.norm1)
+        return self.residual_block(level, last, norm, keep_x=keep_x)
+
+
+def decoder_launches(weights: NetworkWeights, latent: tuple[int, ...], builder: LaunchBuilder) -> LaunchList:
+    """Of a decoder, for latents of shape ``[B, C, h, w]``."""
+    assert isinstance(weights.conv_out, HeadWeights)
+    batch, _, height, width = latent
+    head, bias = weights.conv_out.columns, weights.conv_out.bias
+    channels = bias.numel()
+    level = builder.conv_in(weights.conv_in, Grid(batch, height, width), weights.middle[0].norm1)
+    level = builder.middle(level, weights.middle, weights.levels[0].blocks[0].norm1, keep_x=True)
+    for this, after in zip(weights.levels, (*weights.levels[1:], None), strict=True):
+        for block, following in zip(this.blocks[:-1], this.blocks[1:], strict=True):
+            level = builder.residual_block(level, block, following.norm1)
+        if this.resampling is not None and after is not None:
+            level = builder.residual_block(level, this.blocks[-1], None, x_scale=this.resampling.input_scale)
+            level = builder.resample(level, this.resampling, after.blocks[0].norm1, Kind.UP)
+        else:
+            products = builder.last_block(level, this.blocks[-1], weights.norm_out, head, 9 * channels)
+    grid = level.grid
+    builder.add(
+        f"conv_out sum {channels}", grid, 9 * channels * grid.pixels,
+        lambda m: sum_taps(m[products], bias, grid, m.output),
+    )  # fmt: skip
+    return builder.launches((batch, channels, grid.height, grid.width))
+
+
+def encoder_launches(weights: NetworkWeights, image: tuple[int, ...], builder: LaunchBuilder) -> LaunchList:
+    """Of an encoder, for images of shape ``[B, C, H, W]``."""
+    assert isinstance(weights.conv_out, ConvWeights)
+    batch, _, height, width = image
+    level = builder.conv_in(weights.conv_in, Grid(batch, height, width), weights.levels[0].blocks[0].norm1)
+    for this, after in zip(weights.levels, (*weights.levels[1:], None), strict=True):
+        for block, following in zip(this.blocks[:-1], this.blocks[1:], strict=True):
+            level = builder.residual_block(level, block, following.norm1)
+        if this.resampling is not None and after is not None:
+            level = builder.residual_block(level, this.blocks[-1], None)
+            level = builder.resample(level, this.resampling, after.blocks[0].norm1, Kind.DOWN)
+        else:
+            level = builder.residual_block(level, this.blocks[-1], weights.middle[0].norm1)
+    level = builder.middle(level, weights.middle, weights.norm_out, keep_x=False)
+    normed, grid, out, gpu = level.normed, level.grid, weights.conv_out, builder.gpu
+    builder.add(
+        f"conv_out {out.in_channels}->{out.out_channels}", grid, out.flops(grid.pixels),
+        lambda m: conv_out(m[normed], grid, out, m.output, gpu=gpu),
+    )  # fmt: skip
+    return builder.launches((batch, out.out_channels, grid.height, grid.width))
