@@ -219,12 +219,6 @@ class DirectBackend(Backend):
         """A program for ``job`` over the current weights of ``source``."""
 
 
-class TilingProgram(Program, Protocol):
-    """A program of a backend with ``can_tile``: also runs in bands of bounded memory, with the same result."""
-
-    def tiled(self, x: Tensor, tile_pixels: int) -> Tensor: ...
-
-
 @dataclass(frozen=True, slots=True)
 class EngineDescription:
     """What an engine file says of itself.

@@ -35,7 +35,7 @@ _CANDIDATES = 16  # weight scales tried per output channel
 def block_layers(network: Network) -> dict[str, str]:
     """Convolutions of residual blocks that compute in float8 -> the gain of the norm in front, whose bound is their scale.
 
-    All residual blocks but the middle's: docs/kernels.md has the measurements.
+    All residual blocks but the middle's: docs/notes/kernels.md has the measurements.
     """
     blocks = [block for level in network.levels for block in level.blocks]
     layers = ((block.name, which, conv) for block in blocks for which, conv in ((1, block.conv1), (2, block.conv2)))

@@ -103,9 +103,9 @@ class _FusedNetwork:
         reasons = state_reasons(state)
         if reasons:
             raise ValueError(f"{type(self).__name__} cannot run this model: " + "; ".join(reasons))
-        self.network = network_of(state)
-        if self.network.method != self._method:
-            raise ValueError(f"{type(self).__name__} was given the weights of a network that {self.network.method}s")
+        self.description = network_of(state)
+        if self.description.method != self._method:
+            raise ValueError(f"{type(self).__name__} was given the weights of a network that {self.description.method}s")
         self.dtype, self.device = dtype, torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
@@ -113,7 +113,7 @@ class _FusedNetwork:
         self._gpu = self.config.gpu or describe_gpu(self.device)
         self.float8 = bool(float8)
         segments = OwnSegments(self.device)
-        weights = pack_network(Packer(state, dtype, self.device, float8 or {}), self.network)
+        weights = pack_network(Packer(state, dtype, self.device, float8 or {}), self.description)
         self._sm90 = self._sm90_layers(self.config.tuning)
         if self._sm90 is not None:
             weights = self._sm90.to_host(weights)
@@ -177,7 +177,7 @@ class _FusedNetwork:
         Raises:
             ValueError: another dtype or other channels, or an image so small that nothing would be left of it.
         """
-        channels = self.network.in_channels
+        channels = self.description.in_channels
         if image.dim() != 4 or image.shape[1] != channels or image.dtype != self.dtype:
             raise ValueError(
                 f"{type(self).__name__}: expected {self.dtype} [B, {channels}, H, W], got {image.dtype} {list(image.shape)}"
@@ -208,7 +208,7 @@ class _FusedNetwork:
 
     def usual_shapes(self) -> list[tuple[int, ...]]:
         """Input shapes that between them run every kernel but those of tiny images."""
-        network, scale = self.network, self.network.scale
+        network, scale = self.description, self.description.scale
         sizes = (network.input_size(height * scale, width * scale) for height, width in _COMPILED_LATENTS)
         return [(1, network.in_channels, *size) for size in sizes]
 

@@ -265,9 +265,9 @@ def decoder_on(gpu, *, float8):
 
 
 def test_float8_needs_less_memory_and_the_same_arithmetic():
-    programs = [decoder_on(Gpu(132, 232448, True), float8=float8).launches((1, 16, 128, 128)) for float8 in (False, True)]
-    assert programs[0].flops == programs[1].flops
-    assert programs[1].scratch_bytes < 0.85 * programs[0].scratch_bytes
+    listed = [decoder_on(Gpu(132, 232448, True), float8=float8).launches((1, 16, 128, 128)) for float8 in (False, True)]
+    assert listed[0].flops == listed[1].flops
+    assert listed[1].scratch_bytes < 0.85 * listed[0].scratch_bytes
 
 
 @pytest.mark.parametrize("device", [NO_TMA, Gpu(132, 232448, True)], ids=["pointers", "large"])

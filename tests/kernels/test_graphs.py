@@ -42,7 +42,7 @@ class Graph:
 
 
 class Doubling:
-    """A program; without scratch, so that its address is always the same."""
+    """A list of launches; without scratch, so that its address is always the same."""
 
     scratch_bytes = 0
 
@@ -80,41 +80,41 @@ def gpu(monkeypatch):
     monkeypatch.setattr(Graph, "broken", False)
 
 
-def call(cache: GraphCache, program: Doubling, size: int, value: float) -> torch.Tensor:
+def call(cache: GraphCache, launches: Doubling, size: int, value: float) -> torch.Tensor:
     image = torch.full((1, size), value)
-    result = cache.run(program, image)
+    result = cache.run(launches, image)
     assert torch.equal(result, 2 * image)
     return result
 
 
 def test_plain_then_captured_then_replayed(gpu):
-    cache, program = GraphCache(OwnSegments(CPU), limit=8, after=2), Doubling()
-    results = [call(cache, program, 3, value) for value in (1.0, 2.0, 3.0, 4.0)]
-    assert (program.runs, Graph.replays, len(cache)) == (2, 2, 1)  # the capture runs nothing itself
+    cache, launches = GraphCache(OwnSegments(CPU), limit=8, after=2), Doubling()
+    results = [call(cache, launches, 3, value) for value in (1.0, 2.0, 3.0, 4.0)]
+    assert (launches.runs, Graph.replays, len(cache)) == (2, 2, 1)  # the capture runs nothing itself
     assert [result[0, 0].item() for result in results] == [2, 4, 6, 8]  # a later call does not touch an earlier result
     cache.clear()
     assert len(cache) == 0
-    call(cache, program, 3, 5.0)
+    call(cache, launches, 3, 5.0)
 
 
 def test_the_least_recently_used_graph_goes(gpu):
-    cache, program = GraphCache(OwnSegments(CPU), limit=2, after=1), Doubling()
+    cache, launches = GraphCache(OwnSegments(CPU), limit=2, after=1), Doubling()
     for size in (1, 2, 1, 3):
-        call(cache, program, size, 1.0)
-    assert (program.runs, Graph.replays, len(cache)) == (3, 1, 2)
-    call(cache, program, 1, 2.0)  # kept
+        call(cache, launches, size, 1.0)
+    assert (launches.runs, Graph.replays, len(cache)) == (3, 1, 2)
+    call(cache, launches, 1, 2.0)  # kept
     assert Graph.replays == 2
-    call(cache, program, 2, 2.0)  # dropped, captured again
-    assert (program.runs, Graph.replays, len(cache)) == (4, 2, 2)
+    call(cache, launches, 2, 2.0)  # dropped, captured again
+    assert (launches.runs, Graph.replays, len(cache)) == (4, 2, 2)
 
 
 def test_a_capture_that_fails_costs_no_result_and_is_the_last(gpu, monkeypatch, caplog):
     monkeypatch.setattr(Graph, "broken", True)
-    cache, program = GraphCache(OwnSegments(CPU), limit=8, after=1), Doubling()
+    cache, launches = GraphCache(OwnSegments(CPU), limit=8, after=1), Doubling()
     with caplog.at_level(logging.WARNING):
         for value in (1.0, 2.0, 3.0):
-            call(cache, program, 3, value)
-    assert (program.runs, len(cache), caplog.text.count("a capture failed")) == (3, 0, 1)
+            call(cache, launches, 3, value)
+    assert (launches.runs, len(cache), caplog.text.count("a capture failed")) == (3, 0, 1)
     monkeypatch.setattr(Graph, "broken", False)
-    call(cache, program, 3, 4.0)
+    call(cache, launches, 3, 4.0)
     assert len(cache) == 0

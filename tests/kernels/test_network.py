@@ -54,10 +54,10 @@ def published_on(gpu, cls):
 
 def run_poisoned(network, image):
     """Scratch full of NaN: a halo or an element that nobody writes shows in the result."""
-    program = network.launches(tuple(image.shape))
-    memory = program.memory(image, torch.full((program.scratch_bytes,), 255, dtype=torch.uint8))
+    launches = network.launches(tuple(image.shape))
+    memory = launches.memory(image, torch.full((launches.scratch_bytes,), 255, dtype=torch.uint8))
     memory.output.fill_(float("nan"))
-    program.run(memory)
+    launches.run(memory)
     return memory.output
 
 
@@ -162,10 +162,10 @@ def test_scratch_of_a_megapixel(cls):
     network = cls(
         meta("decode" if cls is FusedDecoder else "encode"), dtype=torch.bfloat16, device=torch.device("meta"), config=config
     )
-    program = network.launches((1, 16, 128, 128) if cls is FusedDecoder else (1, 3, 1024, 1024))
+    launches = network.launches((1, 16, 128, 128) if cls is FusedDecoder else (1, 3, 1024, 1024))
     three_matrices = 3 * 1026 * 1025 * 96 * 2
-    assert three_matrices <= program.scratch_bytes < 1.01 * three_matrices
-    assert abs(program.flops / 1e12 - (4.28 if cls is FusedDecoder else 2.85)) < 0.02
+    assert three_matrices <= launches.scratch_bytes < 1.01 * three_matrices
+    assert abs(launches.flops / 1e12 - (4.28 if cls is FusedDecoder else 2.85)) < 0.02
 
 
 @pytest.mark.parametrize("device", [TMA, NO_TMA, Gpu(132, 232448, True)], ids=["tma", "pointers", "large"])
@@ -185,7 +185,7 @@ def test_no_size_needs_a_kernel_that_was_not_compiled_ahead(cls, device):
     for _ in range(60):
         shape = (
             draw.choice((1, 1, 2, 4)),
-            network.network.in_channels,
+            network.description.in_channels,
             draw.randint(8, 240) * unit,
             draw.randint(8, 240) * unit,
         )
@@ -207,16 +207,16 @@ def test_compiling_runs_every_task_and_tells_of_each(monkeypatch):
 def test_traffic_is_counted_by_what_a_launch_asks_for():
     config = FusedConfig(gpu=Gpu(132, 232448, True))
     network = FusedDecoder(meta("decode"), dtype=torch.bfloat16, device=torch.device("meta"), config=config)
-    program = network.launches((1, 16, 128, 128))
-    memory = program.memory(torch.empty(1, 16, 128, 128, dtype=torch.bfloat16, device="meta"))
+    launches = network.launches((1, 16, 128, 128))
+    memory = launches.memory(torch.empty(1, 16, 128, 128, dtype=torch.bfloat16, device="meta"))
     counted = []
     with compiling.collecting():
-        for step in program.steps:
+        for step in launches.steps:
             traffic = Traffic(memory)
             step.launch(traffic)
             counted.append(traffic.nbytes)
     matrix = Grid(1, 1024, 1024).rows * 96 * 2
-    conv = next(i for i, step in enumerate(program.steps) if step.kernel == "conv3x3 96->96 residual x norm")
+    conv = next(i for i, step in enumerate(launches.steps) if step.kernel == "conv3x3 96->96 residual x norm")
     assert counted[conv] == 4 * matrix  # hidden and the residual in, x and the normed one out
     assert counted[-1] > memory.output.nbytes
 

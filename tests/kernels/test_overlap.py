@@ -100,7 +100,7 @@ def test_lines_hold_every_tile_once(key):
 
 
 def planned(cls, shape, monkeypatch):
-    """A program of the published network on a GPU of few multiprocessors; what ``link`` was given and returned."""
+    """The launches of the published network on a GPU of few multiprocessors; what ``link`` was given and returned."""
     seen = []
     monkeypatch.setattr(builder_module, "link", lambda *given: seen.append((*given, link(*given))) or seen[-1][-1])
     monkeypatch.setattr(Sm90Layers, "to_host", lambda self, weights: weights)
@@ -117,11 +117,11 @@ def planned(cls, shape, monkeypatch):
 def test_most_convolutions_of_the_networks_overlap(cls, size, monkeypatch):
     decodes = cls is FusedDecoder
     shape = (2, 16, *size) if decodes else (2, 3, 8 * size[0], 8 * size[1])
-    program, _, _, slots = planned(cls, shape, monkeypatch)
+    launches, _, _, slots = planned(cls, shape, monkeypatch)
     assert len(slots) >= (20 if decodes else 13)  # of 31 and 23 convolutions, 8 and 5 of them with resident weights
-    assert program.counters is not None and program.counters.columns == sum(slot.columns for slot in slots)
-    start, counted = program.offsets[program.counters.index], program.counters.nbytes
-    assert program.scratch_bytes - 256 < start + counted <= program.scratch_bytes
+    assert launches.counters is not None and launches.counters.columns == sum(slot.columns for slot in slots)
+    start, counted = launches.offsets[launches.counters.index], launches.counters.nbytes
+    assert launches.scratch_bytes - 256 < start + counted <= launches.scratch_bytes
 
 
 Spans = list[tuple[int, int]]

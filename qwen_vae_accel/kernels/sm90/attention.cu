@@ -15,7 +15,19 @@
 // Sums are rescaled only when a row's largest score has grown by more than a factor of 2^8 since the last time: the quotient
 // at the end is the same, and the sums' 32 bits have room. (The idea is from FlashAttention 4.)
 //
-// Compile-time parameters (-D): KEYS, CLUSTER, SLOTS, SPLIT (partial results, to be merged), BF16, SHARED_BYTES.
+// Compile-time parameters (-D): KEYS, CLUSTER, SLOTS, SPLIT (partial results, to be merged), BF16, SHARED_BYTES,
+// ARGS_BYTES.
+#include "ptx.cuh"
+#include "wgmma.cuh"
+
+#ifndef __CUDACC_RTC__  // for an editor: one of the variants
+#define KEYS 32
+#define CLUSTER 2
+#define SLOTS 5
+#define SPLIT 1
+#define SHARED_BYTES SMEM_BYTES
+#define ARGS_BYTES sizeof(Args)
+#endif
 
 constexpr int CHANNELS = 384, CHUNK = 64, CHUNKS = CHANNELS / CHUNK;
 constexpr int ROWS = 64, WARPGROUPS = 2;  // queries of a computing warpgroup; how many of these
@@ -39,6 +51,7 @@ struct Args {
   int count, width, all_tokens, splits;  // count: tokens of one image
   float scale;     // of the scores, times log2(e)
 };
+static_assert(sizeof(Args) == ARGS_BYTES, "_Args in attention.py must agree");
 
 struct Ring {  // position in the ring, and the parity its barriers are at
   u32 slot = 0, parity = 0;
@@ -175,7 +188,7 @@ DEVICE void compute(const Shared& s, const Args& args, const Range& range, u32 w
 #pragma unroll
     for (int i = 0; i < CHANNELS / DEPTH; ++i) {
       const int chunk = i / (CHUNK / DEPTH), inside = i % (CHUNK / DEPTH) * DEPTH * 2;
-      wgmma_scores(score, queries + (chunk * Q_CHUNK_BYTES + inside) / 16, keys + (chunk * CHUNK_BYTES + inside) / 16, i > 0);
+      wgmma(score, queries + (chunk * Q_CHUNK_BYTES + inside) / 16, keys + (chunk * CHUNK_BYTES + inside) / 16, i > 0);
     }
     wgmma_commit();
     wgmma_wait<0>();
@@ -195,8 +208,8 @@ DEVICE void compute(const Shared& s, const Args& args, const Range& range, u32 w
       wgmma_fence();
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        wgmma_sums(sum[half], p[0], p[1], p[2], p[3],
-                   values + (half * HALF / CHUNK * CHUNK_BYTES + k * DEPTH * ROW_BYTES) / 16);
+        wgmma_from_registers(sum[half], p[0], p[1], p[2], p[3],
+                             values + (half * HALF / CHUNK * CHUNK_BYTES + k * DEPTH * ROW_BYTES) / 16);
     }
     wgmma_commit();
     wgmma_wait<0>();

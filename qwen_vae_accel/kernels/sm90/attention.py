@@ -13,7 +13,7 @@ from qwen_vae_accel.kernels.compiling import listed
 from qwen_vae_accel.kernels.layout import Grid
 from qwen_vae_accel.kernels.sm90 import driver, nvrtc
 from qwen_vae_accel.kernels.sm90.schedules import SHARED_LIMIT
-from qwen_vae_accel.kernels.sm90.source import attention_source
+from qwen_vae_accel.kernels.sm90.source import headers, kernel_source
 
 CHANNELS = 384  # of queries, keys and values
 KEYS = 32  # at a time
@@ -33,8 +33,8 @@ def _defines(split: bool, dtype: torch.dtype) -> dict[str, int]:
 
 def compile_attention(split: bool, dtype: torch.dtype) -> bytes:
     """Machine code; needs NVRTC but no GPU. ``dtype``: bfloat16 or float16."""
-    kind = "bf16" if dtype == torch.bfloat16 else "f16"
-    return nvrtc.compile_cubin(attention_source(KEYS, kind), _defines(split, dtype))
+    defines = _defines(split, dtype) | {"ARGS_BYTES": ctypes.sizeof(_Args)}
+    return nvrtc.compile_cubin(kernel_source("attention"), defines, headers=headers())
 
 
 @functools.cache
@@ -49,7 +49,7 @@ def _load(split: bool, dtype: torch.dtype) -> driver.LoadedKernel:
 
 
 class _Args(ctypes.Structure):
-    """``Args`` of attention.cu."""
+    """``Args`` of attention.cu, which checks its size."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("out", "partial", "tops")),

@@ -5,7 +5,7 @@
     normed = value / rms * gamma, then SiLU           if asked for, rms over the channels of a pixel, in fp32
 
 ``conv`` is the plain convolution, the one after nearest 2x upsampling (folded) or the stride-2 one. The matrices are
-those of the Triton kernels: the flat haloed layout (layout.py), or plain NHWC rows with ``flat=False``. The kernel reads
+those of the Triton kernels, in the flat haloed layout (layout.py). The kernel reads
 pixels outside the image as zeros by itself, and zeroes the halo of what it writes. Reference: kernels/conv3x3.py.
 
 The input (with its weights), ``x`` and ``normed`` may each be float8 (kernels/float8.py), the residual stays in 16 bits.
@@ -41,7 +41,7 @@ from qwen_vae_accel.kernels.sm90.schedules import (
     lines_of,
     tile_count,
 )
-from qwen_vae_accel.kernels.sm90.source import conv_source
+from qwen_vae_accel.kernels.sm90.source import headers, kernel_source
 from qwen_vae_accel.kernels.weights import ConvWeights
 
 _PREPARED = 512  # launches a layer remembers, each by its addresses and grid
@@ -72,9 +72,8 @@ def compile_variant(variant: Variant, dtype: torch.dtype, cache: Path | None = N
 
     ``dtype``: bfloat16 or float16, of what is not float8.
     """
-    bf16 = dtype == torch.bfloat16
-    source = conv_source(variant.columns, "e4m3" if variant.a8 else "bf16" if bf16 else "f16")
-    return nvrtc.compile_cubin(source, variant.defines() | {"BF16": int(bf16)}, cache)
+    defines = variant.defines() | {"BF16": int(dtype == torch.bfloat16), "ARGS_BYTES": ctypes.sizeof(_Args)}
+    return nvrtc.compile_cubin(kernel_source("conv"), defines, cache, headers=headers())
 
 
 @functools.cache
@@ -83,7 +82,7 @@ def _kernel(variant: Variant, dtype: torch.dtype, device: int, cache: Path | Non
 
 
 class _Args(ctypes.Structure):
-    """``Args`` of conv.cu."""
+    """``Args`` of conv_tile.cuh, which checks its size."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("weights", "bias", "gamma", "rescale", "residual", "x", "n")),
@@ -109,16 +108,13 @@ class _Call(NamedTuple):
     done: Tensor | None
     ready: tuple[Tensor, Lines] | None
     grid: Grid
-    flat: bool
     silu: bool
     x_scale: float | None
     n_scale: float | None
 
 
-def _strides(grid: Grid, channels: int, flat: bool) -> tuple[int, int, int]:
+def _strides(grid: Grid, channels: int) -> tuple[int, int, int]:
     """Elements before pixel (0, 0, 0), from row to row, from image to image."""
-    if not flat:
-        return 0, grid.width * channels, grid.height * grid.width * channels
     return (grid.pitch + 1) * channels, grid.pitch * channels, (grid.height + 1) * grid.pitch * channels
 
 
@@ -203,7 +199,6 @@ class Conv3x3:
         silu: bool = True,
         residual: Tensor | None = None,
         shortcut: Tensor | None = None,
-        flat: bool = True,
         x_scale: float | None = None,
         n_scale: float | None = None,
         done: Tensor | None = None,
@@ -225,7 +220,7 @@ class Conv3x3:
         Raises:
             ValueError: a tensor of the wrong shape, dtype or device, or a combination that has no meaning.
         """
-        call = _Call(a, x, normed, gamma, residual, shortcut, done, ready, grid, flat, silu, x_scale, n_scale)
+        call = _Call(a, x, normed, gamma, residual, shortcut, done, ready, grid, silu, x_scale, n_scale)
         tasks = listed()
         if tasks is not None:
             kernel = self._wanted(call)
@@ -233,7 +228,7 @@ class Conv3x3:
             return
         counters, lines = ready or (None, None)
         tensors = (a, x, normed, gamma, residual, shortcut, done, counters)
-        where = (grid.batch, grid.height, grid.width, flat, silu, x_scale, n_scale, lines)
+        where = (grid.batch, grid.height, grid.width, silu, x_scale, n_scale, lines)
         key = (where, *(None if t is None else t.data_ptr() for t in tensors))
         launch = self._prepared.get(key)
         if launch is None:
@@ -254,7 +249,7 @@ class Conv3x3:
         return variant, self._plain(call), self._index, self._cache
 
     def _prepare(self, call: _Call) -> driver.PreparedLaunch:
-        grid, flat, x, normed, gamma = call.grid, call.flat, call.x, call.normed, call.gamma
+        grid, x, normed, gamma = call.grid, call.x, call.normed, call.gamma
         tiled = self._tiled(grid)
         after = grid.doubled() if self.mode == Mode.UPSAMPLE else tiled
         self._check(call, after)
@@ -268,14 +263,14 @@ class Conv3x3:
             rescale=None if self._rescale is None else self._rescale.data_ptr(),
             x_scale=call.x_scale or 1.0, n_scale=call.n_scale or 1.0,
             height=tiled.height, width=tiled.width, tiles_x=tiles_x, tiles_y=tiles_y, tiles=tiles,
-            halo_lines=grid.batch * (after.height + 1) + 1 if flat else 0,
+            halo_lines=grid.batch * (after.height + 1) + 1,
             halo_pitch=after.pitch, halo_period=after.height + 1, done=None if call.done is None else call.done.data_ptr(),
         )  # fmt: skip
         if call.ready is not None:
             counters, lines = call.ready
             args.ready = counters.data_ptr()
             args.ready_lines, args.ready_rows, args.ready_count = lines
-        start, row, image = _strides(after, self.out, flat)
+        start, row, image = _strides(after, self.out)
         for name, tensor in (("residual", call.residual), ("x", x), ("n", normed)):
             if tensor is not None:
                 setattr(args, name, tensor.data_ptr() + tensor.element_size() * start)
@@ -284,9 +279,9 @@ class Conv3x3:
         driver.bind_context(self._index)  # describing tensors needs one too, and this thread may be new to CUDA
         rows, columns = schedule.tile()
         box = (schedule.kc, columns + variant.halo, rows + variant.halo)
-        a = self._map(call.a, grid, self.channels, flat, box, 2 if self.mode == Mode.DOWNSAMPLE else 1)
-        second = a if call.shortcut is None else self._map(call.shortcut, grid, self.shortcut, flat, box)
-        addend = a if call.residual is None else self._map(call.residual, after, self.out, flat, (32, columns, 8))
+        a = self._map(call.a, grid, self.channels, box, 2 if self.mode == Mode.DOWNSAMPLE else 1)
+        second = a if call.shortcut is None else self._map(call.shortcut, grid, self.shortcut, box)
+        addend = a if call.residual is None else self._map(call.residual, after, self.out, (32, columns, 8))
         with torch.cuda.device(self._index):
             kernel = _kernel(*wanted)
         blocks = grid_blocks(schedule, self.mode, tiles, self._multiprocessors)
@@ -299,8 +294,8 @@ class Conv3x3:
         tensors = (call.residual, call.x, call.normed)
         return next((t.dtype for t in tensors if t is not None and t.dtype != FLOAT8), torch.bfloat16)
 
-    def _map(self, matrix: Tensor, grid: Grid, channels: int, flat: bool, box: tuple[int, int, int], step: int = 1):
-        start, row, image = _strides(grid, channels, flat)
+    def _map(self, matrix: Tensor, grid: Grid, channels: int, box: tuple[int, int, int], step: int = 1):
+        start, row, image = _strides(grid, channels)
         # a box that takes every step-th pixel is given in pixels of the tensor
         spans = (box[0], *((extent - 1) * step + 1 for extent in box[1:]), 1)
         size = matrix.element_size()
@@ -331,15 +326,12 @@ class Conv3x3:
         before, own = call.grid, self.lines(call.grid)
         counters, lines = call.ready or (None, own)
 
-        def matrix(grid: Grid, channels: int) -> tuple[int, int]:
-            return (grid.rows if call.flat else grid.pixels, channels)
-
         wanted = (
-            ("input", call.a, self.dtype, matrix(before, self.channels)),
-            ("shortcut", call.shortcut, plain, matrix(before, self.shortcut)),
-            ("x", call.x, plain if call.x_scale is None else FLOAT8, matrix(after, self.out)),
-            ("normed", call.normed, plain if call.n_scale is None else FLOAT8, matrix(after, self.out)),
-            ("residual", call.residual, plain, matrix(after, self.out)),
+            ("input", call.a, self.dtype, (before.rows, self.channels)),
+            ("shortcut", call.shortcut, plain, (before.rows, self.shortcut)),
+            ("x", call.x, plain if call.x_scale is None else FLOAT8, (after.rows, self.out)),
+            ("normed", call.normed, plain if call.n_scale is None else FLOAT8, (after.rows, self.out)),
+            ("residual", call.residual, plain, (after.rows, self.out)),
             ("done", call.done, torch.int32, (1, before.batch * own.per_image)),
             ("ready", counters, torch.int32, (1, before.batch * lines.per_image)),
         )

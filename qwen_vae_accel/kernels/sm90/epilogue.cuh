@@ -1,4 +1,6 @@
 // What follows the products: bias, residual, sum of squares over the channels of a pixel, norm, SiLU, stores.
+#pragma once
+#include "conv_tile.cuh"
 
 // Where a thread's accumulators live. Instruction rows 16*warp + lane/4 + 8*half are pixel row 2*warp + half, column
 // lane/4 of an 8x8 block. Weight rows are permuted so that its columns are channels 32*group + 8*(lane%4) + 0..7.

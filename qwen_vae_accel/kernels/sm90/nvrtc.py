@@ -49,6 +49,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def version() -> str | None:
+    """Of NVRTC, such as ``"13.0"``; None where it is not installed."""
     nvrtc = library()
     if nvrtc is None:
         return None
@@ -57,23 +58,32 @@ def version() -> str | None:
     return f"{major.value}.{minor.value}"
 
 
-def compile_cubin(source: str, defines: Mapping[str, int], cache: Path | None = None) -> bytes:
-    """Machine code of ``source`` for sm_90a, from the cache directory if it was compiled before; see :func:`cubin_folder`.
+def compile_cubin(
+    source: str, defines: Mapping[str, int], cache: Path | None = None, *, headers: Mapping[str, str] | None = None
+) -> bytes:
+    """Machine code of ``source`` for sm_90a, from the cache directory if it was compiled before.
+
+    Args:
+        source: CUDA C++.
+        defines: values of its compile-time parameters.
+        cache: directory of compiled kernels; default: :func:`cubin_folder`.
+        headers: text of what it may include, by name.
 
     Raises:
         CompileError: NVRTC is missing or rejects the source.
     """
     options = [f"--gpu-architecture={ARCHITECTURE}", "--std=c++17", *(f"-D{k}={v}" for k, v in sorted(defines.items()))]
-    key = hashlib.sha256("\0".join([version() or "none", source, *options]).encode()).hexdigest()
+    texts = [text for header in sorted((headers or {}).items()) for text in header]
+    key = hashlib.sha256("\0".join([version() or "none", source, *texts, *options]).encode()).hexdigest()
     folder = cache or cubin_folder()
     if folder is None:
-        return _compile(source, options)
+        return _compile(source, options, headers or {})
     path = folder / f"{key[:40]}.{ARCHITECTURE}.cubin"
     try:
         return read_file(path, _LARGEST)
     except OSError:
         pass
-    cubin = _compile(source, options)
+    cubin = _compile(source, options, headers or {})
     try:
         write_atomically(path, cubin)
     except OSError as error:
@@ -81,12 +91,16 @@ def compile_cubin(source: str, defines: Mapping[str, int], cache: Path | None = 
     return cubin
 
 
-def _compile(source: str, options: list[str]) -> bytes:
+def _compile(source: str, options: list[str], headers: Mapping[str, str] | None = None) -> bytes:
     nvrtc = library()
     if nvrtc is None:
         raise CompileError("NVRTC (libnvrtc.so) is not installed")
     program = ctypes.c_void_p()
-    _check(nvrtc, nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"sm90.cu", 0, None, None))
+    headers = headers or {}
+    count = len(headers)
+    names, texts = ((ctypes.c_char_p * count)(*map(str.encode, part)) for part in (headers, headers.values()))
+    created = nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"sm90.cu", count, texts, names)
+    _check(nvrtc, created)
     try:
         arguments = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         if nvrtc.nvrtcCompileProgram(program, len(options), arguments):

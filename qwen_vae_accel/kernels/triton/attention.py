@@ -79,7 +79,7 @@ def qkv_reference(a: Tensor, grid: Grid, weights: ConvWeights) -> Tensor:
 
 def token_tile(tokens: Tensor, batch: int, rows: int, columns: int, gpu: Gpu):
     """Like ``blocks.tile``, of ``rows`` tokens of one image: beyond its last token a bulk copy reads zeros."""
-    if not gpu.tma:
+    if not gpu.bulk_copies:
         return tokens
     return TensorDescriptor.from_tensor(tokens.view(batch, -1, tokens.shape[1]), [1, rows, columns])
 

@@ -109,7 +109,7 @@ def random_networks(dtype: torch.dtype, device: torch.device) -> list[FusedNetwo
 
 def input_shape(network: FusedNetwork, height: int, width: int) -> tuple[int, int, int, int]:
     """Of one image of ``height`` x ``width`` pixels."""
-    return 1, network.network.in_channels, *network.network.input_size(height, width)
+    return 1, network.description.in_channels, *network.description.input_size(height, width)
 
 
 class Tuner:

@@ -1,9 +1,10 @@
-"""The Hopper kernel: packing, choice of schedule and reasons on the CPU; results against PyTorch on a GPU (marker gpu)."""
+"""The kernels of sm90: packing, choice of schedule and reasons on the CPU; results against PyTorch on a GPU (marker gpu)."""
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from qwen_vae_accel.kernels.sm90.schedules import (
     grid_blocks,
     tile_count,
 )
-from qwen_vae_accel.kernels.sm90.source import attention_source, conv_source, wgmma_wrapper
+from qwen_vae_accel.kernels.sm90.source import headers, kernel_source
 from qwen_vae_accel.kernels.weights import ConvWeights, Packer
 
 H200 = 132  # multiprocessors
@@ -128,7 +129,7 @@ def test_reasons(monkeypatch):
     assert any("no CUDA device" in r for r in unsupported(None, Mode.CONV, 96, 96, torch.bfloat16))
 
 
-def test_no_reasons_on_hopper(monkeypatch):
+def test_no_reasons_where_it_runs(monkeypatch):
     monkeypatch.setattr(nvrtc, "library", object)
     monkeypatch.setattr(driver, "library", object)
     assert unsupported((9, 0), Mode.CONV, 96, 96, torch.bfloat16) == []
@@ -148,7 +149,7 @@ def test_missing_nvrtc_is_a_compile_error(monkeypatch, tmp_path):
 def test_compiled_kernels_are_read_back_and_written_whole(monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr(nvrtc, "version", lambda: "13.0")
-    monkeypatch.setattr(nvrtc, "_compile", lambda source, options: calls.append(options) or b"cubin")
+    monkeypatch.setattr(nvrtc, "_compile", lambda source, options, headers: calls.append(options) or b"cubin")
     for _ in range(2):
         assert nvrtc.compile_cubin("source", {"A": 1}, tmp_path) == b"cubin"
     assert nvrtc.compile_cubin("source", {"A": 2}, tmp_path) == b"cubin"
@@ -159,21 +160,62 @@ def test_compiled_kernels_are_read_back_and_written_whole(monkeypatch, tmp_path)
 def test_unwritable_cache_only_warns(monkeypatch, tmp_path, caplog):
     blocked = tmp_path / "file"
     blocked.write_text("")
-    monkeypatch.setattr(nvrtc, "_compile", lambda source, options: b"cubin")
+    monkeypatch.setattr(nvrtc, "_compile", lambda source, options, headers: b"cubin")
     assert nvrtc.compile_cubin("source", {}, blocked / "sub") == b"cubin"
     assert "cannot keep compiled kernels" in caplog.text
 
 
-def test_source_is_one_file_and_names_every_accumulator():
-    source = conv_source(96, "bf16")
-    assert "#include" not in source and "m64n96k16.f32.bf16.bf16" in source
-    assert wgmma_wrapper(192, "f16").count('"+f"') == 96
+@pytest.mark.parametrize("name", ["conv", "attention"])
+def test_a_kernel_includes_what_it_uses_by_name_and_has_its_entry_point_in_its_own_file(name):
+    texts = {f"{name}.cu": kernel_source(name), **headers()}
+    for file, text in texts.items():
+        included = re.findall(r'#include "(.+)"', text)
+        assert set(included) <= set(headers()) and (file.endswith(".cu") or text.count("#pragma once") == 1)
+        assert text.count('extern "C"') == int(file == f"{name}.cu")
+    assert re.search(rf'extern "C" __global__ .*\n{name}\(', kernel_source(name))
 
 
-def test_attention_source_reads_the_values_transposed_and_fits_into_shared_memory():
-    source = attention_source(attention.KEYS, "f16")
-    assert "#include" not in source and "m64n32k16.f32.f16.f16" in source
-    assert "{%96, %97, %98, %99}, %100, p, 1, 1, 1;" in source  # probabilities in registers, the second operand transposed
+def test_the_matrix_instructions_name_every_accumulator():
+    header = headers()["wgmma.cuh"]
+    named = re.findall(r"%(\d+)", header[: header.index("#define WGMMA_OUT_8")])
+    assert named == [str(i) for i in range(96)]
+
+
+SIZES = {"int": 4, "u32": 4, "float": 4, "i64": 8}
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments"), [(headers()["conv_tile.cuh"], conv3x3._Args), (kernel_source("attention"), attention._Args)]
+)
+def test_arguments_are_the_same_on_both_sides(text, arguments):
+    """Names, order and sizes; the kernel checks the size of the whole when it is compiled."""
+    body = re.sub(r"//.*", "", re.search(r"struct Args \{(.*?)\n\};", text, re.DOTALL)[1])
+    found = []
+    for declaration in filter(None, map(str.strip, body.split(";"))):
+        kind, names = re.fullmatch(r"(?:const )?(\w+\*?) (.+)", declaration, re.DOTALL).groups()
+        found += [(name.strip(), 8 if kind.endswith("*") else SIZES[kind]) for name in names.split(",")]
+    assert found == [(name, ctypes.sizeof(kind)) for name, kind in arguments._fields_]
+    assert "static_assert(sizeof(Args) == ARGS_BYTES" in text
+
+
+def test_headers_are_handed_over_by_name_and_tell_compiled_kernels_apart(monkeypatch, tmp_path):
+    handed = []
+    monkeypatch.setattr(nvrtc, "_compile", lambda source, options, headers: handed.append(headers) or b"cubin")
+    for text in ("int a;", "int b;", "int a;"):
+        nvrtc.compile_cubin('#include "a.cuh"', {}, tmp_path, headers={"a.cuh": text})
+    assert handed == [{"a.cuh": "int a;"}, {"a.cuh": "int b;"}]
+
+
+@pytest.mark.skipif(nvrtc.library() is None, reason="needs NVRTC")
+def test_compiler_errors_name_the_header(tmp_path):
+    with pytest.raises(nvrtc.CompileError, match=r"broken\.cuh"):
+        nvrtc.compile_cubin('#include "broken.cuh"', {}, tmp_path, headers={"broken.cuh": "nonsense"})
+    wrong = Variant(Mode.CONV, 96, 96, 0, False, True, 0, SCHEDULES[Mode.CONV, 96, 96][0]).defines()
+    with pytest.raises(nvrtc.CompileError, match="_Args in conv3x3.py must agree"):
+        nvrtc.compile_cubin(kernel_source("conv"), wrong | {"BF16": 1, "ARGS_BYTES": 7}, tmp_path, headers=headers())
+
+
+def test_attention_fits_into_shared_memory():
     for split in (False, True):
         assert attention._defines(split, torch.float16)["SHARED_BYTES"] <= SHARED_LIMIT
 
@@ -227,8 +269,8 @@ def test_a_launch_is_made_on_the_current_stream_of_the_kernels_device(monkeypatc
 
 # ---- GPU ------------------------------------------------------------------------------------------------------------
 
-_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-hopper = pytest.mark.skipif(not _HOPPER, reason="needs a GPU of compute capability 9.0")
+_SM90 = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+on_sm90 = pytest.mark.skipif(not _SM90, reason="needs a GPU of compute capability 9.0")
 
 
 @pytest.fixture(scope="module")
@@ -372,7 +414,7 @@ def run_all_epilogues(example: Example, layer: Conv3x3) -> None:
     assert_matches(residual, value, example.after)
 
 
-@hopper
+@on_sm90
 @pytest.mark.gpu
 @pytest.mark.parametrize(("mode", "channels", "out", "index"), CASES)
 def test_every_kernel_matches_pytorch(mode, channels, out, index, cache):
@@ -381,7 +423,7 @@ def test_every_kernel_matches_pytorch(mode, channels, out, index, cache):
     run_all_epilogues(example, Conv3x3(example.weights, mode, schedules=(schedule,), cache=cache))
 
 
-@hopper
+@on_sm90
 @pytest.mark.gpu
 @pytest.mark.parametrize(("channels", "index"), [(192, 0), (192, 1), (384, 0), (384, 1)])
 def test_shortcut_matches_pytorch(channels, index, cache):
@@ -390,7 +432,7 @@ def test_shortcut_matches_pytorch(channels, index, cache):
     run_all_epilogues(example, Conv3x3(example.weights, schedules=(schedule,), cache=cache))
 
 
-@hopper
+@on_sm90
 @pytest.mark.gpu
 @pytest.mark.parametrize("channels", [96, 384])
 def test_float16_matches_pytorch(channels, cache):
@@ -398,7 +440,7 @@ def test_float16_matches_pytorch(channels, cache):
     run_all_epilogues(example, Conv3x3(example.weights, cache=cache))
 
 
-@hopper
+@on_sm90
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [(1, 1, 1), (3, 2, 7), (1, 16, 16), (1, 17, 129), (4, 64, 5)])
 @pytest.mark.parametrize("channels", [96, 192, 384])
@@ -407,18 +449,7 @@ def test_sizes_around_tiles(size, channels, cache):
     run_all_epilogues(example, Conv3x3(example.weights, cache=cache))
 
 
-@hopper
-@pytest.mark.gpu
-def test_plain_nhwc(cache):
-    example = Example(Mode.CONV, 96, 96, Grid(2, 21, 33), torch.bfloat16)
-    rows = example.image.permute(0, 2, 3, 1).reshape(-1, 96).contiguous()
-    x = torch.full_like(rows, float("nan"))
-    Conv3x3(example.weights, cache=cache)(rows, example.grid, x=x, flat=False)
-    want = example.value().permute(0, 2, 3, 1).reshape(-1, 96)
-    assert relative_error(x, want) < TOLERANCE[torch.bfloat16]
-
-
-@hopper
+@on_sm90
 @pytest.mark.gpu
 @pytest.mark.parametrize("channels", [96, 192, 384])
 def test_repeats_graphs_streams_and_threads_agree_bit_for_bit(channels, cache):
@@ -456,7 +487,7 @@ def test_repeats_graphs_streams_and_threads_agree_bit_for_bit(channels, cache):
         assert torch.equal(pair[0], results[0][0]) and torch.equal(pair[1], results[0][1])
 
 
-@hopper
+@on_sm90
 @pytest.mark.gpu
 @pytest.mark.parametrize(("channels", "index"), [(n, i) for mode, c, n, i in CASES if mode == Mode.CONV and c == n])
 def test_launches_that_wait_for_tiles_instead_of_kernels(channels, index, cache):
@@ -474,7 +505,7 @@ def test_launches_that_wait_for_tiles_instead_of_kernels(channels, index, cache)
         assert torch.equal(result, want)
 
 
-@hopper
+@on_sm90
 @pytest.mark.gpu
 def test_wrong_calls_are_refused(cache):
     example = Example(Mode.CONV, 96, 96, Grid(1, 8, 8), torch.bfloat16)
