@@ -80,7 +80,7 @@ class LaunchBuilder:
         self.overlaps: list[Overlap | None] = []
 
     def launches(self, output_shape: tuple[int, ...]) -> LaunchList:
-        """What was listed, for an output ``[B, C, H, W]``."""
+        """Return what was listed, with a place for every matrix; ``output_shape`` is ``[B, C, H, W]``."""
         offsets, scratch_bytes = self.arena.place()
         found = LaunchList(tuple(self.steps), offsets, scratch_bytes, output_shape)
         return found.counting(link(self.overlaps, offsets))
@@ -99,7 +99,7 @@ class LaunchBuilder:
         return None if self.sm90 is None else self.sm90.layer(weights, kind)
 
     def take(self, grid: Grid, channels: int, scale: float | None = None) -> Slot:
-        """A flat matrix; with the scale of a float8 input, in float8."""
+        """Take a flat matrix ``[grid.rows, channels]``, in float8 if it has the ``scale`` of a float8 input."""
         return self.arena.take(grid.rows, channels, self.dtype if scale is None else FLOAT8)
 
     def conv(
@@ -107,6 +107,15 @@ class LaunchBuilder:
         norm: Norm | None = None, residual: Slot | None = None, shortcut: Slot | None = None,
         head: Tensor | None = None, products: Slot | None = None, x_scale: float | None = None,
     ) -> None:  # fmt: skip
+        """List a 3x3 or 1x1 convolution of ``a`` over the grid of ``level``.
+
+        Args:
+            x, normed: what it writes; with ``normed`` goes ``norm``.
+            residual: what is added to its sum, ``[rows, N]``; may be ``x``.
+            shortcut: input of the 1x1 shortcut that is part of ``weights``.
+            head, products: a decoder's last convolution as ``[N, J]``, and its products, fp32.
+            x_scale: ``x`` is float8, times this.
+        """
         grid, gpu = level.grid, self.gpu
         present = {"residual": residual, "shortcut": shortcut, "x": x, "norm": norm, "head": products}
         epilogue = " ".join(name for name, value in present.items() if value is not None)
@@ -140,7 +149,7 @@ class LaunchBuilder:
         self, layer: Conv3x3, grid: Grid, after: Grid, a: Slot | None, others: Iterable[Slot | None],
         outputs: Iterable[Slot | None],
     ) -> Overlap:  # fmt: skip
-        """Of a convolution of ``a`` and ``others`` on ``grid`` to ``outputs`` on ``after``."""
+        """Describe what a convolution reads, ``a`` and ``others`` on ``grid``, and what it writes, ``outputs`` on ``after``."""
         if a is None:
             raise ValueError("a launch reads a matrix that nothing wrote")
 
@@ -150,6 +159,7 @@ class LaunchBuilder:
         return Overlap(layer, Matrix(a, grid), on(grid, others), on(after, outputs))
 
     def conv_in(self, weights: SmallConvWeights, grid: Grid, norm: Norm) -> Activations:
+        """List the first convolution, of the input image; ``norm`` is the first one behind it."""
         out = weights.out_channels
         x, normed = self.take(grid, out), self.take(grid, out, norm.scale)
         gpu = self.gpu
@@ -172,7 +182,13 @@ class LaunchBuilder:
         keep_x: bool = True,
         x_scale: float | None = None,
     ) -> Activations:
-        """``norm`` is the one after the block; without it no normed matrix is written. With ``x_scale``, x is float8."""
+        """List a residual block as two convolutions.
+
+        Args:
+            norm: the one behind the block; without it no normed matrix is written.
+            keep_x: whether anything will read the sum itself.
+            x_scale: x is float8, times this.
+        """
         out = block.conv1.out_channels
         hidden = self.take(level.grid, out, block.norm2.scale)
         self.conv(level, level.normed, block.conv1, normed=hidden, norm=block.norm2)
@@ -195,7 +211,7 @@ class LaunchBuilder:
         return replace(level, x=x, normed=normed)
 
     def last_block(self, level: Activations, block: ResidualWeights, norm: Norm, head: Tensor, count: int) -> Slot:
-        """The decoder's last block, norm_out and the products of conv_out: ``[count, rows]`` fp32."""
+        """List a decoder's last block with norm_out; returns the products of conv_out, ``[count, rows]`` fp32."""
         if self.layer(block.conv2, Kind.CONV) is not None:
             level = self.residual_block(level, block, norm, keep_x=False)
             products, gpu = self.arena.take(count, level.grid.rows, torch.float32), self.gpu
@@ -215,7 +231,7 @@ class LaunchBuilder:
         return products
 
     def attention(self, level: Activations, block: AttentionWeights, norm: Norm) -> Activations:
-        """``level.normed`` holds the attention's own norm of x; afterwards ``norm`` of the sum."""
+        """List the attention: ``level.normed`` holds its own norm of x, and afterwards ``norm`` of the sum."""
         grid, gpu, tuning = level.grid, self.gpu, self.tuning
         channels = block.proj.in_channels
         tokens = self.arena.take(grid.pixels, 3 * channels, self.dtype)
@@ -249,7 +265,7 @@ class LaunchBuilder:
         return replace(level, normed=normed)
 
     def resample(self, level: Activations, weights: ConvWeights, norm: Norm, kind: Kind) -> Activations:
-        """``kind``: UP or DOWN; ``norm`` is the first one of the next level."""
+        """List a step to another resolution: ``kind`` is UP or DOWN, ``norm`` the first one of the next level."""
         up, grid, gpu = kind is Kind.UP, level.grid, self.gpu
         after = grid.doubled() if up else grid.halved()
         x, normed = self.take(after, weights.out_channels), self.take(after, weights.out_channels, norm.scale)
@@ -278,7 +294,7 @@ class LaunchBuilder:
         self, level: Activations, blocks: tuple[ResidualWeights, AttentionWeights, ResidualWeights], norm: Norm, *,
         keep_x: bool,
     ) -> Activations:  # fmt: skip
-        """Residual block, attention, residual block; ``norm`` is the one after them."""
+        """List residual block, attention and residual block; ``norm`` is the one behind them."""
         first, between, last = blocks
         level = self.residual_block(level, first, between.norm)
         level = self.attention(level, between, last.norm1)
@@ -286,7 +302,7 @@ class LaunchBuilder:
 
 
 def decoder_launches(weights: NetworkWeights, latent: tuple[int, ...], builder: LaunchBuilder) -> LaunchList:
-    """Of a decoder, for latents of shape ``[B, C, h, w]``."""
+    """List the launches of a decoder for latents of shape ``[B, C, h, w]``."""
     assert isinstance(weights.conv_out, HeadWeights)
     batch, _, height, width = latent
     head, bias = weights.conv_out.columns, weights.conv_out.bias
@@ -310,7 +326,7 @@ def decoder_launches(weights: NetworkWeights, latent: tuple[int, ...], builder: 
 
 
 def encoder_launches(weights: NetworkWeights, image: tuple[int, ...], builder: LaunchBuilder) -> LaunchList:
-    """Of an encoder, for images of shape ``[B, C, H, W]``."""
+    """List the launches of an encoder for images of shape ``[B, C, H, W]``."""
     assert isinstance(weights.conv_out, ConvWeights)
     batch, _, height, width = image
     level = builder.conv_in(weights.conv_in, Grid(batch, height, width), weights.levels[0].blocks[0].norm1)

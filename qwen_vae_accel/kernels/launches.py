@@ -54,7 +54,7 @@ class LaunchList:
     counters: Slot | None = None
 
     def counting(self, slots: Sequence[Slot]) -> LaunchList:
-        """With these, numbered after all others, in a row at the end of the scratch memory."""
+        """Return the same list with counters, numbered after all other slots and in a row at the end of the scratch memory."""
         if not slots:
             return self
         ends = tuple(itertools.accumulate((slot.nbytes for slot in slots), initial=self.scratch_bytes))
@@ -64,17 +64,17 @@ class LaunchList:
 
     @property
     def flops(self) -> int:
-        """Of all launches."""
+        """Operations of all launches."""
         return sum(step.flops for step in self.steps)
 
     def memory(self, image: Tensor, scratch: Tensor | None = None) -> Memory:
-        """Output, and unless given scratch, for one call, from torch's allocator on the current stream."""
+        """Allocate the output and, unless it is given, the scratch memory of one call, on the current stream."""
         if scratch is None:
             scratch = torch.empty(self.scratch_bytes, dtype=torch.uint8, device=image.device)
         return Memory(scratch, self.offsets, image, image.new_empty(self.output_shape))
 
     def run(self, memory: Memory, *, overlapped: bool = True) -> None:
-        """``overlapped=False``: every kernel after the one before it, to compare."""
+        """Make all launches on the current stream; with ``overlapped=False`` each waits for the one before, to compare."""
         if self.counters is not None and overlapped:
             memory[self.counters].zero_()
             memory = replace(memory, overlapped=True)
@@ -97,14 +97,17 @@ class Traffic:
         return self._count(self._memory[slot])
 
     def get(self, slot: Slot | None) -> Tensor | None:
+        """Count and return the matrix, or None of None."""
         return None if slot is None else self[slot]
 
     @property
     def image(self) -> Tensor:
+        """Count and return the input."""
         return self._count(self._memory.image)
 
     @property
     def output(self) -> Tensor:
+        """Count and return the output."""
         return self._count(self._memory.output)
 
     def _count(self, tensor: Tensor) -> Tensor:

@@ -38,13 +38,16 @@ class Grid:
 
     @property
     def rows(self) -> int:
+        """Rows of the matrix, the halo included."""
         return (self.batch * (self.height + 1) + 1) * (self.width + 1)
 
     @property
     def pixels(self) -> int:
+        """Pixels of all images."""
         return self.batch * self.height * self.width
 
     def doubled(self) -> Grid:
+        """The grid after a 2x upsampling."""
         return Grid(self.batch, 2 * self.height, 2 * self.width)
 
     def halved(self) -> Grid:
@@ -53,7 +56,7 @@ class Grid:
 
 
 def to_flat(image: Tensor) -> Tensor:
-    """NCHW -> flat matrix ``[rows, C]`` (a copy)."""
+    """Copy an image ``[B, C, H, W]`` into a flat matrix ``[rows, C]``, zeros in the halo."""
     batch, channels, height, width = image.shape
     grid = Grid(batch, height, width)
     padded = F.pad(image.permute(0, 2, 3, 1), (0, 0, 1, 0, 1, 0)).reshape(-1, channels)
@@ -61,12 +64,12 @@ def to_flat(image: Tensor) -> Tensor:
 
 
 def from_flat(flat: Tensor, grid: Grid) -> Tensor:
-    """Flat matrix ``[rows, C]`` -> NCHW (a strided view)."""
+    """View a flat matrix ``[rows, C]`` as the image ``[B, C, H, W]`` that it holds; the view is strided."""
     body = flat[: grid.rows - grid.pitch].view(grid.batch, grid.height + 1, grid.pitch, flat.shape[1])
     return body[:, 1:, 1:].permute(0, 3, 1, 2)
 
 
 def pixel_rows(grid: Grid, device: torch.device | str = "cpu") -> Tensor:
-    """Boolean ``[rows]``: True where the row is a pixel, False in the halo."""
+    """Mask the rows that are pixels: a boolean ``[rows]``, False in the halo."""
     rows = torch.arange(grid.rows, device=device)
     return (rows % grid.pitch != 0) & ((rows // grid.pitch) % (grid.height + 1) != 0)

@@ -50,7 +50,7 @@ class Arena:
     step_before: int = 0
 
     def take(self, rows: int, columns: int, dtype: torch.dtype) -> Slot:
-        """A matrix that may be written by the next step."""
+        """Take a matrix that the next step may write."""
         slot = Slot(len(self.slots), rows, columns, dtype)
         self.slots.append(slot)
         self.begins.append(self.events)
@@ -60,18 +60,18 @@ class Arena:
         return slot
 
     def step(self) -> None:
-        """A step has been listed."""
+        """Say that a step has been listed."""
         self.step_before = self.events - 1
 
     def give(self, *slots: Slot | None) -> None:
-        """No step after the ones listed so far reads them."""
+        """Say that no step after those listed so far reads these."""
         for slot in slots:
             if slot is not None:
                 self.ends[slot.index] = self.events
         self.events += 1
 
     def place(self) -> tuple[tuple[int, ...], int]:
-        """Offsets by slot index, and the bytes needed in all."""
+        """Find a place for every slot: byte offsets by slot index, and the bytes needed in all."""
         offsets: dict[int, int] = {}
         total = 0
         for slot in sorted(self.slots, key=lambda s: (-s.nbytes, s.index)):

@@ -100,7 +100,7 @@ class AttentionLayer:
 
     @property
     def proj(self) -> ConvLayer:
-        """1x1."""
+        """The 1x1 convolution behind the attention."""
         return ConvLayer(f"{self.name}.proj", self.channels, self.channels, 1)
 
     def parameters(self) -> Iterator[tuple[str, Shape]]:
@@ -217,7 +217,7 @@ class Network:
             yield from layer.parameters()
 
     def kernel_layers(self) -> Iterator[KernelLayer]:
-        """Every layer in the order in which it runs."""
+        """Yield every layer in the order in which it runs."""
         yield KernelLayer(Kind.IN, self.conv_in.in_channels, self.conv_in.out_channels)
         if self.decodes:
             yield from self._middle_layers()
@@ -247,7 +247,7 @@ def _block_layers(block: ResidualLayer) -> Iterator[KernelLayer]:
 
 
 def describe(topology: Topology, method: str, temporal: Sequence[bool] | None = None) -> Network:
-    """The encoder or decoder of a VAE.
+    """Describe the encoder or decoder of a VAE.
 
     Args:
         topology: what the VAE's weights say.
@@ -338,12 +338,12 @@ QWEN_IMAGE_21 = Topology(
 
 
 def published(method: str, image_channels: int = 3) -> Network:
-    """Qwen-Image's network, for images of ``image_channels``."""
+    """Describe Qwen-Image's network of ``method``, for images of 3 or 4 channels."""
     return describe(replace(QWEN_IMAGE, image_channels=image_channels), method)
 
 
 def network_of(state: Mapping[str, Any]) -> Network:
-    """The published network that 2-D weights look like by their names; their shapes are not checked.
+    """Find the published network that 2-D weights look like by their names; their shapes are not checked.
 
     Args:
         state: weights in diffusers' names without ``encoder.`` or ``decoder.``.

@@ -48,7 +48,7 @@ class Overlap:
     ready: tuple[Slot, Lines] | None = None  # the counters of the kernel before, which it asks for
 
     def arguments(self, memory: Memory) -> dict[str, Any]:
-        """For the launch of the layer."""
+        """Keyword arguments of the launch that concern the overlap: the counters it fills, and those it waits for."""
         if not memory.overlapped:
             return {}
         ready = None if self.ready is None else (memory[self.ready[0]], self.ready[1])

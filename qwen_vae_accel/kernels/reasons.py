@@ -18,7 +18,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 def network_reasons(network: Network) -> list[str]:
-    """Which layers of ``network`` have no kernel."""
+    """Name the layers of ``network`` that have no kernel, kind by kind."""
     missing = dict.fromkeys(layer for layer in network.kernel_layers() if not has_kernel(layer))
     by_kind = [
         f"{kind}{', '.join(str(layer).removeprefix(kind) for layer in layers)}"
@@ -36,7 +36,7 @@ def network_reasons(network: Network) -> list[str]:
 
 
 def state_reasons(state: Mapping[str, Tensor]) -> list[str]:
-    """Why the kernels cannot run this encoder or decoder.
+    """Say why the kernels cannot run this encoder or decoder.
 
     Args:
         state: 2-D weights in diffusers' names without ``encoder.`` or ``decoder.`` (``model.source.image_state``).
@@ -62,7 +62,7 @@ def state_reasons(state: Mapping[str, Tensor]) -> list[str]:
 def device_reasons(
     device: torch.device, dtype: torch.dtype, capability: tuple[int, int] | None, *, float8: bool = False
 ) -> list[str]:
-    """Why the kernels cannot run on this device.
+    """Say why the kernels cannot run on this device.
 
     Args:
         device: where they would run.

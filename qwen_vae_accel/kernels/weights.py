@@ -19,7 +19,7 @@ from qwen_vae_accel.kernels.network import AttentionLayer, ConvLayer, Network, R
 
 
 def with_each(kind: type, function: Callable[[Any], Any], weights: Any) -> Any:
-    """``weights``, dataclasses and tuples of them, with ``function`` of every ``kind`` in its place."""
+    """Return ``weights``, dataclasses and tuples of them, with ``function`` of every ``kind`` in its place."""
     if isinstance(weights, kind):
         return function(weights)
     if isinstance(weights, tuple):
@@ -47,14 +47,17 @@ class ConvWeights:
 
     @property
     def out_channels(self) -> int:
+        """Channels of the output."""
         return self.weight.shape[0]
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors."""
         tensors = (self.weight, self.bias, self.rescale, self.shortcut_weight)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def flops(self, pixels: int) -> int:
+        """Operations for ``pixels`` of the output."""
         return 2 * pixels * self.out_channels * (self.taps * self.in_channels + self.shortcut)
 
 
@@ -70,10 +73,12 @@ class SmallConvWeights:
 
     @property
     def out_channels(self) -> int:
+        """Channels of the output."""
         return self.weight.shape[0]
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors."""
         return self.weight.nbytes + self.bias.nbytes
 
 
@@ -90,7 +95,7 @@ class Norm:
             raise ValueError("float8 follows SiLU only")
 
     def dtype(self, plain: torch.dtype) -> torch.dtype:
-        """Of the normed matrix, ``plain`` being that of the others."""
+        """The dtype of the normed matrix, ``plain`` being that of the others."""
         return plain if self.scale is None else FLOAT8
 
 
@@ -210,7 +215,7 @@ class Packer:
 
 @dataclass(frozen=True, slots=True)
 class ResidualWeights:
-    """Of a residual block."""
+    """Weights of a residual block."""
 
     norm1: Norm
     conv1: ConvWeights
@@ -220,7 +225,7 @@ class ResidualWeights:
 
 @dataclass(frozen=True, slots=True)
 class AttentionWeights:
-    """Of the attention."""
+    """Weights of the attention."""
 
     norm: Norm
     qkv: ConvWeights
@@ -229,7 +234,7 @@ class AttentionWeights:
 
 @dataclass(frozen=True, slots=True)
 class LevelWeights:
-    """Of one resolution."""
+    """Weights of one resolution."""
 
     blocks: tuple[ResidualWeights, ...]
     resampling: ConvWeights | None
@@ -245,7 +250,7 @@ class HeadWeights:
 
 @dataclass(frozen=True, slots=True)
 class NetworkWeights:
-    """Of a whole encoder or decoder."""
+    """Weights of a whole encoder or decoder."""
 
     conv_in: SmallConvWeights
     levels: tuple[LevelWeights, ...]
@@ -255,7 +260,11 @@ class NetworkWeights:
 
 
 def pack_network(pack: Packer, network: Network) -> NetworkWeights:
-    """The weights of ``network``, all of which ``pack.state`` must hold."""
+    """Pack the weights of ``network``.
+
+    Raises:
+        KeyError: ``pack.state`` lacks one.
+    """
 
     def block(layer: ResidualLayer) -> ResidualWeights:
         shortcut = None if layer.shortcut is None else layer.shortcut.name

@@ -42,6 +42,7 @@ class FusedProgram:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of GPU memory that the packed weights take."""
         return self.network.nbytes
 
     def __call__(self, x: Tensor, profile: int = 0) -> Tensor:
@@ -54,6 +55,7 @@ class FusedBackend(DirectBackend):
     name: ClassVar[str] = "fused"
 
     def reasons(self, environment: Environment, job: Job) -> list[str]:
+        """Why the kernels cannot do ``job``: the GPU, the dtype, and every layer of its network that has no kernel."""
         device = torch.device(environment.device_type)
         reasons = device_reasons(device, job.dtype, environment.capability, float8=job.float8)
         try:
@@ -63,6 +65,12 @@ class FusedBackend(DirectBackend):
         return reasons
 
     def program(self, source: ModelSource, job: Job) -> FusedProgram:
+        """Pack the weights, and compile what the network needs.
+
+        Raises:
+            BackendUnavailableError: float16 or float8 cannot hold what these weights compute, or a kernel does not
+                compile here.
+        """
         if job.dtype == torch.float16:
             self._check_float16(source, job)
         kind = FusedEncoder if job.method == "encode" else FusedDecoder

@@ -30,6 +30,7 @@ def measured_peaks(source: ModelSource, job: Job) -> dict[str, float]:
 
 
 def calibration_path(folder: Path, method: str, fingerprint: str) -> Path:
+    """The file in ``folder`` that holds the peaks of the weights with that ``fingerprint`` (sha256)."""
     return folder / f"calibration_{method}_{fingerprint[:16]}.json"
 
 

@@ -1,4 +1,4 @@
-"""Attention over all pixels of an image on Hopper (attention.cu): the same function as ``kernels.attention.attention``."""
+"""Attention over all pixels of an image (attention.cu), with the arguments of ``kernels.triton.attention.attention``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,15 @@ def _defines(split: bool, dtype: torch.dtype) -> dict[str, int]:
 
 
 def compile_attention(split: bool, dtype: torch.dtype) -> bytes:
-    """Machine code; needs NVRTC but no GPU. ``dtype``: bfloat16 or float16."""
+    """Compile the kernel to machine code; this needs NVRTC but no GPU.
+
+    Args:
+        split: whether it writes partial results, to be merged.
+        dtype: bfloat16 or float16.
+
+    Raises:
+        CompileError: NVRTC is missing or rejects the source.
+    """
     defines = _defines(split, dtype) | {"ARGS_BYTES": ctypes.sizeof(_Args)}
     return nvrtc.compile_cubin(kernel_source("attention"), defines, headers=headers())
 
@@ -78,7 +86,7 @@ def _prepare(
 
 
 def attention_sm90(tokens: Tensor, grid: Grid, out: Tensor, partial: Tensor | None, tops: Tensor | None, splits: int) -> None:
-    """See ``kernels.attention.attention``, which checks the arguments and merges. Launched on the current stream."""
+    """Launch the kernel on the current stream; ``kernels.triton.attention.attention`` checks the arguments and merges."""
     tasks = listed()
     if tasks is not None:
         kernel = (splits > 1, tokens.dtype)

@@ -1,12 +1,12 @@
-"""The VAE's 3x3 convolutions with their whole epilogue in one Hopper kernel (conv.cu).
+"""The VAE's 3x3 convolutions with their whole epilogue in one kernel (conv.cu).
 
     value  = conv(a) [+ 1x1 shortcut of a second input] + bias [+ residual]
     x      = value                                    if asked for
     normed = value / rms * gamma, then SiLU           if asked for, rms over the channels of a pixel, in fp32
 
 ``conv`` is the plain convolution, the one after nearest 2x upsampling (folded) or the stride-2 one. The matrices are
-those of the Triton kernels, in the flat haloed layout (layout.py). The kernel reads
-pixels outside the image as zeros by itself, and zeroes the halo of what it writes. Reference: kernels/conv3x3.py.
+those of the Triton kernels, in the flat haloed layout (layout.py). The kernel reads pixels outside the image as zeros by
+itself, and zeroes the halo of what it writes. Reference: kernels/triton/conv3x3.py.
 
 The input (with its weights), ``x`` and ``normed`` may each be float8 (kernels/float8.py), the residual stays in 16 bits.
 """
@@ -48,7 +48,13 @@ _PREPARED = 512  # launches a layer remembers, each by its addresses and grid
 
 
 def unsupported(capability: tuple[int, int] | None, mode: Mode, channels: int, out: int, dtype: torch.dtype) -> list[str]:
-    """Why the kernel cannot be used; empty if it can. ``capability``: of the GPU, None without one."""
+    """Say why the kernel cannot be used for a layer; the list is empty if it can.
+
+    Args:
+        capability: compute capability of the GPU, None without one.
+        mode, channels, out: the convolution, its input and output channels.
+        dtype: of its weights: bfloat16, float16 or float8 (e4m3).
+    """
     reasons = []
     if capability is None:
         reasons.append("no CUDA device")
@@ -68,9 +74,15 @@ def unsupported(capability: tuple[int, int] | None, mode: Mode, channels: int, o
 
 
 def compile_variant(variant: Variant, dtype: torch.dtype, cache: Path | None = None) -> bytes:
-    """Machine code of one kernel; needs NVRTC but no GPU, and may run in several threads at once.
+    """Compile one kernel to machine code; this needs NVRTC but no GPU, and may run in several threads at once.
 
-    ``dtype``: bfloat16 or float16, of what is not float8.
+    Args:
+        variant: which kernel.
+        dtype: bfloat16 or float16, of what is not float8.
+        cache: directory of compiled kernels; default: ``nvrtc.default_cache()``.
+
+    Raises:
+        CompileError: NVRTC is missing or rejects the source.
     """
     defines = variant.defines() | {"BF16": int(dtype == torch.bfloat16), "ARGS_BYTES": ctypes.sizeof(_Args)}
     return nvrtc.compile_cubin(kernel_source("conv"), defines, cache, headers=headers())

@@ -25,7 +25,7 @@ class DriverError(RuntimeError):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The CUDA driver, or None where there is none."""
+    """Load the CUDA driver; None where there is none."""
     try:
         return ctypes.CDLL("libcuda.so.1")
     except OSError:

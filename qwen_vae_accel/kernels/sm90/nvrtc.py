@@ -39,7 +39,7 @@ def _candidates() -> list[str]:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """NVRTC, or None where it is not installed."""
+    """Load NVRTC; None where it is not installed."""
     for name in _candidates():
         try:
             return ctypes.CDLL(name)
@@ -49,7 +49,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def version() -> str | None:
-    """Of NVRTC, such as ``"13.0"``; None where it is not installed."""
+    """The version of NVRTC, such as ``"13.0"``; None where it is not installed."""
     nvrtc = library()
     if nvrtc is None:
         return None

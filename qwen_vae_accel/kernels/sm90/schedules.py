@@ -12,7 +12,7 @@ SHARED_LIMIT = 232448  # bytes one block may use on compute capability 9.0
 
 
 class Mode(IntEnum):
-    """What the kernel computes; see conv.cu."""
+    """Which convolution the kernel computes; conv.cu describes them."""
 
     CONV = 0
     UPSAMPLE = 1
@@ -24,7 +24,7 @@ MODES = {Kind.CONV: Mode.CONV, Kind.UP: Mode.UPSAMPLE, Kind.DOWN: Mode.DOWNSAMPL
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """How; the names are those of conv.cu."""
+    """How a kernel divides its work; the names are those of conv_tile.cuh."""
 
     split: int  # blocks of a cluster that share a tile's output channels
     kc: int  # input channels per chunk
@@ -39,6 +39,7 @@ class Schedule:
 
     @property
     def threads(self) -> int:
+        """Threads of a block: those of the computing warpgroups and of the feeding one."""
         return 128 * (self.warpgroups + 1)
 
     def tile(self) -> tuple[int, int]:
@@ -69,15 +70,17 @@ class Variant:
 
     @property
     def pixel_bytes(self) -> int:
-        """Of a pixel's channels in a chunk."""
+        """Bytes of a pixel's channels in a chunk."""
         return self.schedule.kc * (1 if self.a8 else 2)
 
     @property
     def parities(self) -> int:
+        """Output pixels of a tile's pixel, each with weights of its own."""
         return 4 if self.mode == Mode.UPSAMPLE else 1
 
     @property
     def halo(self) -> int:
+        """Pixels that the input of a tile has more than the tile, on each axis."""
         return 1 if self.mode == Mode.DOWNSAMPLE else 2
 
     def steps(self) -> int:
@@ -86,7 +89,7 @@ class Variant:
         return -(-self.channels // self.schedule.kc) * taps + -(-self.shortcut // self.schedule.kc)
 
     def shared_bytes(self) -> int:
-        """Shared memory of one block, as conv.cu lays it out."""
+        """Bytes of shared memory of one block, as conv_tile.cuh lays it out."""
         s = self.schedule
         height, width = s.tile()
         a = -(-(height + self.halo) * (width + self.halo) * self.pixel_bytes // 1024) * 1024
@@ -99,7 +102,7 @@ class Variant:
         return buffers + (12 if self.a8 else 8) * self.columns + sums + 8 * barriers + 4 * s.warpgroups
 
     def defines(self) -> dict[str, int]:
-        """The ``-D`` options of the compilation, without the dtype's."""
+        """The compile-time parameters, but for the dtype's and the size of the arguments."""
         s = self.schedule
         return {
             "MODE": int(self.mode), "CIN": self.channels, "COUT": self.out, "SHORTCUT": self.shortcut,

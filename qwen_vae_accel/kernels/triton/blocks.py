@@ -17,17 +17,27 @@ SPLITS = {32: (32, 0), 96: (64, 32), 192: (128, 64), 384: (256, 128)}
 
 
 def split_channels(channels: int) -> tuple[int, int]:
+    """Divide ``channels`` into two powers of two, the second of which may be 0.
+
+    Raises:
+        ValueError: there is no kernel for so many.
+    """
     if channels not in SPLITS:
         raise ValueError(f"no kernel for {channels} output channels; have {sorted(SPLITS)}")
     return SPLITS[channels]
 
 
 def tile(tensor: Tensor, rows: int, columns: int, gpu: Gpu):
-    """A ``[rows, columns]`` tile view of a matrix: a TMA descriptor where the GPU has TMA, else the tensor itself."""
+    """View a matrix in tiles of ``[rows, columns]``: a tensor descriptor where the GPU has bulk copies, else the tensor."""
     return TensorDescriptor.from_tensor(tensor, [rows, columns]) if gpu.bulk_copies else tensor
 
 
 def check_flat(tensor: Tensor, rows: int, channels: int, dtype: torch.dtype, name: str) -> None:
+    """Check that ``tensor`` is contiguous, ``[rows, channels]`` and of ``dtype``.
+
+    Raises:
+        ValueError: it is not; the message calls it ``name``.
+    """
     if tuple(tensor.shape) != (rows, channels) or tensor.dtype != dtype or not tensor.is_contiguous():
         raise ValueError(f"{name}: expected contiguous {dtype} [{rows}, {channels}], got {tensor.dtype} {list(tensor.shape)}")
 

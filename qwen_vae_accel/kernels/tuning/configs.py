@@ -14,7 +14,7 @@ RESERVED = 20 << 10  # bytes of shared memory left for the epilogue and barriers
 
 @dataclass(frozen=True, slots=True)
 class ConvConfig:
-    """Of a Triton convolution.
+    """How a Triton convolution divides its work.
 
     Attributes:
         block_rows: rows of the output that a tile has.
@@ -35,11 +35,11 @@ class ConvConfig:
     wave: float = 1.0
 
     def blocks(self, tiles: int, gpu: Gpu) -> int:
-        """How many to launch for ``tiles``."""
+        """How many blocks to launch for ``tiles``."""
         return min(tiles, self.per_sm * gpu.multiprocessors) if self.per_sm else tiles
 
     def launch_options(self) -> dict[str, int]:
-        """Triton's keyword arguments."""
+        """Keyword arguments of the launch that are Triton's own."""
         options = {"num_warps": self.warps, "num_stages": self.stages}
         if self.registers is not None:
             options["maxnreg"] = self.registers
@@ -48,7 +48,7 @@ class ConvConfig:
 
 @dataclass(frozen=True, slots=True)
 class AttentionConfig:
-    """Of the attention.
+    """How the attention divides its work.
 
     Attributes:
         block_queries: queries of a tile.

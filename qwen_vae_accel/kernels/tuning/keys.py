@@ -37,13 +37,13 @@ class KernelKey:
     def of(
         cls, kind: Kind, weights: ConvWeights | SmallConvWeights, epilogue: str = "", *, sm90: bool = False
     ) -> KernelKey:  # fmt: skip
-        """Of a convolution with these weights."""
+        """Make the key of a convolution with these weights."""
         float8 = weights.weight.element_size() == 1
         return cls(kind, weights.in_channels, weights.out_channels, float8, "" if sm90 else epilogue, sm90)
 
     @property
     def any_epilogue(self) -> KernelKey:
-        """The same without its epilogue."""
+        """The key of the same kernel without its epilogue."""
         return replace(self, epilogue="")
 
     def __str__(self) -> str:
@@ -54,12 +54,12 @@ class KernelKey:
         return " ".join(filter(None, words))
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return the fields as plain JSON values."""
         return {**asdict(self), "kind": self.kind.value}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> KernelKey:
-        """The opposite of :meth:`as_dict`.
+        """Make a key from what :meth:`as_dict` returned.
 
         Raises:
             ValueError: other fields, or a value of another type.

@@ -54,6 +54,7 @@ class Trial:
     memory: Memory
 
     def launch(self) -> None:
+        """Launch the kernel on the current stream."""
         self.step.launch(self.memory)
 
 
@@ -81,7 +82,7 @@ class Clock:
 
 
 def random_networks(dtype: torch.dtype, device: torch.device) -> list[FusedNetwork]:
-    """Decoder, encoder and, where the GPU has it, float8 decoder of the published topology, with random weights.
+    """Decoder, encoder and, where the GPU has it, float8 decoder of the published widths, with random weights.
 
     They are made without sm90/, so that weights stay on the GPU, where packing takes least.
     """
@@ -108,7 +109,7 @@ def random_networks(dtype: torch.dtype, device: torch.device) -> list[FusedNetwo
 
 
 def input_shape(network: FusedNetwork, height: int, width: int) -> tuple[int, int, int, int]:
-    """Of one image of ``height`` x ``width`` pixels."""
+    """The shape ``[1, C, H, W]`` of a network's input for one image of ``height`` x ``width`` pixels."""
     return 1, network.description.in_channels, *network.description.input_size(height, width)
 
 
@@ -194,7 +195,7 @@ class Tuner:
         compiling.run(attempts, device, lambda done, total: self._progress("compile candidates", done, total))
 
     def measure(self) -> dict[KernelKey, Times]:
-        """Milliseconds of every candidate in every problem."""
+        """Time every candidate in every problem, in milliseconds."""
         times: dict[KernelKey, Times] = {key: {config: {} for config in found} for key, found in self.candidates.items()}
         fastest: dict[tuple[KernelKey, Problem], float] = {}
         total = sum(map(len, self.candidates.values()))
@@ -215,7 +216,7 @@ class Tuner:
         return times
 
     def compare(self, choices: Mapping[KernelKey, tuple[Config, ...]], rounds: int = 2) -> list[Measured]:
-        """The choices against ``base``, in turns; those that are not faster are dropped."""
+        """Time the choices against ``base``, in turns; those that are not faster are dropped."""
         tunings = (self._base, self._base.with_measured(choices))
         best: list[dict[tuple[KernelKey, Problem], float]] = [{}, {}]
         for index in range(rounds):
@@ -233,12 +234,12 @@ class Tuner:
         return result
 
     def run(self) -> list[Measured]:
-        """Measure, choose, compare."""
+        """Measure, choose and compare."""
         choices = {key: choose(key, times, self._gpu) for key, times in self.measure().items()}
         return self.compare({key: found for key, found in choices.items() if found})
 
     def check(self, measured: Sequence[Measured]) -> None:
-        """Whether the networks still compute the same, up to the order of sums.
+        """Check that the networks still compute the same, up to the order of sums.
 
         Raises:
             TuningError: they do not.
@@ -264,7 +265,7 @@ class Tuner:
 def tune(
     dtype: torch.dtype, device: torch.device, sizes: Sequence[tuple[int, int]], progress: Progress = lambda *_: None
 ) -> list[Measured]:
-    """Tune every kernel of the published topology on ``device``: about a minute on an H200 with 32 cores, at three sizes.
+    """Tune every kernel of the published networks on ``device``: about a minute on an H200 with 32 cores, at three sizes.
 
     Most of it is compiling. Where all convolutions are Triton's there is more to compile.
 

@@ -40,17 +40,17 @@ class Tuning:
     measured: Mapping[KernelKey, tuple[Config, ...]] = field(default_factory=dict)
 
     def with_measured(self, found: Mapping[KernelKey, tuple[Config, ...]]) -> Tuning:
-        """With ``found`` in place of what was measured of the same kernels."""
+        """Return the same tuning with ``found`` in place of what was measured of the same kernels."""
         return replace(self, measured={**self.measured, **found})
 
     def shipped(self, key: KernelKey, gpu: Gpu) -> tuple[ConvConfig, ...]:
-        """The table's configurations of a Triton convolution that fit ``gpu``."""
+        """List the table's configurations of a Triton convolution that fit ``gpu``."""
         # Without bulk copies, registers go to addresses, and the table's tiles spill.
         found = self.convs.get(key, self.convs.get(key.any_epilogue, ())) if gpu.bulk_copies else ()
         return tuple(config for config in found if conv_fits(config, key, gpu))
 
     def conv(self, key: KernelKey, grid: Grid, gpu: Gpu) -> ConvConfig:
-        """Of a Triton convolution whose tiles divide ``grid``."""
+        """Choose for a Triton convolution whose tiles divide ``grid``."""
         measured = tuple(config for config in self.measured.get(key, ()) if isinstance(config, ConvConfig))
         if choices := measured or self.shipped(key, gpu):
             return min(choices, key=lambda c: conv_waves(c, grid, gpu) * c.wave)
@@ -59,7 +59,7 @@ class Tuning:
         return ConvConfig(64, 32, small.warps, stages)
 
     def attention_on(self, key: KernelKey, gpu: Gpu) -> AttentionConfig:
-        """The first that fits ``gpu``."""
+        """Choose for the attention: the first that fits ``gpu``."""
         measured = tuple(config for config in self.measured.get(key, ()) if isinstance(config, AttentionConfig))
         plain = AttentionConfig(128, 32, 8, 2)
         shipped = (self.attention, plain, AttentionConfig(64, 32, 8, 2), AttentionConfig(64, 16, 8, 1))
@@ -67,11 +67,11 @@ class Tuning:
         return next(fitting, AttentionConfig(32, 16, 4, 1))
 
     def attention_splits(self, key: KernelKey, grid: Grid, gpu: Gpu) -> int:
-        """Blocks that share the keys of a tile of queries, so many that they fill the GPU best."""
+        """Choose how many blocks share the keys of a tile of queries, so that they fill the GPU best."""
         config = self.attention_on(key, gpu)
         most = max(1, min(8, grid.height * grid.width // 256))
         return min(range(1, most + 1), key=lambda splits: attention_seconds(config, key, grid, gpu, splits))
 
     def schedules(self, key: KernelKey) -> tuple[Schedule, ...]:
-        """Measured schedules of a convolution of ``sm90/``; none: the ones shipped with it."""
+        """List the measured schedules of a convolution of ``sm90/``; none stands for those shipped with it."""
         return tuple(schedule for schedule in self.measured.get(key, ()) if isinstance(schedule, Schedule))

@@ -40,7 +40,7 @@ class Machine:
 
     @classmethod
     def of(cls, device: torch.device) -> Machine:
-        """The GPU ``device`` and the installed Triton."""
+        """Describe the GPU ``device`` and the installed Triton."""
         properties = torch.cuda.get_device_properties(device)
         try:
             triton = version("triton")
@@ -52,9 +52,13 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One kernel. ``choices`` is empty where nothing was faster than what ships.
+    """What was found for one kernel.
 
-    ``milliseconds`` and ``shipped_milliseconds``: sums over the same launches, one for each different size it was measured at.
+    Attributes:
+        key: which kernel.
+        choices: at most two configurations; none where nothing was faster than what ships.
+        milliseconds: with these, the sum over one launch for each different size it was measured at.
+        shipped_milliseconds: the same with what ships.
     """
 
     key: KernelKey
@@ -67,7 +71,13 @@ class Measured:
 class TunedGpu:
     """The result of one run of ``tune``.
 
-    ``dtype``: measured with, such as ``"bfloat16"``; the choices serve float16 as well. ``made_at``: ISO 8601, UTC.
+    Attributes:
+        machine: what it holds for.
+        torch: version of PyTorch that it was measured with.
+        dtype: such as ``"bfloat16"``; the choices serve float16 as well.
+        sizes: images, width x height.
+        made_at: ISO 8601, UTC.
+        kernels: what was found, kernel by kernel.
     """
 
     machine: Machine
@@ -78,21 +88,21 @@ class TunedGpu:
     kernels: tuple[Measured, ...]
 
     def tuning(self, base: Tuning | None = None) -> Tuning:
-        """``base`` with these choices before its own."""
+        """Return ``base`` with these choices before its own."""
         return (base or Tuning()).with_measured({kernel.key: kernel.choices for kernel in self.kernels if kernel.choices})
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return the fields as plain JSON values, with the version of the schema."""
         kernels = [{**asdict(kernel), "key": kernel.key.as_dict()} for kernel in self.kernels]
         return {"version": _VERSION, **asdict(self), "kernels": kernels}
 
     def dumps(self) -> str:
-        """As JSON."""
+        """Write it as JSON."""
         return json.dumps(self.as_dict(), indent=1) + "\n"
 
     @classmethod
     def loads(cls, text: str | bytes, machine: Machine, gpu: Gpu) -> TunedGpu:
-        """From JSON, to be used on ``machine``, whose GPU is ``gpu``.
+        """Read it from JSON, to be used on ``machine``, whose GPU is ``gpu``.
 
         Raises:
             ValueError: it is no such JSON, has another version, was measured elsewhere, or names what tuning never tries.
@@ -155,7 +165,7 @@ def _choice(kind: type, values: dict[str, Any], known: tuple[Config, ...]) -> Co
 
 
 def tuning_path(folder: Path, gpu: str) -> Path:
-    """Where the tuning of the GPU of that name is kept."""
+    """The file in ``folder`` that keeps the tuning of the GPU of that name."""
     return folder / f"tuning_{re.sub(r'[^a-z0-9]+', '_', gpu.lower()).strip('_')}.json"
 
 
