@@ -83,7 +83,7 @@ def compile_cubin(
         return read_file(path, _LARGEST)
     except OSError:
         pass
-    cubin = _compile(source, options, headers or {})
+    cubin = _compile(source, options, headers) if headers else _compile(source, options)
     try:
         write_atomically(path, cubin)
     except OSError as error:

@@ -102,9 +102,9 @@ def plans(wanted: Callable[[str], bool] = lambda name: True) -> dict[str, str]:
     with pretended_gpu(), _recording() as launches:
         for name in NETWORKS:
             for gpu in GPUS:
+                places = {f"{name}, {gpu}, {'x'.join(map(str, size))}": size for size in SIZES}
                 network = make(name, gpu, torch.bfloat16)
-                for size in SIZES:
-                    place = f"{name}, {gpu}, {'x'.join(map(str, size))}"
+                for place, size in places.items():
                     if not wanted(place):
                         continue
                     launches.clear()

@@ -149,7 +149,7 @@ def test_missing_nvrtc_is_a_compile_error(monkeypatch, tmp_path):
 def test_compiled_kernels_are_read_back_and_written_whole(monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr(nvrtc, "version", lambda: "13.0")
-    monkeypatch.setattr(nvrtc, "_compile", lambda source, options, headers: calls.append(options) or b"cubin")
+    monkeypatch.setattr(nvrtc, "_compile", lambda source, options: calls.append(options) or b"cubin")
     for _ in range(2):
         assert nvrtc.compile_cubin("source", {"A": 1}, tmp_path) == b"cubin"
     assert nvrtc.compile_cubin("source", {"A": 2}, tmp_path) == b"cubin"
@@ -160,7 +160,7 @@ def test_compiled_kernels_are_read_back_and_written_whole(monkeypatch, tmp_path)
 def test_unwritable_cache_only_warns(monkeypatch, tmp_path, caplog):
     blocked = tmp_path / "file"
     blocked.write_text("")
-    monkeypatch.setattr(nvrtc, "_compile", lambda source, options, headers: b"cubin")
+    monkeypatch.setattr(nvrtc, "_compile", lambda source, options: b"cubin")
     assert nvrtc.compile_cubin("source", {}, blocked / "sub") == b"cubin"
     assert "cannot keep compiled kernels" in caplog.text
 
