@@ -120,9 +120,8 @@ def test_loads_of_the_same_package_take_nothing_more(inductor_dir):
         output, now = load()
         assert torch.equal(output, exact) and now == mapped
     grown = resident() - before
-    print(
-        f"{loads} loads: {grown / 1e6:+.1f} MB in memory, {shutil.disk_usage(tempfile.gettempdir()).used - disk:+d} bytes on disk"
-    )
+    written = shutil.disk_usage(tempfile.gettempdir()).used - disk
+    print(f"{loads} loads: {grown / 1e6:+.1f} MB in memory, {written:+d} bytes on disk")
     assert grown < len(image.data), "not even one more copy"
 
 

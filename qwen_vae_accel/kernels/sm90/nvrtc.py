@@ -76,14 +76,15 @@ def compile_cubin(
     texts = [text for header in sorted((headers or {}).items()) for text in header]
     key = hashlib.sha256("\0".join([version() or "none", source, *texts, *options]).encode()).hexdigest()
     folder = cache or cubin_folder()
-    if folder is None:
-        return _compile(source, options, headers or {})
-    path = folder / f"{key[:40]}.{ARCHITECTURE}.cubin"
+    path = None if folder is None else folder / f"{key[:40]}.{ARCHITECTURE}.cubin"
     try:
-        return read_file(path, _LARGEST)
+        if path is not None:
+            return read_file(path, _LARGEST)
     except OSError:
         pass
     cubin = _compile(source, options, headers) if headers else _compile(source, options)
+    if path is None:
+        return cubin
     try:
         write_atomically(path, cubin)
     except OSError as error:
