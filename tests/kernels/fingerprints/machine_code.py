@@ -130,7 +130,8 @@ def sources() -> dict[str, str]:
         for name, value in vars(importlib.import_module(module.name)).items():
             function = getattr(value, "_jit", value)
             if type(function).__name__ in ("JITFunction", "InterpretedFunction"):
-                functions[name] = ast.unparse(ast.parse(inspect.getsource(function.fn)))
+                source = inspect.getsource(function.fn)
+                functions[name] = ast.unparse(ast.parse(source[source.index("def ") :]))
     texts = [path.read_text() for path in sorted(Path(nvrtc.__file__).parent.rglob("*.cu*"))]
     cuda = [" ".join(re.sub(r"//.*", "", text).split()) for text in texts]
     return {"triton": digest(functions), "nvrtc": digest(cuda)}
