@@ -72,5 +72,8 @@ if not torch.cuda.is_available():
             return interpreter.TensorHandle(values.view(torch.uint8).numpy(), tl.float8e4nv)
         return _convert(self, src, dst_type, rounding_mode)
 
+    # Minimum and maximum swallow NaN unless told to pass it on; the interpreter always passes it on.
+    interpreter.InterpreterBuilder.create_minnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmin)
+    interpreter.InterpreterBuilder.create_maxnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmax)
     interpreter.InterpreterBuilder.create_dot = _dot_of_widened
     interpreter.InterpreterBuilder.create_fp_to_fp = _convert_float8
