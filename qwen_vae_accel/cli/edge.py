@@ -82,8 +82,8 @@ def _fail(error: BaseException, as_json: bool) -> NoReturn:
         logger.info("%s", type(error).__name__, exc_info=error)
     else:
         stderr.print("".join(traceback.format_exception(error)), soft_wrap=True)
-    reasons = list(getattr(error, "reasons", getattr(error, "differences", ())))
-    _tell(type(error).__name__, str(error), reasons, as_json)
+    reasons = getattr(error, "reasons", getattr(error, "differences", ())) if isinstance(error, AccelError) else ()
+    _tell(type(error).__name__, str(error), list(reasons), as_json)
     if isinstance(error, KeyboardInterrupt):
         raise typer.Exit(INTERRUPTED)
     raise typer.Exit(USAGE if isinstance(error, (ConfigError, InvalidInputError)) else FAILED)

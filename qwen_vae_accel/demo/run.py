@@ -138,7 +138,10 @@ def reload(request: Request) -> dict[str, Any]:
     code = subprocess.run(command, stdout=2, check=False).returncode
     if not request.findings.is_file():
         raise DemoError(f"the new process ended with code {code} and left no result")
-    findings: dict[str, Any] = read_json(request.findings)
+    try:
+        findings: dict[str, Any] = read_json(request.findings)
+    except (OSError, ValueError) as error:
+        raise DemoError(f"the new process left a damaged result: {error}") from error
     if "error" in findings:
         raise DemoError(f"in the new process: {findings['error']['type']}: {findings['error']['message']}")
     return findings
