@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 from qwen_vae_accel import accelerate
 from qwen_vae_accel.backends import inductor, unpacked
@@ -37,8 +38,16 @@ def test_real_engines_static(tiny, inductor_dir):
         image = decoded(tiny, z)
         report = handle.report().as_dict()
         batch = decoded(tiny, torch.cat([z, z.flip(4)]))
+        # Its code reads memory: views are materialised, and what has no memory never gets there.
+        assert torch.equal(decoded(tiny, torch._neg_view(-z)), image)
+        assert torch.equal(decoded(tiny, z.transpose(3, 4).contiguous().transpose(3, 4)), image)
+        assert torch.equal(decoded(tiny, TwoTensor(z, z)).a[:, :, 0], exact.theirs)
+        compiled = torch.compile(lambda z: decoded(tiny, z * 2) / 2, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(z / 2) * 2, image)
+        later = handle.report().as_dict()["calls"]["decode"]
     exact.check(image)
     assert torch.equal(batch[:1], image) and not torch.equal(batch[1:], image)
+    assert later == {"inductor": 5, "diffusers": 1}
     assert report["calls"]["decode"] == {"inductor": 1} and report["loads"] == 1 and report["builds"] == []
     assert report["self_checks"] == [], "it was checked when it was built"
     assert (inductor_dir / "static" / "64x64" / "vae_decoder.pt2").is_file()
