@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import io
 import json
 import pickle
@@ -17,6 +18,7 @@ from torch import nn
 from qwen_vae_accel import AccelConfig, accelerate
 from qwen_vae_accel.demo.tiny_pipeline import tiny_pipeline
 from qwen_vae_accel.errors import HandleError, InvalidInputError
+from qwen_vae_accel.plugin.patch import handle_of
 from tests.conftest import random_vae
 from tests.contract import Z, assert_same, calls, fast, generate, outputs, references
 from tests.helpers import decoded, randn
@@ -188,6 +190,79 @@ def test_copies_are_plain_vaes(micro, duplicate):
     # The first is untouched by all that.
     assert_same(micro, before)
     assert calls(handle)["decode"] == {"eager": counted["decode"]["eager"] + 1}
+
+
+def replica_of(module: nn.Module, scale: float) -> nn.Module:
+    """What ``torch.nn.parallel.replicate`` makes of a module; its gains tell it from the original."""
+    replica = module._replicate_for_data_parallel()
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            replica.__dict__[name] = parameter.detach() * (scale if name == "gamma" else 1)
+    for name, child in module._modules.items():
+        replica._modules[name] = replica_of(child, scale)
+    return replica
+
+
+def shallow_copy(vae: nn.Module, scale: float) -> nn.Module:
+    """``copy.copy`` with parts of its own."""
+    other = copy.copy(vae)
+    other._modules = copy.deepcopy(vae._modules)
+    scale_gains(other, scale)
+    return other
+
+
+def bare_copy(vae: nn.Module, scale: float) -> nn.Module:
+    """A copy by whoever knows nothing of copying: the same class, the same attributes."""
+    other = type(vae).__new__(type(vae))
+    other.__dict__ = dict(vae.__dict__)
+    other._modules = copy.deepcopy(vae._modules)
+    scale_gains(other, scale)
+    return other
+
+
+def scale_gains(vae: nn.Module, scale: float) -> None:
+    for name, parameter in vae.named_parameters():
+        if name.endswith("gamma"):
+            parameter.mul_(scale)
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("duplicate", [replica_of, shallow_copy, bare_copy])
+def test_copies_compute_with_their_own_weights(micro, duplicate):
+    plain = random_vae()
+    scale_gains(plain, 1.5)
+    expected = exact(plain)
+    handle = accelerate(micro)
+    before = exact(micro)
+    assert_same(duplicate(micro, 1.5), expected, tolerance=0)
+    assert_same(micro, before)
+    assert calls(handle) == fast(encode=2, decode=2), "the copy does not go through our handle"
+    assert handle_of(duplicate(micro, 1.5)) is None
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_what_others_patched_goes_along_into_copies(micro):
+    """As without us."""
+    plain = micro.decode
+    micro.decode = lambda z, return_dict=True: plain(z * 0.5, return_dict=return_dict)
+    expected = decoded(micro, Z)
+    accelerate(micro)
+    for other in (copy.copy(micro), copy.deepcopy(micro)):
+        assert torch.equal(decoded(other, Z), expected) and type(other) is type(random_vae())
+
+
+def test_the_class_of_an_accelerated_vae(micro):
+    """A subclass of the same name, one for all VAEs of a class; ``restore()`` gives the own class back."""
+    cls = type(micro)
+    with accelerate(micro), accelerate(random_vae()) as other:
+        ours = type(micro)
+        assert ours is not cls and isinstance(micro, cls) and ours is type(other.vae)
+        assert repr(ours) == repr(cls) and inspect.signature(ours.decode) == inspect.signature(cls.decode)
+        micro.__class__ = type("Theirs", (ours,), {})
+        with pytest.raises(HandleError, match="class of the VAE was changed"):
+            handle_of(micro).restore()
+        micro.__class__ = ours
+    assert type(micro) is cls
 
 
 def test_a_deep_copy_of_a_pipeline(micro):

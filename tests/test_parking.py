@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from qwen_vae_accel import accelerate
 from tests.helpers import Reference, decoded, moments, picture, randn
@@ -53,6 +56,18 @@ class TestOnTheGPU:
         with accelerate(vae, backend="eager", offload_reference=True) as handle:
             assert torch.equal(vae.decode(video).sample, expected)
             assert handle.report().as_dict()["offloaded_bytes"] == 0
+
+    @pytest.mark.parametrize("mode", [FlopCounterMode, partial(FakeTensorMode, allow_non_fake_inputs=True)])
+    def test_under_a_mode_they_come_back_as_values(self, vae, mode):
+        """Nothing that watches the call sees the weights move, and they are no fakes afterwards."""
+        z = randn(1, 16, 1, 6, 6).cuda()
+        expected = decoded(vae, z)
+        with accelerate(vae, backend="eager", offload_reference=True) as handle:
+            with mode():
+                vae.decode(z)
+            assert handle.report().as_dict()["offloaded_bytes"] == 0
+            assert {type(p.data) for p in vae.parameters()} == {torch.Tensor}
+        assert torch.equal(decoded(vae, z), expected)
 
     def test_moves_and_new_weights_are_followed(self, vae):
         z = randn(1, 16, 1, 6, 6).cuda()
