@@ -12,11 +12,12 @@ DEMO_OUTPUT ?= demo_output
 BENCH_OUTPUT ?= benchmarks/results
 
 .DEFAULT_GOAL := help
-.PHONY: help setup browser demo test lint format test-gpu sanitize test-matrix bench clean
+.PHONY: help setup browser demo test soak lint format test-gpu sanitize test-matrix bench clean
 
 help:
 	@echo "make demo      build engines for the shipped tiny VAE, reload them in a new process, run a photo and a pipeline"
 	@echo "make test      lint, then all tests that this machine can run"
+	@echo "make soak      the attacks of docs/reliability.md for longer: SOAK_SECONDS (120) each"
 	@echo "make browser   find a Chromium for the tests of HTML pages, or install one"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    let ruff rewrite the layout"
@@ -48,6 +49,11 @@ browser: $(STAMP)
 
 test: lint browser
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Races, signals and loads, each for SOAK_SECONDS; -s shows what was counted.
+SOAK_SECONDS ?= 120
+soak: $(STAMP)
+	SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python -m pytest -s tests/test_attacks.py "tests/test_inductor.py::test_loads_of_the_same_package_take_nothing_more"
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix

@@ -129,8 +129,8 @@ def test_loads_of_the_same_package_take_nothing_more(inductor_dir):
         output, now = load()
         assert torch.equal(output, exact) and now == mapped
     grown = resident() - before
-    written = shutil.disk_usage(tempfile.gettempdir()).used - disk
-    print(f"{loads} loads: {grown / 1e6:+.1f} MB in memory, {written:+d} bytes on disk")
+    disk = shutil.disk_usage(tempfile.gettempdir()).used - disk
+    print(f"{loads} loads: {grown / 1e6:+.1f} MB in memory, {disk / 1e6:+.1f} MB on disk")
     assert grown < len(image.data), "not even one more copy"
 
 

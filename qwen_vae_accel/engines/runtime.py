@@ -202,7 +202,8 @@ class EngineRuntime:
         waiter = _Waiter(slot_key, visit, threading.get_ident(), bell)
         try:
             self._waiting.enter(visit)
-            self._queue.append(waiter)
+            with self._lock:
+                self._queue.append(waiter)
             while True:
                 with self._lock:
                     taken = self._admit(waiter, wanted)
