@@ -184,7 +184,7 @@ def test_copies_are_plain_vaes(micro, duplicate):
     assert torch.equal(decoded(other, randn(1, 4, 2, 6, 8)), decoded(other, randn(1, 4, 2, 6, 8)))
     assert frames.shape == decoded(other, randn(1, 4, 2, 6, 8)).shape
     other.to(torch.bfloat16)
-    assert calls(second)["decode"]["eager"] >= 2
+    assert calls(second)["decode"]["eager"] == 1
     second.restore()
     decoded(other, Z.bfloat16())
     # The first is untouched by all that.

@@ -12,10 +12,11 @@ from qwen_vae_accel import accelerate
 from qwen_vae_accel.backends.base import Job
 from qwen_vae_accel.engines import selfcheck
 from qwen_vae_accel.engines.manifest import NAME
-from qwen_vae_accel.errors import EngineMissingError
+from qwen_vae_accel.errors import EngineMissingError, UnsupportedVAEError
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.plan import Size
-from tests.helpers import CPU, Reference, decoded, latents, open_engines
+from tests.conftest import random_vae
+from tests.helpers import CPU, FakeProgram, Reference, decoded, latents, open_engines
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -45,6 +46,80 @@ def test_another_machine_checks_for_itself_once(micro, fake, engines, monkeypatc
     with open_engines(micro, engines) as handle:
         decoded(micro, latents("32x32"))
         assert handle.report().as_dict()["self_checks"] == []
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_result_by_the_criterion_of_an_earlier_release_counts_for_nothing(micro, fake, engines, passed):
+    path = engines / NAME
+    document = json.loads(path.read_text())
+    for (record,) in document["engines"].values():
+        for result in record["verification"].values():
+            for name in ("relative_limit", "line_error", "line_limit"):
+                del result[name]
+            result |= {"passed": passed, "tolerance": 2e-3}
+    path.write_text(json.dumps(document))
+    with open_engines(micro, engines) as handle:
+        decoded(micro, latents("32x32"))
+        assert len(handle.report().as_dict()["self_checks"]) == 1
+        assert handle.report().as_dict()["calls"]["decode"] == {"tensorrt": 1}
+    (result,) = checks(engines).values()
+    assert result["passed"] and result["line_error"] < result["line_limit"]
+
+
+@pytest.mark.parametrize("fault", [lambda x: x.roll(1, 3), lambda x: x + 2e-5 * torch.sign(x), lambda x: x.flip(1)])
+def test_a_small_fault_is_refused_too(micro, fake, tmp_path, monkeypatch, fault):
+    """Within the 2e-3 that a fixed limit for TF32 would have to allow, or in the wrong place only."""
+    right = FakeProgram.__call__
+    monkeypatch.setattr(FakeProgram, "__call__", lambda *args: fault(right(*args)))
+    handle = accelerate(micro, backend="tensorrt", engine_dir=tmp_path, sizes=["32x32"])
+    decoded(micro, latents("32x32"))
+    (fallback,) = handle.report().as_dict()["fallbacks"]
+    assert "self-check failed at 32x32" in fallback["reason"] and "worst row, column or channel" in fallback["reason"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("method", ["encode", "decode"])
+@pytest.mark.parametrize("name", ["micro", "2.1", "wan 2.1"])
+def test_the_yardstick_is_diffusers_own_error(name, method, dtype):
+    """Of this VAE in this dtype, on a small image; what diffusers makes of a larger one is no further away than half more."""
+    vae = random_vae(name)
+    source = ModelSource(vae)
+    job = Job(method, source.topology, dtype, CPU)
+    own = selfcheck.published_error(source, job)
+    x = selfcheck.sample_input(job, Size(96, 128), source.config)
+    larger = Reference(vae, method, x, dtype).yardstick
+    assert own.within(larger.allowed(1.5)) and larger.within(own.allowed(1.5))
+
+
+def test_a_vae_that_diffusers_computes_otherwise_has_no_yardstick(micro):
+    """As one with another activation, were it ever taken for the known one."""
+
+    class Other(type(micro)):
+        pass
+
+    Other.__module__ = "diffusers.models.autoencoders.another"
+    Other._decode = lambda self, z, return_dict=True: type(micro)._decode(self, z.flip(3), return_dict=return_dict)
+    other = Other.from_config(micro.config)
+    other.load_state_dict(micro.state_dict())
+    source = ModelSource(other)
+    with pytest.raises(UnsupportedVAEError, match="away from the exact network, and that is no rounding"):
+        selfcheck.published_error(source, Job("decode", source.topology, torch.float32, CPU))
+
+
+def test_a_vae_of_a_class_that_is_not_diffusers_is_measured_as_pytorch_computes_it(micro):
+    class Holder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.decoder = micro.encoder, micro.decoder
+            self.quant_conv, self.post_quant_conv = micro.quant_conv, micro.post_quant_conv
+
+        encode = decode = None
+
+    source = ModelSource(Holder())
+    job = Job("decode", source.topology, torch.float32, CPU)
+    expected = selfcheck.published_error(ModelSource(micro), job)
+    found = selfcheck.published_error(source, job)
+    assert found.within(expected.allowed(2)) and expected.within(found.allowed(2))
 
 
 @pytest.mark.parametrize("method", ["encode", "decode"])

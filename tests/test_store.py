@@ -24,7 +24,7 @@ from tests import processes
 from tests.processes import build, content, expected, maker
 
 PATH = expected().path
-CHECK = Verification(True, 1e-6, 2e-3, 100.0, "m", "2026-01-01T00:00:00+00:00")
+CHECK = Verification(True, 1e-6, 3e-6, 2e-6, 6e-6, 100.0, "m", "2026-01-01T00:00:00+00:00")
 
 
 @pytest.fixture
@@ -227,7 +227,7 @@ def test_manifests_that_cannot_be_read_are_errors_and_kept(root, text, message):
         {"profiles": [{"name": "a", "min": "1x", "opt": "8x8", "max": "8x8"}]},
         {"identity": "GPU"},
         {"verification": {"m": {"passed": True}}},
-        {"verification": {"m": {**dataclasses.asdict(CHECK), "tolerance": "small"}}},
+        {"verification": {"m": {**dataclasses.asdict(CHECK), "relative_limit": "small"}}},
         {"size": "many"},
         {"name": 1},
         {"dtype": None},
