@@ -13,10 +13,10 @@ from torch import nn
 
 from qwen_vae_accel.documents import read_json
 from qwen_vae_accel.errors import UnsupportedVAEError, shown
+from qwen_vae_accel.model.published import CLASSES
 
 logger = logging.getLogger(__name__)
 
-_CLASSES = ("AutoencoderKLQwenImage", "AutoencoderKLQwenImage21", "AutoencoderKLWan")
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -42,8 +42,8 @@ def _class_name(folder: Path) -> str:
         name = read_json(folder / "config.json").get("_class_name")
     except (OSError, ValueError, AttributeError) as error:
         raise UnsupportedVAEError(str(folder), [f"its config.json cannot be read: {error}"]) from error
-    if name not in _CLASSES:
-        raise UnsupportedVAEError(str(folder), [f"its config.json says it is {shown(name)}, not one of {', '.join(_CLASSES)}"])
+    if name not in CLASSES:
+        raise UnsupportedVAEError(str(folder), [f"its config.json says it is {shown(name)}, not one of {', '.join(CLASSES)}"])
     return str(name)
 
 

@@ -1,34 +1,30 @@
 """From a diffusers VAE to its image networks, kept true to the VAE's weights while they move or change.
 
 The networks' weights are views of the VAE's own parameters wherever device and dtype allow; only the folded upsampling
-kernels are new memory (2 % of the VAE). Before each use the parameters are compared with those that were seen last
-(identity, address, version), which costs microseconds and catches ``.to()``, ``load_state_dict`` and assignment.
+kernels are new memory (2 % of the VAE). Before each use the VAE is compared with what was seen last: its layers and their
+code, and its parameters by identity, address, version and a sample of their values. That costs microseconds. Weights that
+changed are read anew; a VAE that computes something else is left to diffusers, with the reason, until it is itself again.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
-from itertools import repeat
-from operator import attrgetter, is_
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from qwen_vae_accel.errors import UnsupportedVAEError
-from qwen_vae_accel.model.custom import custom_module
 from qwen_vae_accel.model.image_vae import ImageDecoder, ImageEncoder
 from qwen_vae_accel.model.layers import State, under
-from qwen_vae_accel.model.offload import Placement, is_plain, values
-from qwen_vae_accel.model.topology import PARTS, Topology, inspect_vae
+from qwen_vae_accel.model.offload import Placement, values
+from qwen_vae_accel.model.published import published_twin
+from qwen_vae_accel.model.seen import Published, Seen
+from qwen_vae_accel.model.topology import PARTS, Topology, topology_of
 from qwen_vae_accel.visits import fork_safe_lock
-
-_version = attrgetter("_version")
-_requires_grad = attrgetter("requires_grad")
 
 
 def image_state(parameters: Mapping[str, Tensor], method: str) -> dict[str, Tensor]:
@@ -73,103 +69,27 @@ def fingerprint(state: State, dtype: torch.dtype) -> str:
     return digest.hexdigest()
 
 
-@dataclass(slots=True)
-class _Seen:
-    """The parameters of one network as they were at the last look; no versions where inference mode keeps none."""
-
-    owners: list[dict[str, nn.Module | None]]
-    names: list[str]
-    modules: list[nn.Module]
-    slots: list[dict[str, nn.Parameter | None]]
-    slot_names: list[str]
-    parameters: list[Tensor]
-    plain: list[Tensor]  # those of them that have an address
-    addresses: list[int]
-    versions: list[int] | None
-    dtypes: list[torch.dtype]
-    spaces: list[dict[str, Any]]  # attributes of the VAE and its modules,
-    forwards: list[Any]  # and their own forward, which every offloading hook replaces
-    placement: Placement
-    change: str = ""  # that made it another network
-    custom: str = ""  # see custom_module,
-    hooks: int = -1  # and how many hooks torch had made by then
-
-    @classmethod
-    def look(cls, vae: nn.Module, method: str, parked_from: torch.device | None = None) -> _Seen:
-        children = [(vae._modules, part, child) for part in PARTS[method] if (child := getattr(vae, part, None)) is not None]
-        for _, _, module in children:
-            # The list grows while it is walked: children of children, to the leaves.
-            children += [(module._modules, name, child) for name, child in module._modules.items() if child is not None]
-        owners, names, modules = (list(column) for column in zip(*children, strict=True))
-        slots = [
-            (module._parameters, name)
-            for module in modules
-            for name, parameter in module._parameters.items()
-            if parameter is not None
-        ]
-        parameters: list[Tensor] = [slot[name] for slot, name in slots]
-        plain = list(filter(is_plain, parameters))
-        spaces = [vae.__dict__, *(module.__dict__ for module in modules)]
-        return cls(
-            owners=owners,
-            names=names,
-            modules=modules,
-            slots=[slot for slot, _ in slots],
-            slot_names=[name for _, name in slots],
-            parameters=parameters,
-            plain=plain,
-            addresses=list(map(Tensor.data_ptr, plain)),
-            versions=None if any(p.is_inference() for p in plain) else list(map(_version, plain)),
-            dtypes=[p.dtype for p in parameters],
-            spaces=spaces,
-            forwards=_forwards(spaces),
-            placement=Placement.of(vae, method, parked_from),
-        )
-
-    def structure(self) -> tuple[Any, ...]:
-        """What parts and parameters there are."""
-        return self.names, self.slot_names, [p.shape for p in self.parameters]
-
-    def same_values(self, now: _Seen) -> bool:
-        """Whether ``now`` differs from this in device and address only."""
-        same_objects = len(self.parameters) == len(now.parameters) and all(map(is_, self.parameters, now.parameters))
-        return same_objects and self.versions == now.versions and self.dtypes == now.dtypes
-
-    def current(self) -> bool:
-        """Whether nothing has changed since; a few microseconds."""
-        plain = self.plain
-        return (
-            all(map(is_, map(dict.get, self.owners, self.names), self.modules))
-            and all(map(is_, map(dict.get, self.slots, self.slot_names), self.parameters))
-            and all(map(is_, _forwards(self.spaces), self.forwards))
-            and list(map(Tensor.data_ptr, plain)) == self.addresses
-            and (self.versions is None or list(map(_version, plain)) == self.versions)
-        )
-
-
-def _forwards(spaces: list[dict[str, Any]]) -> list[Any]:
-    return list(map(dict.get, spaces, repeat("forward")))
-
-
 class ModelSource:
     """Image networks of one VAE, made on demand and made again when the VAE's weights have changed.
 
     Args:
-        vae: an ``AutoencoderKLQwenImage``, ``AutoencoderKLQwenImage21`` or Wan 2.1 ``AutoencoderKLWan``.
+        vae: an ``AutoencoderKLQwenImage``, ``AutoencoderKLQwenImage21`` or Wan 2.1 ``AutoencoderKLWan`` of diffusers, in
+            whatever state.
         folder: where facts measured of its weights are kept (``engines.calibration``); None: nowhere.
 
     Raises:
-        UnsupportedVAEError: if ``vae`` has another topology.
+        UnsupportedVAEError: if ``vae`` is of another class, or its configuration is another network's.
     """
 
     def __init__(self, vae: nn.Module, folder: str | Path | None = None) -> None:
         self.vae = vae
         self.folder = None if folder is None else Path(folder).expanduser().absolute()
-        self.topology: Topology = inspect_vae(vae)
+        self._twin = published_twin(vae)
+        self.topology: Topology = topology_of(self._twin.vae)
         self.parked_from: torch.device | None = None  # see Placement.of
         self._lock = fork_safe_lock()
-        self._seen: dict[str, _Seen] = {}
-        self._structures = {method: _Seen.look(vae, method).structure() for method in PARTS}
+        self._published: dict[str, Published] = {}
+        self._seen: dict[str, Seen] = {}
         self._generation = {"encode": 0, "decode": 0}
         self._models: dict[tuple[str, torch.dtype, torch.device], ImageEncoder | ImageDecoder] = {}
         self._fingerprints: dict[tuple[str, torch.dtype], str] = {}
@@ -184,12 +104,14 @@ class ModelSource:
         return self.glance(method)[1]
 
     def generation(self, method: str) -> int:
-        """A number that grows whenever the weights behind ``method`` have changed; looks at them now."""
+        """A number that grows whenever the weights behind ``method`` have changed; looks at them now.
+
+        Values on a GPU that were changed without a mark are left to :meth:`compare` and :meth:`moving`.
+        """
         seen = self._seen.get(method)
-        if seen is None or not seen.current():
+        if seen is None or seen.reason or not seen.same():
             with self._lock:
                 self._look(method)
-                self._forget(method)
         return self._generation[method]
 
     def glance(self, method: str) -> tuple[int, Placement]:
@@ -198,26 +120,43 @@ class ModelSource:
 
     def requires_grad(self, method: str) -> bool:
         """Whether a gradient of the network's weights can be asked for, as :meth:`generation` saw them last."""
-        return any(map(_requires_grad, self._seen[method].parameters))
+        return any(parameter.requires_grad for parameter in self._seen[method].parameters)
 
     def custom(self, method: str) -> str:
-        """Why the network of ``method`` is no longer the one that is known, or does more than that; empty if it is.
-
-        Weights are as :meth:`generation` saw them last. Every hook that torch makes moves a counter, so hooks cost nothing to
-        look for. A ``forward`` that is patched later is found when either changes.
-        """
+        """Why the network of ``method`` is not known to be the published one, at the last look; empty if it is."""
         seen = self._seen[method]
-        if seen.custom or seen.hooks != RemovableHandle.next_id:
-            seen.hooks = RemovableHandle.next_id
-            seen.custom = custom_module(self.vae, seen.modules)
-        return seen.change or seen.custom or seen.placement.reason
+        return seen.reason or seen.placement.reason
 
-    def moved(self) -> None:
-        """Tell that the VAE's parameters were replaced by ``.to()``; a change of device alone is no new generation."""
+    def compare(self, method: str) -> Callable[[], bool]:
+        """Begin to compare values on a GPU with those at the last look; the result says whether they are the same.
+
+        The result waits for what the current stream had to do before, so call it last. While a stream is captured it is True.
+        """
+        result = self._seen[method].compare()
+
+        def same() -> bool:
+            if result is None or result():
+                return True
+            with self._lock:
+                self._seen.pop(method, None)  # so that the next look takes the weights for new ones
+            return False
+
+        return same
+
+    @contextmanager
+    def moving(self) -> Iterator[None]:
+        """Around what moves the VAE's parameters: where nothing but their device changes inside, the generation stays."""
+        with self._lock:
+            for method, seen in list(self._seen.items()):
+                if not seen.settled():
+                    self._look(method)
+            before = dict(self._seen)
+        yield
         with self._lock:
             self._models.clear()
-            for method, before in list(self._seen.items()):
-                if not before.same_values(self._look(method)):
+            for method, seen in before.items():
+                now = self._seen[method] = self._seen_now(method)
+                if not seen.holds_the_same(now):
                     self._forget(method)
 
     def model(self, method: str, dtype: torch.dtype, device: torch.device) -> ImageEncoder | ImageDecoder:
@@ -236,12 +175,12 @@ class ModelSource:
         """The current 2-D weights of ``method``, as views where the VAE's parameters are present.
 
         Raises:
-            UnsupportedVAEError: if the VAE was changed into another network since.
+            UnsupportedVAEError: if the VAE computes something else than the published one.
         """
         self.generation(method)
-        change = self._seen[method].change
-        if change:
-            raise UnsupportedVAEError(type(self.vae).__name__, [change])
+        reason = self.custom(method)
+        if reason:
+            raise UnsupportedVAEError(type(self.vae).__name__, [reason])
         return image_state(values(self.vae, method), method)
 
     def fingerprint(self, method: str, dtype: torch.dtype) -> str:
@@ -258,18 +197,23 @@ class ModelSource:
         with self._lock:
             self._models.clear()
 
-    def _look(self, method: str) -> _Seen:
-        seen = _Seen.look(self.vae, method, self.parked_from)
-        if seen.structure() != self._structures[method]:
-            try:
-                topology = inspect_vae(self.vae)
-            except UnsupportedVAEError as error:
-                seen.change = f"the VAE was changed after accelerate(): {'; '.join(error.reasons)}"
-            else:
-                if topology != self.topology:
-                    seen.change = f"the VAE was changed after accelerate(): from {self.topology} to {topology}"
-        self._seen[method] = seen
-        return seen
+    def _look(self, method: str) -> None:
+        before = self._seen.get(method)
+        now = self._seen[method] = self._seen_now(method)
+        if before is None or before.addresses != now.addresses or not before.holds_the_same(now):
+            self._forget(method)
+
+    def _seen_now(self, method: str) -> Seen:
+        return Seen.look(self.vae, self._publish(method), self.parked_from)
+
+    def _publish(self, method: str) -> Published:
+        """What the network is by its class; found anew where code was replaced since."""
+        if self._twin.doubt:
+            self._twin = published_twin(self.vae)
+        known = self._published.get(method)
+        if known is None or known.twin is not self._twin or known.code.reason or not known.code.unchanged():
+            self._published[method] = known = Published.of(self._twin, method)
+        return known
 
     def _forget(self, method: str) -> None:
         self._generation[method] += 1

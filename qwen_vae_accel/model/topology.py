@@ -1,4 +1,4 @@
-"""What a VAE's state dict says it is, and the reasons when it is not the one we know.
+"""What the state dict of a published VAE says it is, and the reasons when its networks are none that we know.
 
 Keys of the state dict are stable across diffusers releases while class internals are not, so nothing here looks at
 classes. Two topologies are known: that of the Wan 2.1 VAE, which ``AutoencoderKLQwenImage`` shares, and the residual one of
@@ -13,12 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from qwen_vae_accel.errors import UnsupportedVAEError
 
-# The parts of a VAE that each method runs.
+# The parts of a VAE that each method runs, in the order of their parameters.
 PARTS = {"encode": ("encoder", "quant_conv"), "decode": ("decoder", "post_quant_conv")}
 METHODS = tuple(PARTS)
 
@@ -38,21 +37,6 @@ _KNOWN_KEY = re.compile(
 _HALVING = r"encoder\.down_blocks\.\d+\.(downsampler\.)?resample\.1\.weight"
 _DOUBLING = r"decoder\.up_blocks\.\d+\.(upsamplers\.0|upsampler)\.resample\.1\.weight"
 _RESIDUAL = re.compile(r"encoder\.down_blocks\.\d+\.resnets\.|decoder\.up_blocks\.\d+\.upsampler\.")
-# Ranks of a convolution of the video VAE, which for one frame may be stored as what is left of it.
-_CONV = (5, 4)
-_REQUIRED: tuple[tuple[str, tuple[int, ...] | None], ...] = (
-    ("quant_conv.weight", _CONV),
-    ("post_quant_conv.weight", _CONV),
-    *((f"{part}.{name}", ranks) for part in ("encoder", "decoder") for name, ranks in (
-        ("conv_in.weight", _CONV),
-        ("conv_out.weight", _CONV),
-        ("norm_out.gamma", None),
-        ("mid_block.resnets.0.conv1.weight", _CONV),
-        ("mid_block.resnets.1.conv1.weight", _CONV),
-        ("mid_block.attentions.0.to_qkv.weight", (4,)),
-    )),
-)  # fmt: skip
-_FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,21 +84,6 @@ def _widths(shapes: Mapping[str, tuple[int, ...]], part: str) -> tuple[int, ...]
     return (first, *(shapes[key][0] for key in order))
 
 
-def _missing_companions(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Parameters that are not there although others of the same layer or block are."""
-    expected = set()
-    for key in shapes:
-        layer, _, leaf = key.rpartition(".")
-        block, _, name = layer.rpartition(".")
-        if layer and leaf in ("weight", "bias"):
-            expected |= {f"{layer}.weight", f"{layer}.bias"}
-        if name == "conv1":
-            expected |= {f"{block}.{other}" for other in ("norm1.gamma", "norm2.gamma", "conv2.weight")}
-        if name == "to_qkv":
-            expected |= {f"{block}.{other}" for other in ("norm.gamma", "proj.weight")}
-    return sorted(expected - set(shapes) - {key for key, _ in _REQUIRED})
-
-
 def _config_reasons(config: Mapping[str, Any]) -> list[str]:
     reasons = []
     if config.get("patch_size") is not None:
@@ -124,42 +93,17 @@ def _config_reasons(config: Mapping[str, Any]) -> list[str]:
     return reasons
 
 
-def inspect_vae(vae: nn.Module) -> Topology:
-    """Read the topology of ``vae`` from its parameters and config.
+def topology_of(vae: nn.Module) -> Topology:
+    """Read the topology of a VAE that nobody has changed from its parameters and config.
 
     Raises:
         UnsupportedVAEError: with one reason per kind of difference from the VAEs that are known.
     """
-    parameters = dict(vae.named_parameters()) if isinstance(vae, nn.Module) else {}
-    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-    missing = [key for key, _ in _REQUIRED if key not in shapes]
-    reasons = []
-    if len(missing) == len(_REQUIRED):
-        reasons.append(
-            "none of the parameters of a Qwen-Image VAE (encoder.conv_in, decoder.conv_in, quant_conv, ...) is there"
-        )
-    else:
-        missing += _missing_companions(shapes)
-        unknown = [key for key in shapes if not _KNOWN_KEY.fullmatch(key)]
-        ranks = [
-            f"{key} ({len(shapes[key])} dimensions, expected {' or '.join(map(str, expected))})"
-            for key, expected in _REQUIRED
-            if expected is not None and key in shapes and len(shapes[key]) not in expected
-        ]
-        for what, found in (
-            ("it lacks parameters", missing),
-            ("it has parameters that this network does not know", unknown),
-            ("it has parameters of another shape", ranks),
-        ):
-            if found:
-                reasons.append(f"{what}: {_first(found)}")
+    shapes = {name: tuple(p.shape) for name, p in vae.named_parameters()}
+    unknown = [key for key in shapes if not _KNOWN_KEY.fullmatch(key)]
+    reasons = [f"it has parameters that this network does not know: {_first(unknown)}"] if unknown else []
     reasons += _config_reasons(dict(getattr(vae, "config", {}) or {}))
-    dtypes = {p.dtype for p in parameters.values()} - set(_FLOAT_DTYPES)
-    if dtypes:
-        stored = ", ".join(sorted(map(str, dtypes)))
-        reasons.append(f"parameters are stored as {stored}; float32, bfloat16 and float16 are known")
-    if not reasons:
-        reasons = _shape_reasons(shapes)
+    reasons = reasons or _shape_reasons(shapes)
     if reasons:
         raise UnsupportedVAEError(type(vae).__name__, reasons)
     return Topology(

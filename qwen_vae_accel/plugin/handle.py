@@ -23,7 +23,7 @@ from qwen_vae_accel.plan import MIN_SIDE, Size
 from qwen_vae_accel.plugin.compiled import Traced
 from qwen_vae_accel.plugin.dispatch import Dispatcher, Request
 from qwen_vae_accel.plugin.parking import Parking
-from qwen_vae_accel.plugin.patch import PATCHED, handle_of, install, pack, patched_since, remove
+from qwen_vae_accel.plugin.patch import OwnMethods, handle_of, install, pack, patched_since, remove
 from qwen_vae_accel.plugin.plain import not_plain
 from qwen_vae_accel.plugin.processing import PostProcessing, PreProcessing, Replacement, processors_of
 from qwen_vae_accel.progress import progress_bar
@@ -108,8 +108,8 @@ class Handle:
         self._traced = Traced.of(self, self._source.topology)
         remove(vae, {})  # what a copy of an accelerated VAE may carry
         self._custom = {method: custom_method(vae, method) for method in METHODS}
-        self._original: dict[str, Callable[..., Any]] = {name: getattr(vae, name) for name in PATCHED}
         self._before = install(vae, self)
+        self._original = OwnMethods(vae, self._before)
         self._parking = Parking(vae)
         self._park()
         if pipeline is not None:
@@ -245,11 +245,14 @@ class Handle:
         if reason:
             return self._serve_original(method, x, return_dict, reason)
         job, dtype = request.job, placement.dtype
+        same = self._source.compare(method)
         image = x[:, :, 0].to(job.device, job.dtype).resolve_neg()
         if self.vae.use_slicing and len(image) > 1:
             output = torch.cat([self._dispatcher.run(request, one).to(dtype) for one in image.split(1)])
         else:
             output = self._dispatcher.run(request, image).to(dtype)
+        if not same():  # weights were written without a mark: once more, with the new ones
+            return self._serve(method, x, return_dict)
         return pack(method, output.unsqueeze(2), return_dict)
 
     def _serve_original(self, method: str, x: Tensor, return_dict: bool, reason: str) -> Any:
@@ -324,8 +327,8 @@ class Handle:
     def _moved(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._dispatcher.forget()
         self._unpark()
-        result = original(*args, **kwargs)
-        self._source.moved()
+        with self._source.moving():
+            result = original(*args, **kwargs)
         self._park()
         return result
 
@@ -334,12 +337,12 @@ class Handle:
     def _park(self) -> None:
         if self.config.offload_reference:
             self._source.release()  # networks over views of the weights would keep their memory
-            self._parking.park()
-            self._source.parked_from = self._parking.home
-            self._source.moved()
+            with self._source.moving():
+                self._parking.park()
+                self._source.parked_from = self._parking.home
 
     def _unpark(self) -> None:
         if self._parking.nbytes:
-            self._parking.unpark()
-            self._source.parked_from = None
-            self._source.moved()
+            with self._source.moving():
+                self._parking.unpark()
+                self._source.parked_from = None

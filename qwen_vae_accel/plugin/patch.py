@@ -20,6 +20,24 @@ HANDLE = "_qwen_vae_accel"
 PATCHED = ("encode", "decode", "_apply")
 
 
+class OwnMethods:
+    """The methods of a VAE as they are without a handle, looked up at each use: classes may be patched at any time.
+
+    Args:
+        vae: the VAE.
+        before: what others had put in place of some of them into the VAE itself.
+    """
+
+    def __init__(self, vae: nn.Module, before: Mapping[str, Callable[..., Any]]) -> None:
+        self._vae = vae
+        self._before = before
+
+    def __getitem__(self, name: str) -> Callable[..., Any]:
+        before = self._before.get(name)
+        method: Callable[..., Any] = before or getattr(plain_class(self._vae), name).__get__(self._vae)
+        return method
+
+
 def handle_of(vae: nn.Module) -> Any:
     """The ``Handle`` that accelerates ``vae``; None for a plain VAE and for a copy of an accelerated one."""
     handle = vae.__dict__.get(HANDLE)

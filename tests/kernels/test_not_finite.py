@@ -11,23 +11,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-
-from qwen_vae_accel.backends.base import Job
-from qwen_vae_accel.backends.fused.calibration import measured_peaks
-from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder
 from qwen_vae_accel.kernels.attention import attention, attention_reference, qkv, qkv_reference
 from qwen_vae_accel.kernels.conv3x3 import Norm, conv, conv_reference
 from qwen_vae_accel.kernels.conv_in import conv_in, conv_in_reference
 from qwen_vae_accel.kernels.conv_out import conv_out, conv_out_reference, sum_taps, sum_taps_reference
 from qwen_vae_accel.kernels.downsample_conv import downsample_conv, downsample_conv_reference
+from qwen_vae_accel.kernels.topology import FLOAT8_CAPABILITY
+from qwen_vae_accel.kernels.upsample_conv import upsample_conv
+
+from qwen_vae_accel.backends.base import Job
+from qwen_vae_accel.backends.fused.calibration import measured_peaks
+from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder
 from qwen_vae_accel.kernels.float8 import FLOAT8, input_scales, quantize
 from qwen_vae_accel.kernels.fused import describe_device
 from qwen_vae_accel.kernels.layout import Grid, from_flat
 from qwen_vae_accel.kernels.sm90.conv3x3 import Conv3x3
 from qwen_vae_accel.kernels.sm90.schedules import Mode
-from qwen_vae_accel.kernels.topology import FLOAT8_CAPABILITY
 from qwen_vae_accel.kernels.tuning import AttentionConfig, ConvConfig, Tuning
-from qwen_vae_accel.kernels.upsample_conv import upsample_conv
 from qwen_vae_accel.kernels.weights import Packer, with_each
 from qwen_vae_accel.model import ModelSource
 from tests.kernels.cases import (

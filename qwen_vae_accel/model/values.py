@@ -1,0 +1,152 @@
+"""Values of a network's parameters at fixed places: whether they are what they were, where no counter tells.
+
+PyTorch counts in-place operations on a tensor, but not those on its ``.data``, its storage or a NumPy array that shares its
+memory, and none of some fused optimizers or in inference mode. Almost all such writes touch whole tensors. So each look
+compares ``PLACES`` values of every parameter, one in each of as many equal runs, with those of before, and the next look
+others: ``TURNS`` sets take turns. One gather reads them all, from whatever tensors they are in, by their addresses.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PLACES = 8
+TURNS = 64
+_UNITS: dict[int, Any] = {1: np.uint8, 2: np.int16, 4: np.int32}
+
+
+class _Memory:
+    """Device memory from ``address`` on, in the form in which PyTorch takes it without a copy."""
+
+    def __init__(self, address: int, length: int, unit: int) -> None:
+        kind = np.dtype(_UNITS[unit]).str
+        self.__cuda_array_interface__ = {"shape": (length,), "typestr": kind, "data": (address, False), "version": 2}
+
+
+@dataclass(slots=True)
+class _Group:
+    """Parameters of one device and item size, as one long array in which most of the memory is none of ours.
+
+    ``places[turn]`` are the indexes that are read, ``taken[turn]`` what they held: ``[parameters * PLACES]``.
+    """
+
+    members: list[int]
+    device: torch.device
+    span: Any  # [length]: an array on the CPU, a tensor on a GPU
+    places: Any  # [TURNS, parameters * PLACES]
+    taken: Any
+
+    @classmethod
+    def of(cls, members: list[int], tensors: Sequence[Tensor]) -> _Group:
+        size, device = tensors[0].element_size(), tensors[0].device
+        first = min(map(Tensor.data_ptr, tensors))
+        last = max(tensor.data_ptr() + _reach(tensor) * size for tensor in tensors)
+        starts = [tensor.data_ptr() - first for tensor in tensors]
+        unit = math.gcd(size, *starts)  # files that are mapped into memory may begin anywhere
+        length = (last - first) // unit
+        turn = np.arange(TURNS)[:, None] + np.arange(PLACES) * TURNS  # [TURNS, PLACES], all different
+        places = np.stack(
+            [_offsets(tensor, turn * tensor.numel() // (TURNS * PLACES)) * (size // unit) + start // unit
+             for tensor, start in zip(tensors, starts, strict=True)], 1,
+        ).reshape(TURNS, -1)  # fmt: skip
+        if device.type == "cpu":
+            memory: Any = (ctypes.c_ubyte * (length * unit)).from_address(first)
+            span = np.frombuffer(memory, _UNITS[unit])
+            return cls(members, device, span, places, span.take(places))
+        with torch.inference_mode(False), torch.no_grad():
+            on_device = torch.as_tensor(_Memory(first, length, unit), device=device)
+            indexes = torch.from_numpy(places).to(device)
+            return cls(members, device, on_device, indexes, on_device[indexes])
+
+    def same(self, turn: int) -> bool:
+        """Whether the values of ``turn`` are those of before, on the CPU."""
+        return bool(self.span.take(self.places[turn]).tobytes() == self.taken[turn].tobytes())
+
+    def compare(self, turn: int) -> Callable[[], bool]:
+        """Begin the comparison on the current stream; the result waits for what the stream had to do before, and no more."""
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(self.device):
+            equal = self.span.index_select(0, self.places[turn]).eq(self.taken[turn]).all()
+            answer = torch.empty((), dtype=torch.bool, pin_memory=True)
+            answer.copy_(equal, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
+
+        def result() -> bool:
+            done.synchronize()
+            return bool(answer)
+
+        return result
+
+
+def _reach(tensor: Tensor) -> int:
+    """Elements from the first to the last, by the strides."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _offsets(tensor: Tensor, places: Any) -> Any:
+    """Where in memory the elements are that are ``places``-th in reading order, counted from the first."""
+    if tensor.is_contiguous():
+        return places
+    indexes = np.unravel_index(places, tuple(tensor.shape))
+    return sum(index * stride for index, stride in zip(indexes, tensor.stride(), strict=True))
+
+
+class Sample:
+    """Values of plain tensors as they are now.
+
+    Tensors on ``meta`` or without elements have none, and those on devices other than CPU and CUDA are not read.
+
+    Args:
+        tensors: float32, half or float8 tensors of any strides. They must stay where they are: see that they do before each
+            comparison.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        kinds: dict[tuple[torch.device, int], list[int]] = {}
+        for index, tensor in enumerate(tensors):
+            if tensor.device.type in ("cpu", "cuda") and tensor.numel() and tensor.element_size() in _UNITS:
+                kinds.setdefault((tensor.device, tensor.element_size()), []).append(index)
+        groups = [_Group.of(members, [tensors[i] for i in members]) for members in kinds.values()]
+        self._on_cpu = [group for group in groups if group.device.type == "cpu"]
+        self._on_gpu = [group for group in groups if group.device.type == "cuda"]
+        self._turns = itertools.cycle(range(TURNS))
+
+    def same(self) -> bool:
+        """Whether the values on the CPU whose turn it is are those of before."""
+        turn = next(self._turns)
+        return all(group.same(turn) for group in self._on_cpu)
+
+    def compare(self) -> Callable[[], bool] | None:
+        """Begin to compare values on GPUs; call the result late. None where there are none, or a stream is captured."""
+        if not self._on_gpu or torch.cuda.is_current_stream_capturing():
+            return None
+        turn = next(self._turns)
+        results = [group.compare(turn) for group in self._on_gpu]
+        return lambda: all(result() for result in results)
+
+    def settled(self) -> bool:
+        """:meth:`same` and :meth:`compare`, with the wait."""
+        result = self.compare()
+        return self.same() and (result is None or result())
+
+    def equals(self, other: Sample) -> bool:
+        """Whether both hold the same values, whatever devices they were read from."""
+        ours, theirs = self._by_tensor(), other._by_tensor()
+        return ours.keys() == theirs.keys() and all(np.array_equal(ours[key], theirs[key]) for key in ours)
+
+    def _by_tensor(self) -> dict[int, Any]:
+        found = {}
+        for group in (*self._on_cpu, *self._on_gpu):
+            taken = group.taken if group.device.type == "cpu" else group.taken.cpu().numpy()
+            parts = taken.reshape(TURNS, -1, PLACES)
+            found.update({member: parts[:, i] for i, member in enumerate(group.members)})
+        return found
