@@ -87,7 +87,8 @@ def custom_network(vae: nn.Module, twin: nn.Module, names: frozenset[str], metho
         if reason:
             return reason
         # The list grows while it is walked: children of children, to the leaves.
-        pairs += [(f"{path}.{name}", module._modules[name], child) for name, child in expected._modules.items()]
+        children = {} if expected is None else expected._modules
+        pairs += [(f"{path}.{name}", module._modules.get(name), child) for name, child in children.items()]
     return ""
 
 
@@ -95,9 +96,9 @@ def _custom_module(path: str, module: Any, expected: nn.Module | None, names: fr
     if expected is None or module is None:
         return "" if module is expected else f"{path} is {'not there' if module is None else 'an added layer'}"
     if type(module) is not type(expected):
-        return f"{path} is a {type(module).__name__}, where diffusers has a {type(expected).__name__}"
-    if list(module._modules) != list(expected._modules):
-        return f"{path} has other layers than diffusers' {_listed(expected._modules)}: {_listed(module._modules)}"
+        return f"{path} is of class {type(module).__name__}, in diffusers of {type(expected).__name__}"
+    if isinstance(expected, (nn.ModuleList, nn.Sequential)) and list(module._modules) != list(expected._modules):
+        return f"{path} holds layers {_listed(module._modules)}, in diffusers {_listed(expected._modules)}"
     if module._forward_hooks or module._forward_pre_hooks:
         return f"{path} has hooks, which only diffusers' path runs"
     for name in names & module.__dict__.keys() - expected.__dict__.keys():
@@ -120,11 +121,8 @@ def _another_setting(path: str, module: nn.Module, expected: nn.Module, names: I
 
 
 def _other_parameters(path: str, module: nn.Module, expected: nn.Module) -> str:
-    if module._parameters.keys() != expected._parameters.keys() or module._buffers.keys() != expected._buffers.keys():
-        names = [*module._parameters, *module._buffers]
-        return f"{path} has {_listed(names)} for parameters, in diffusers {_listed(expected._parameters)}"
     for name, theirs in expected._parameters.items():
-        ours: Any = module._parameters[name]
+        ours: Any = module._parameters.get(name)
         if ours is None or theirs is None:
             if ours is not theirs:
                 return f"{path}.{name} is {'not there' if ours is None else 'an added parameter'}"
@@ -145,7 +143,8 @@ def _is_own(module: nn.Module, name: str, value: Any) -> bool:
     while True:
         space = getattr(getattr(value, "func", value), "__globals__", {}).get("__name__", "")
         if isinstance(value, MethodType):
-            return value.__self__ is module and value.__func__ is getattr(type(module), name, None)
+            expected = getattr(type(module), "_call_impl" if name == "_compiled_call_impl" else name, None)
+            return value.__self__ is module and value.__func__ is expected
         if space.startswith("torch._dynamo."):
             value = getattr(value, "_torchdynamo_orig_callable", None)
         elif isinstance(value, functools.partial) and value.args == (module,) and space == "accelerate.hooks":
