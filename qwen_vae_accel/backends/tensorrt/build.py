@@ -22,6 +22,7 @@ from torch import nn
 
 from qwen_vae_accel.backends.base import Job, export_network
 from qwen_vae_accel.backends.tensorrt.logs import activation_memory, make_recorder
+from qwen_vae_accel.backends.tensorrt.network import Network
 from qwen_vae_accel.backends.tensorrt.settings import BuildSettings, Capability, capability_text
 from qwen_vae_accel.errors import BuildError
 from qwen_vae_accel.files import write_atomically
@@ -60,6 +61,7 @@ class BuildReport:
             log does not say so.
         nbytes: size of the engine.
         seconds: of the builder alone, after export and conversion.
+        network: what TensorRT was handed, to be computed without it; None where it was not asked for.
     """
 
     inputs: tuple[Binding, ...]
@@ -71,6 +73,7 @@ class BuildReport:
     scratch: tuple[int, ...] | None
     nbytes: int
     seconds: float
+    network: Network | None = None
 
 
 def input_shapes(job: Job, key: EngineKey) -> tuple[Shapes, ...]:
@@ -100,6 +103,33 @@ def export(network: nn.Module, job: Job, shapes: Sequence[Shapes], limit: int) -
         return export_network(spell(network.cpu(), chunks), x, low[2:], high[2:], job.multiple), chunks
 
 
+def convert(
+    network: nn.Module, job: Job, key: EngineKey, torch_tensorrt: ModuleType, trt: ModuleType, settings: BuildSettings
+) -> tuple[Any, Any, int]:
+    """Turn ``network`` (2-D, in ``job.dtype``) into TensorRT's, for the profiles of ``key``.
+
+    Returns:
+        Torch-TensorRT's interpreter with the network in ``ctx.net``, TensorRT's error recorder, the runs of the attention.
+
+    Raises:
+        BuildError: if it cannot be converted as a whole.
+    """
+    shapes = input_shapes(job, key)
+    program, chunks = export(network, job, shapes, settings.query_limit)
+    interpreter = _interpreter(torch_tensorrt, trt, program, job, shapes, _is_static(shapes), settings)
+    recorder = make_recorder(trt)
+    interpreter.builder.error_recorder = recorder
+    try:
+        interpreter._construct_trt_network_def()
+    except Exception as error:
+        raise BuildError(f"Torch-TensorRT cannot convert the network: {error}") from error
+    return interpreter, recorder, chunks
+
+
+def _is_static(shapes: Sequence[Shapes]) -> bool:
+    return all(shape == shapes[0][0] for triple in shapes for shape in triple)
+
+
 def build_engine(
     network: nn.Module,
     job: Job,
@@ -110,6 +140,7 @@ def build_engine(
     targets: Sequence[Capability] = (),
     timing_cache: Path | None = None,
     progress: Progress | None = None,
+    read_network: bool = False,
 ) -> tuple[memoryview, BuildReport]:
     """Compile ``network`` (2-D, in ``job.dtype``) for the profiles of ``key``.
 
@@ -119,25 +150,20 @@ def build_engine(
         targets: compute capabilities to build for (TensorRT-RTX); empty: the GPU of this machine.
         timing_cache: file that keeps kernel timings between builds; made if missing. TensorRT-RTX times nothing.
         progress: told of each step of the builder, from its threads.
+        read_network: whether the report is to hold the network that TensorRT was handed.
 
     Returns:
         The engine's bytes, and what TensorRT says was built.
 
     Raises:
         BuildError: with TensorRT's own reasons.
+        NetworkError: if the network is to be read and holds what is not known here.
     """
     shapes = input_shapes(job, key)
-    is_static = all(shape == shapes[0][0] for triple in shapes for shape in triple)
-    program, chunks = export(network, job, shapes, settings.query_limit)
-    interpreter = _interpreter(torch_tensorrt, trt, program, job, shapes, is_static, settings)
-    recorder = make_recorder(trt)
-    interpreter.builder.error_recorder = recorder
-    try:
-        interpreter._construct_trt_network_def()
-    except Exception as error:
-        raise BuildError(f"Torch-TensorRT cannot convert the network: {error}") from error
+    interpreter, recorder, chunks = convert(network, job, key, torch_tensorrt, trt, settings)
     config = interpreter._populate_trt_builder_config()
-    _configure(config, trt, settings, targets, 0 if is_static else len(shapes), recorder)
+    _configure(config, trt, settings, targets, 0 if _is_static(shapes) else len(shapes), recorder)
+    handed = Network(trt, interpreter.ctx.net) if read_network else None
     if progress is not None:
         config.progress_monitor = _monitor(trt, progress)
     # TensorRT does not own the cache that a build uses: it must live until the build is over.
@@ -162,6 +188,7 @@ def build_engine(
         scratch=tuple(planned) if len(planned) == len(shapes) else None,
         nbytes=memory.nbytes,
         seconds=seconds,
+        network=handed,
     )
     return memoryview(memory), report
 
