@@ -286,6 +286,16 @@ class EngineBackend(Backend):
         """Bytes of scratch memory that a run of a loaded engine needs at most, per profile; None where it does not tell."""
         return None
 
+    def take_network(self) -> Program | None:
+        """The network of the last build as its compiler was handed it, to be computed without that compiler.
+
+        None where the backend does not tell. The backend forgets it.
+
+        Raises:
+            BuildError: if it holds what is not known here.
+        """
+        return None
+
     def describe(self, image: EngineImage, job: Job) -> EngineDescription | None:
         """What an engine says of itself; None where those of this backend do not tell. This runs its code."""
         return None

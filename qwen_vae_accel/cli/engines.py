@@ -16,6 +16,7 @@ from qwen_vae_accel.backends.base import EngineBackend
 from qwen_vae_accel.backends.tensorrt import BuildSettings, TensorRTBackend, parse_capabilities
 from qwen_vae_accel.cli import common, edge
 from qwen_vae_accel.config import AccelConfig
+from qwen_vae_accel.engines import networkcheck
 from qwen_vae_accel.engines.builder import Builder, BuildResult
 from qwen_vae_accel.engines.inspect import EngineStatus, Inspector
 from qwen_vae_accel.engines.runtime import Wanted
@@ -54,7 +55,8 @@ def build(
         str | None,
         typer.Option(
             help="Build TensorRT-RTX engines for GPUs of this compute capability, such as 8.9 or 8.6,8.9,12.0; needs no GPU. "
-            "They are checked where they are first loaded."
+            "Here, what TensorRT is given is checked, on the CPU (minutes for large sizes); the engines are checked where they "
+            "are first loaded."
         ),
     ] = None,
     setting: Annotated[
@@ -98,7 +100,11 @@ def build(
         table = _table("engine", "status", "s", "MB", "PSNR dB", "reason")
         for result in results:
             record = result.record
-            psnr = "" if record is None else ", ".join(f"{v.psnr_db:.1f}" for v in record.verification.values())
+            psnr = ""
+            if record is not None:
+                networks = networkcheck.of_record(record)
+                checks = (v for name, v in record.verification.items() if v not in networks.values())
+                psnr = ", ".join([*(f"{v.psnr_db:.1f}" for v in checks), *map(networkcheck.text, networks.values())])
             size = f"{record.size / 1e6:.1f}" if record else ""
             table.add_row(result.path, result.status, f"{result.seconds:.1f}", size, psnr, plain(result.reason))
         document = {
@@ -163,7 +169,7 @@ def _survey_view(found: list[EngineStatus], weights: bool) -> RenderableType:
             table.add_row(status.path, "", "", "", "", size, "", "", verdict)
             continue
         for index, profile in enumerate(record.profiles):
-            check = status.checks.get(profile.name)
+            check, network = status.checks.get(profile.name), status.networks.get(profile.name)
             head = (status.path, record.dtype, record.backend, size, verdict) if index == 0 else ("",) * 5
             table.add_row(
                 head[0],
@@ -171,7 +177,7 @@ def _survey_view(found: list[EngineStatus], weights: bool) -> RenderableType:
                 str(profile.optimum) if record.key.is_static else f"{profile.minimum}..{profile.optimum}..{profile.maximum}",
                 *head[1:4],
                 "not known" if record.scratch is None else f"{record.scratch[index] / 1e6:.1f}",
-                "not checked" if check is None else f"{check.psnr_db:.1f}",
+                f"{check.psnr_db:.1f}" if check else networkcheck.text(network) if network else "not checked",
                 head[4],
             )
     note = "" if weights else "Weights were not compared; --vae does that."

@@ -13,7 +13,7 @@ from qwen_vae_accel.backends.base import DirectBackend, Environment, Job
 from qwen_vae_accel.backends.registry import get_backend
 from qwen_vae_accel.cli import common, edge
 from qwen_vae_accel.config import FLOAT8, AccelConfig
-from qwen_vae_accel.engines import selfcheck
+from qwen_vae_accel.engines import networkcheck, selfcheck
 from qwen_vae_accel.engines.inspect import Inspector
 from qwen_vae_accel.engines.manifest import Verification
 from qwen_vae_accel.errors import AccelError, BackendUnavailableError, ConfigError
@@ -100,6 +100,10 @@ def _verify_engines(vae: Path, engine_dir: Path, device: torch.device) -> edge.O
             engines.append(entry)
             for profile, result in results:
                 _add_row(table, status.path, profile.optimum, result)
+            entry["networks"] = {name: networkcheck.text(result) for name, result in status.networks.items()}
+            if not results:
+                for name, result in status.networks.items():
+                    table.add_row(f"{status.path} {name}", "", "", "", "", networkcheck.text(result))
             if reasons:
                 table.add_row(status.path, *[""] * 6, plain("refused: " + "; ".join(reasons), style="red"))
             update(status.path, True)

@@ -89,7 +89,8 @@ class Builder:
         source: the VAE's networks.
         device: where the engines are to run; for another machine (``target``) where the VAE is.
         backend: to build with, instead of the one that ``config`` names.
-        target: the machine that the engines are for, where it is not this one. They are checked there, not here.
+        target: the machine that the engines are for, where it is not this one. They are checked there; here,
+            what their compiler is handed is.
 
     Raises:
         ConfigError: if there is no ``engine_dir``, or the backend needs no engines.
@@ -112,7 +113,10 @@ class Builder:
         self.backend = engine_backend(config, environment, jobs.values(), backend)
         self.store = EngineStore(config.engine_dir)
         verify = config.verify and target is None
-        self._runtime = EngineRuntime(self.store, source, Journal(), None, config.vram_budget, verify, lambda _: environment)
+        networks = config.verify and target is not None
+        self._runtime = EngineRuntime(
+            self.store, source, Journal(), None, config.vram_budget, verify, lambda _: environment, networks
+        )
         plan = config.plan(source.topology.scale, source.topology.multiple)
         self.wanted = tuple(
             Wanted(self.backend, job, key, source.fingerprint(method, job.dtype))

@@ -15,7 +15,7 @@ import torch
 from qwen_vae_accel.backends.base import EngineBackend, EngineDescription, EngineImage, Environment, Job
 from qwen_vae_accel.backends.registry import engine_backends, get_backend
 from qwen_vae_accel.config import DTYPES, AccelConfig
-from qwen_vae_accel.engines import locks, rights, selfcheck
+from qwen_vae_accel.engines import locks, networkcheck, rights, selfcheck
 from qwen_vae_accel.engines.expected import Expected
 from qwen_vae_accel.engines.manifest import EngineRecord, Verification, check_name
 from qwen_vae_accel.engines.runtime import EngineRuntime, Wanted
@@ -47,6 +47,7 @@ class EngineStatus:
         record: what the manifest says of it, if anything.
         reasons: why it would not be run here; empty if it would.
         checks: results of its self-checks on this machine, by profile.
+        networks: results of checks of its network, made where it was built for another machine, by profile.
     """
 
     path: str
@@ -54,6 +55,7 @@ class EngineStatus:
     record: EngineRecord | None
     reasons: tuple[str, ...]
     checks: dict[str, Verification] = dataclasses.field(default_factory=dict)
+    networks: dict[str, Verification] = dataclasses.field(default_factory=dict)
 
     @property
     def current(self) -> bool:
@@ -75,6 +77,7 @@ class EngineStatus:
                 "built_at": r.built_at,
                 "build_seconds": r.build_seconds,
                 "checks": {name: result.to_json() for name, result in self.checks.items()},
+                "networks": {name: networkcheck.text(result) for name, result in self.networks.items()},
             }
         return values
 
@@ -160,7 +163,7 @@ class Inspector:
             if (name := check_name(self._machine, profile)) in record.verification
         }
         reasons += [f"self-check of {name} failed: {result.errors()}" for name, result in checks.items() if not result.passed]
-        return EngineStatus(path, self._size(path), record, tuple(reasons), checks)
+        return EngineStatus(path, self._size(path), record, tuple(reasons), checks, networkcheck.of_record(record))
 
     def _expected(self, path: str, record: EngineRecord) -> Expected:
         """What the file of ``record`` must be to be run here."""

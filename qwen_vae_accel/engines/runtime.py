@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from qwen_vae_accel.backends.base import EngineBackend, EngineImage, Environment, Job, Program
-from qwen_vae_accel.engines import selfcheck
+from qwen_vae_accel.engines import networkcheck, selfcheck
 from qwen_vae_accel.engines.expected import Expected
 from qwen_vae_accel.engines.manifest import EngineRecord, Verification, check_name
 from qwen_vae_accel.engines.store import EngineStore
@@ -106,6 +106,8 @@ class EngineRuntime:
         budget: bytes that loaded engines may take together.
         verify: whether engines are checked before their first use on this machine.
         detect: gives the environment of a device.
+        verify_networks: whether what a compiler is handed is checked in place of the engine that it builds, which is for
+            another machine.
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class EngineRuntime:
         budget: int,
         verify: bool,
         detect: Callable[[torch.device], Environment],
+        verify_networks: bool = False,
     ) -> None:
         self.store = store
         self._source = source
@@ -125,6 +128,7 @@ class EngineRuntime:
         self._budget = budget
         self._verify = verify
         self._detect = detect
+        self._verify_networks = verify_networks
         self._lock = fork_safe_lock()
         self._slots: OrderedDict[_SlotKey, _Slot] = OrderedDict()
         self._queue: list[_Waiter] = []
@@ -395,6 +399,11 @@ class EngineRuntime:
             return expected.record(environment, sha256="", size=0, build_seconds=round(elapsed, 3), scratch=scratch)
 
         def accept(image: EngineImage, record: EngineRecord) -> EngineRecord:
+            network = wanted.backend.take_network() if self._verify_networks else None
+            if network is not None:
+                checks = networkcheck.check(self._source, wanted.job, wanted.key, network, self.store.root / wanted.path)
+                record.verification.update(checks)
+                logger.info("%s: %s", wanted.path, "; ".join(map(networkcheck.text, checks.values())))
             if not self._verify:
                 return record
             program = self._open(wanted, image)

@@ -20,9 +20,9 @@ from qwen_vae_accel.kernels.network import (
 from qwen_vae_accel.kernels.reasons import network_reasons, state_reasons
 from qwen_vae_accel.kernels.sm90.schedules import FLOAT8_SCHEDULES, MODES, SCHEDULES
 from qwen_vae_accel.kernels.tuning.tables import H200_CONVS, has_kernel
+from qwen_vae_accel.model import inspect_vae
 from qwen_vae_accel.model.image_vae import ImageDecoder, ImageEncoder
 from qwen_vae_accel.model.source import build_model, image_state
-from qwen_vae_accel.model import inspect_vae
 
 METHODS = ("encode", "decode")
 TOPOLOGIES = {"AutoencoderKLQwenImage": QWEN_IMAGE, "AutoencoderKLQwenImage21": QWEN_IMAGE_21}

@@ -19,6 +19,7 @@ from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.model.source import build_model
 from qwen_vae_accel.plan import EngineKey, Plan
 from tests.tensorrt import standin
+from tests.tensorrt.made import Made
 from tests.tensorrt.standin import StandIn
 
 CPU = torch.device("cpu")
@@ -72,6 +73,12 @@ def cross_build(rtx: flavours.Flavour) -> Callable[..., TensorRTBackend]:
         return backend
 
     return build
+
+
+@pytest.fixture
+def made(rtx: flavours.Flavour) -> Made:
+    """A TensorRT network in the making."""
+    return Made(rtx.bindings())
 
 
 def job_of(source: ModelSource, method: str, dtype: torch.dtype = torch.float32) -> Job:

@@ -1,7 +1,8 @@
 """Building engines with the REAL TensorRT-RTX, on the CPU, through the code that a user's build runs.
 
 Nothing here runs an engine: TensorRT needs a GPU for that. What is built is read back from TensorRT's own network,
-builder configuration and file; that the network is the right one is tested by running the exported program.
+builder configuration and file; that the network is the right one is tested by running the exported program, and by
+computing TensorRT's network itself (test_network.py).
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from qwen_vae_accel.backends.base import EngineImage
+from qwen_vae_accel.backends.base import EngineImage, Job
 from qwen_vae_accel.backends.tensorrt import BuildSettings, TensorRTBackend
 from qwen_vae_accel.backends.tensorrt.build import BuildReport, export, input_shapes
 from qwen_vae_accel.backends.tensorrt.crossbuild import torch_tensorrt_for
 from qwen_vae_accel.backends.tensorrt.engine import TensorRTError
 from qwen_vae_accel.backends.tensorrt.flavour import Flavour
+from qwen_vae_accel.backends.tensorrt.network import Network, NetworkProgram
 from qwen_vae_accel.cli import common
 from qwen_vae_accel.cli.app import app
+from qwen_vae_accel.engines.networkcheck import check_shape
 from qwen_vae_accel.engines.store import EngineStore
 from qwen_vae_accel.errors import BuildError
 from qwen_vae_accel.model import ModelSource
@@ -143,8 +146,17 @@ def _is_engine(path: Path, report: BuildReport) -> bool:
     return data[:4] == b"vtrt" and len(data) == report.nbytes
 
 
+def _shapes_are_those_of_the_vae(report: BuildReport, job: Job, plan: Plan) -> None:
+    """At both ends and the middle of every profile; TensorRT's own rules hold for every tensor on the way."""
+    assert isinstance(report.network, Network)
+    network = NetworkProgram(report.network)
+    for index, profile in enumerate(plan.profiles):
+        for size in (profile.minimum, profile.optimum, profile.maximum):
+            check_shape(job, network, size.floor(job.multiple), index)
+
+
 def test_full_decoder_with_nine_profiles(
-    multi_decoder: tuple[Path, BuildReport], record_property: Callable[[str, object], None]
+    full: nn.Module, multi_decoder: tuple[Path, BuildReport], record_property: Callable[[str, object], None]
 ) -> None:
     path, report = multi_decoder
     assert _is_engine(path, report)
@@ -161,6 +173,7 @@ def test_full_decoder_with_nine_profiles(
     for planned, profile in zip(report.scratch, GUIDE_MULTI.profiles, strict=True):
         assert planned > 96 * profile.maximum.width * profile.maximum.height * 2, profile.name
     assert report.scratch[0] == min(report.scratch)
+    _shapes_are_those_of_the_vae(report, job_of(ModelSource(full), "decode", torch.bfloat16), GUIDE_MULTI)
     record_property("megabytes", report.nbytes / 1e6)
     record_property("seconds", report.seconds)
 
@@ -207,6 +220,7 @@ def test_tiny_encoder_with_nine_profiles(tiny: nn.Module, cross_build: Callable[
     report = cross_build(tiny, "encode", torch.bfloat16, GUIDE_MULTI, "12.0", path).last_build
     assert report is not None and _is_engine(path, report)
     assert report.inputs[0].shape == (1, 3, -1, -1) and report.outputs[0].shape == (1, 32, -1, -1)
+    _shapes_are_those_of_the_vae(report, job_of(ModelSource(tiny), "encode", torch.bfloat16), GUIDE_MULTI)
     # An encoder takes 1620 pixels as they are.
     assert report.profiles[8][1] == (1, 3, 1088, 1620)
     assert len(report.profiles) == 9
@@ -368,7 +382,9 @@ def test_the_command_builds_a_directory_for_another_machine(
         "gpu": "compute capability 8.9",
         "platform": "x86_64",
     }
-    assert record.verification == {}, "checked on the target, not here"
+    (check,) = record.verification.values()
+    assert set(record.verification) == {"network/64x64"}, "the engine is checked on the target, here its network"
+    assert check.machine == "network checked at 64x64" and check.passed and check.psnr_db > 50
     assert record.scratch is not None and record.scratch[0] > 1e6, "as its builder planned"
     assert record.profiles == (Profile.static("64x64", Size(64, 64)),)
     again = CliRunner().invoke(app, command)
@@ -376,6 +392,12 @@ def test_the_command_builds_a_directory_for_another_machine(
     listed = CliRunner().invoke(app, ["list", "--engine-dir", str(tmp_path / "engines"), "--json"])
     (engine,) = json.loads(listed.stdout)["engines"]
     assert engine["scratch"] == list(record.scratch)
+    said = f"network checked at 64x64: {check.psnr_db:.1f} dB"
+    assert engine["networks"] == {"64x64": said} and engine["checks"] == {}
+    shown = CliRunner().invoke(app, ["list", "--engine-dir", str(tmp_path / "engines")], env={"COLUMNS": "200"})
+    assert "network" in shown.stdout and f"{check.psnr_db:.1f} dB" in shown.stdout  # in a cell that may be folded
+    verified = CliRunner().invoke(app, ["verify", *options[:4], "--json"])
+    assert json.loads(verified.stdout)["engines"][0]["networks"] == {"64x64": said}
     if not torch.cuda.is_available():
         assert listed.exit_code == 1 and any("here no NVIDIA GPU" in reason for reason in engine["reasons"])
     gc.collect()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,6 +17,7 @@ from qwen_vae_accel.backends.tensorrt import flavour as flavours
 from qwen_vae_accel.backends.tensorrt.build import BuildReport, Progress, build_engine
 from qwen_vae_accel.backends.tensorrt.crossbuild import common_processor, target_environment, torch_tensorrt_for
 from qwen_vae_accel.backends.tensorrt.engine import LoadedEngine, TensorRTError, deserialize
+from qwen_vae_accel.backends.tensorrt.network import NetworkError, NetworkProgram
 from qwen_vae_accel.backends.tensorrt.runtime import TensorRTProgram
 from qwen_vae_accel.backends.tensorrt.settings import BuildSettings, Capability, capability_text
 from qwen_vae_accel.backends.tensorrt.streams import CudaStreams, Streams
@@ -37,6 +39,9 @@ class TensorRTBackend(EngineBackend):
         targets: compute capabilities to build for instead of this machine's GPU (TensorRT-RTX; no GPU needed). Such a
             backend builds; what it builds is loaded and checked on the target.
         progress: told of each step of the builder, from its threads.
+
+    Attributes:
+        last_build: what was built last. Of a build for ``targets`` it holds the network until :meth:`take_network`.
     """
 
     name: ClassVar[str] = "tensorrt"
@@ -158,12 +163,30 @@ class TensorRTBackend(EngineBackend):
         cache = None if flavour.is_rtx else self._timing_cache(path, environment)
         with torch_tensorrt_for(targets[0] if targets else None) as torch_tensorrt, _on(job.device):
             data, report = build_engine(
-                model, job, key, torch_tensorrt, flavour.bindings(), self.settings, targets, cache, self._progress
+                model,
+                job,
+                key,
+                torch_tensorrt,
+                flavour.bindings(),
+                self.settings,
+                targets,
+                cache,
+                self._progress,
+                read_network=bool(self.targets),
             )
         path.write_bytes(data)
         self.last_build = report
         logger.info("built %s: %.1f s in TensorRT, %.1f MB", key.stem, report.seconds, report.nbytes / 1e6)
         return report.scratch
+
+    def take_network(self) -> Program | None:
+        report = self.last_build
+        if report is None or report.network is None:
+            return None
+        self.last_build = dataclasses.replace(report, network=None)
+        if isinstance(report.network, NetworkError):
+            raise report.network
+        return NetworkProgram(report.network)
 
     @staticmethod
     def _timing_cache(path: Path, environment: Environment) -> Path:

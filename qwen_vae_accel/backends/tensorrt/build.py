@@ -22,7 +22,7 @@ from torch import nn
 
 from qwen_vae_accel.backends.base import Job, export_network
 from qwen_vae_accel.backends.tensorrt.logs import activation_memory, make_recorder
-from qwen_vae_accel.backends.tensorrt.network import Network
+from qwen_vae_accel.backends.tensorrt.network import Network, NetworkError
 from qwen_vae_accel.backends.tensorrt.settings import BuildSettings, Capability, capability_text
 from qwen_vae_accel.errors import BuildError
 from qwen_vae_accel.files import write_atomically
@@ -61,7 +61,7 @@ class BuildReport:
             log does not say so.
         nbytes: size of the engine.
         seconds: of the builder alone, after export and conversion.
-        network: what TensorRT was handed, to be computed without it; None where it was not asked for.
+        network: what TensorRT was handed, to be computed without it, or why it cannot be; None where it was not asked for.
     """
 
     inputs: tuple[Binding, ...]
@@ -73,7 +73,7 @@ class BuildReport:
     scratch: tuple[int, ...] | None
     nbytes: int
     seconds: float
-    network: Network | None = None
+    network: Network | NetworkError | None = None
 
 
 def input_shapes(job: Job, key: EngineKey) -> tuple[Shapes, ...]:
@@ -126,6 +126,13 @@ def convert(
     return interpreter, recorder, chunks
 
 
+def _handed(trt: ModuleType, definition: Any) -> Network | NetworkError:
+    try:
+        return Network(trt, definition)
+    except NetworkError as error:  # no reason not to build: whoever wants to compute it is told
+        return error
+
+
 def _is_static(shapes: Sequence[Shapes]) -> bool:
     return all(shape == shapes[0][0] for triple in shapes for shape in triple)
 
@@ -157,13 +164,12 @@ def build_engine(
 
     Raises:
         BuildError: with TensorRT's own reasons.
-        NetworkError: if the network is to be read and holds what is not known here.
     """
     shapes = input_shapes(job, key)
     interpreter, recorder, chunks = convert(network, job, key, torch_tensorrt, trt, settings)
     config = interpreter._populate_trt_builder_config()
     _configure(config, trt, settings, targets, 0 if _is_static(shapes) else len(shapes), recorder)
-    handed = Network(trt, interpreter.ctx.net) if read_network else None
+    handed = _handed(trt, interpreter.ctx.net) if read_network else None
     if progress is not None:
         config.progress_monitor = _monitor(trt, progress)
     # TensorRT does not own the cache that a build uses: it must live until the build is over.
