@@ -16,8 +16,9 @@ from qwen_vae_accel import accelerate
 from qwen_vae_accel.errors import InvalidInputError
 from qwen_vae_accel.model.offload import Placement, as_tensors_name_it, execution_device, values
 from qwen_vae_accel.model.topology import METHODS, PARTS
-from tests.contract import X, Z, assert_same, calls, exact
-from tests.helpers import EXACT, decoded, distance, moments
+from tests.conftest import random_vae
+from tests.contract import X, Z, assert_same, calls, outputs, references
+from tests.helpers import decoded, moments
 from tests.offloading import CPU, LEAVES
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -100,7 +101,7 @@ def test_weights_spread_over_devices(micro):
 @pytest.mark.parametrize("method", ["encode", "decode"])
 def test_a_network_without_weights_leaves_the_other_one_fast(micro, method):
     """One of them given back its memory, before or after ``accelerate``."""
-    before = exact(micro)
+    before = references(micro)
     gone, kept = ("encoder", "quant_conv"), ("decoder", "post_quant_conv")
     gone, kept = (gone, kept) if method == "decode" else (kept, gone)
     for name in gone[:1]:
@@ -109,7 +110,7 @@ def test_a_network_without_weights_leaves_the_other_one_fast(micro, method):
     for name in gone[1:]:
         getattr(micro, name).to("meta")
     ours = decoded(micro, Z) if method == "decode" else moments(micro, X)
-    assert distance(ours, before[1 if method == "decode" else 0], method) <= EXACT
+    before[method == "decode"].check(ours)
     with pytest.raises((RuntimeError, NotImplementedError)):
         decoded(micro, Z) if method == "encode" else moments(micro, X)
     handle.warmup(progress=False)
@@ -128,7 +129,7 @@ def test_everything_on_meta_is_shapes_only(micro):
 def test_emptied_and_filled_again(micro):
     """``to_empty`` leaves memory without content; what is loaded into it counts."""
     weights = {name: value.clone() for name, value in micro.state_dict().items()}
-    before = exact(micro)
+    before = references(micro)
     handle = accelerate(micro)
     assert_same(micro, before)
     micro.to_empty(device="cpu")
@@ -162,12 +163,14 @@ def test_each_network_has_its_own_dtype(micro, dtypes):
     for method, dtype in zip(METHODS, dtypes, strict=True):
         for part in PARTS[method]:
             getattr(micro, part).to(dtype)
-    before = exact(micro, X.to(dtypes[0]), Z.to(dtypes[1]))
+    inputs = X.to(dtypes[0]), Z.to(dtypes[1])
+    before = outputs(micro, *inputs)
+    exact = references(random_vae(), *inputs)
     handle = accelerate(micro)
-    ours = exact(micro, X.to(dtypes[0]), Z.to(dtypes[1]))
+    ours = outputs(micro, *inputs)
     assert tuple(output.dtype for output in ours) == tuple(output.dtype for output in before) == dtypes
     exactly = dtypes.index(torch.float32)
-    assert distance(ours[exactly], before[exactly], ("encode", "decode")[exactly]) <= EXACT
+    exact[exactly].check(ours[exactly])
     assert calls(handle) == {"encode": {"eager": 1}, "decode": {"eager": 1}}
 
 

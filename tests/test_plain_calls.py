@@ -21,7 +21,7 @@ from qwen_vae_accel import accelerate
 from qwen_vae_accel.plugin.patch import handle_of
 from qwen_vae_accel.plugin.plain import not_plain
 from tests.contract import Z, calls
-from tests.helpers import EXACT, decoded, distance
+from tests.helpers import Reference, decoded
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -111,7 +111,7 @@ def test_views_are_served_with_the_values_they_show(micro, plain, kind):
     read = []
     handle._dispatcher.run = lambda request, image: read.append(image.is_neg()) or run(request, image)
     x = VIEWS[kind]()
-    assert distance(decoded(micro, x), decoded(plain, x), "decode") <= EXACT
+    Reference(plain, "decode", x).check(decoded(micro, x))
     assert calls(handle)["decode"] == {"eager": 1} and read == [False], "kernels read memory as it is"
 
 
@@ -195,7 +195,8 @@ def test_a_default_device_is_no_obstacle(micro, plain, device):
             again = decoded(micro, Z)
     finally:
         torch.set_default_device(None)
-    assert distance(ours, decoded(plain, Z), "decode") <= EXACT and torch.equal(ours, again)
+    Reference(plain, "decode", Z).check(ours)
+    assert torch.equal(ours, again)
     assert calls(handle)["decode"] == {"eager": 2}
 
 
@@ -204,7 +205,7 @@ def test_inputs_made_in_inference_mode(micro, plain):
     handle = accelerate(micro)
     with torch.inference_mode():
         z = Z * 1
-    assert distance(decoded(micro, z), decoded(plain, Z), "decode") <= EXACT
+    Reference(plain, "decode", Z).check(decoded(micro, z))
     assert calls(handle)["decode"] == {"eager": 1}
 
 

@@ -11,24 +11,25 @@ from dataclasses import replace
 
 import pytest
 import torch
-from qwen_vae_accel.kernels.attention import attention, attention_reference, qkv, qkv_reference
-from qwen_vae_accel.kernels.conv3x3 import Norm, conv, conv_reference
-from qwen_vae_accel.kernels.conv_in import conv_in, conv_in_reference
-from qwen_vae_accel.kernels.conv_out import conv_out, conv_out_reference, sum_taps, sum_taps_reference
-from qwen_vae_accel.kernels.downsample_conv import downsample_conv, downsample_conv_reference
-from qwen_vae_accel.kernels.topology import FLOAT8_CAPABILITY
-from qwen_vae_accel.kernels.upsample_conv import upsample_conv
 
 from qwen_vae_accel.backends.base import Job
 from qwen_vae_accel.backends.fused.calibration import measured_peaks
 from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder
 from qwen_vae_accel.kernels.float8 import FLOAT8, input_scales, quantize
-from qwen_vae_accel.kernels.fused import describe_device
+from qwen_vae_accel.kernels.gpu import describe_gpu
 from qwen_vae_accel.kernels.layout import Grid, from_flat
+from qwen_vae_accel.kernels.reasons import FLOAT8_CAPABILITY
 from qwen_vae_accel.kernels.sm90.conv3x3 import Conv3x3
 from qwen_vae_accel.kernels.sm90.schedules import Mode
-from qwen_vae_accel.kernels.tuning import AttentionConfig, ConvConfig, Tuning
-from qwen_vae_accel.kernels.weights import Packer, with_each
+from qwen_vae_accel.kernels.triton.attention import attention, attention_reference, qkv, qkv_reference
+from qwen_vae_accel.kernels.triton.conv3x3 import conv, conv_reference
+from qwen_vae_accel.kernels.triton.conv_in import conv_in, conv_in_reference
+from qwen_vae_accel.kernels.triton.conv_out import conv_out, conv_out_reference, sum_taps, sum_taps_reference
+from qwen_vae_accel.kernels.triton.downsample_conv import downsample_conv, downsample_conv_reference
+from qwen_vae_accel.kernels.triton.upsample_conv import upsample_conv
+from qwen_vae_accel.kernels.tuning.configs import AttentionConfig, ConvConfig
+from qwen_vae_accel.kernels.tuning.selection import Tuning
+from qwen_vae_accel.kernels.weights import Norm, Packer, with_each
 from qwen_vae_accel.model import ModelSource
 from tests.kernels.cases import (
     CONFIG,
@@ -67,7 +68,7 @@ def cuda(value):
 
 
 def device_of_kernels():
-    return describe_device(torch.device("cuda")) if torch.cuda.is_available() else TMA
+    return describe_gpu(torch.device("cuda")) if torch.cuda.is_available() else TMA
 
 
 def new(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
@@ -94,7 +95,7 @@ def run_conv(layer, a, weights, *, x=None, normed=None, norm=None, residual=None
     """By Triton, or by ``layer`` of sm90/."""
     a, residual, norm = cuda(a), cuda(residual) if residual is not None else None, cuda(norm) if norm is not None else None
     if layer is None:
-        conv(a, GRID, cuda(weights), config=TILES, device=device_of_kernels(), x=x, normed=normed, norm=norm,
+        conv(a, GRID, cuda(weights), config=TILES, gpu=device_of_kernels(), x=x, normed=normed, norm=norm,
              residual=residual, x_scale=x_scale)  # fmt: skip
         return
     extra = {} if norm is None else {"gamma": norm.gamma, "silu": norm.silu, "n_scale": norm.scale}
@@ -158,7 +159,7 @@ def check_resampling(make_layer, dtype: torch.dtype, kind: str) -> None:
         if layer is None:
             function = upsample_conv if kind == "up" else downsample_conv
             function(cuda(a), GRID, cuda(weights), x=x, normed=normed, norm=cuda(norm), config=TILES,
-                     device=device_of_kernels())  # fmt: skip
+                     gpu=device_of_kernels())  # fmt: skip
         else:
             layer(cuda(a), GRID, x=x, normed=normed, gamma=cuda(norm).gamma)
         reference = folded_upsample if kind == "up" else downsample_conv_reference
@@ -201,7 +202,7 @@ def test_the_first_convolution_passes_them_on():
     for value in VALUES:
         bad = with_value(image, value)
         x, normed = (poisoned(GRID.rows, 96, dtype=dtype) for _ in range(2))
-        conv_in(bad, weights, x=x, normed=normed, norm=norm, config=CONFIG, device=TMA)
+        conv_in(bad, weights, x=x, normed=normed, norm=norm, config=CONFIG, gpu=TMA)
         expected = conv_in_reference(bad, state["in.weight"], state["in.bias"], norm)
         check(x, expected[0], GRID)
         check(normed, expected[1], GRID)
@@ -222,7 +223,7 @@ def test_the_last_convolution_clamps_infinity_and_keeps_nan():
     weights = Packer(random_layer("out", 32, 384, 3), torch.float16, torch.device("cpu")).conv("out")
     a = flat_with(INF, 384, torch.float16)
     moments = poisoned(3, 32, 3, 4, dtype=torch.float16)
-    conv_out(a, GRID, weights, moments, device=TMA)
+    conv_out(a, GRID, weights, moments, gpu=TMA)
     assert_same_kinds(moments, conv_out_reference(a, GRID, weights))
 
 
@@ -236,7 +237,7 @@ def run_attention(tokens, grid, device, config=ATTENTION, splits=1):
     assert grid.height * grid.width % config.block_keys
     out = cuda(torch.zeros(grid.rows, 384, dtype=tokens.dtype))
     partial, tops = new(splits * grid.pixels, 384, torch.float32), new(splits * grid.pixels, 1, torch.float32)
-    attention(cuda(tokens), grid, out, config=config, device=device, splits=splits, partial=partial, tops=tops)
+    attention(cuda(tokens), grid, out, config=config, gpu=device, splits=splits, partial=partial, tops=tops)
     return out
 
 
@@ -298,7 +299,7 @@ def test_attention_without_a_finite_score(splits):
 def test_queries_keys_and_values_of_other_images_stay_finite():
     weights = Packer(random_layer("to_qkv", 1152, 384, 1), torch.float16, torch.device("cpu")).conv("to_qkv")
     a, tokens = flat_with(NAN, 384, torch.float16), poisoned(GRID.pixels, 1152, dtype=torch.float16)
-    qkv(a, GRID, weights, tokens, config=CONFIG, device=TMA)
+    qkv(a, GRID, weights, tokens, config=CONFIG, gpu=TMA)
     assert_same_kinds(tokens, qkv_reference(a, GRID, weights))
 
 
@@ -333,7 +334,7 @@ class TestOnGpu:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("sm90", SETS)
     def test_attention_passes_them_on_within_an_image(self, dtype, sm90, splits):
-        device = replace(device_of_kernels(), wgmma=sm90)
+        device = replace(device_of_kernels(), sm90=sm90)
         config = Tuning().attention_on(device)
         check_attention(dtype, device, config, splits, Grid(3, 5, 9))
         check_attention(dtype, NO_TMA if not sm90 else device, config, splits, Grid(3, 20, 20))
@@ -345,7 +346,7 @@ class TestOnGpu:
     @pytest.mark.parametrize("sm90", SETS)
     def test_networks_give_what_diffusers_gives(self, vae, part, dtype, sm90):
         cls = FusedDecoder if part == "decoder" else FusedEncoder
-        config = FusedConfig(graph_after=1, tuning=Tuning(hopper_convs=sm90))
+        config = FusedConfig(graph_after=1, tuning=Tuning(sm90=sm90))
         network = cls(image_state(vae, part), dtype=dtype, device=torch.device("cuda"), config=config)
         self.check(network, copy.deepcopy(vae).to(dtype), part, dtype)
 
@@ -357,7 +358,7 @@ class TestOnGpu:
         source = ModelSource(vae)
         job = Job("decode", source.topology, dtype, torch.device("cuda", 0), float8=True)
         scales = input_scales(source.state("decode"), measured_peaks(source, job))
-        config = FusedConfig(graph_after=1, tuning=Tuning(hopper_convs=sm90))
+        config = FusedConfig(graph_after=1, tuning=Tuning(sm90=sm90))
         network = FusedDecoder(source.state("decode"), dtype=dtype, device=torch.device("cuda"), config=config, float8=scales)
         self.check(network, copy.deepcopy(vae).to(dtype), "decoder", dtype)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_vae_accel.accuracy import FACTOR, measure
-from qwen_vae_accel.plugin.patch import wrapped
+from qwen_vae_accel.plugin.patch import pack
 from tests.helpers import decoded, exact_vae, moments
 
 
@@ -21,10 +21,10 @@ def computed_by(vae: nn.Module, other: nn.Module) -> Iterator[None]:
     """Have ``other`` compute what ``vae`` is asked for, in the dtype of ``other``; results come in that of ``vae``."""
 
     def encode(x: Tensor, return_dict: bool = True) -> Any:
-        return wrapped("encode", moments(other, x.to(other.dtype)).to(vae.dtype), return_dict)
+        return pack("encode", moments(other, x.to(other.dtype)).to(vae.dtype), return_dict)
 
     def decode(z: Tensor, return_dict: bool = True) -> Any:
-        return wrapped("decode", decoded(other, z.to(other.dtype)).to(vae.dtype), return_dict)
+        return pack("decode", decoded(other, z.to(other.dtype)).to(vae.dtype), return_dict)
 
     vae.encode, vae.decode = encode, decode
     try:
