@@ -238,3 +238,13 @@ def test_sharded_weights_are_left_to_diffusers(micro, mesh, first, how):
     image = decoded(micro, Z if how == "fsdp" else distribute_tensor(Z, mesh, [Replicate()]))
     assert torch.equal(image.to_local() if isinstance(image, DTensor) else image, before)
     assert calls(handle)["decode"] == {"diffusers": 1}
+
+
+def test_hooks_of_the_vae_itself_are_seen_at_the_next_call(micro):
+    """Group offloading by blocks leaves no hook inside the networks."""
+    handle = accelerate(micro)
+    decoded(micro, Z)
+    assert not handle._source.placement("decode").hooked
+    cpu = torch.device("cpu")
+    apply_group_offloading(micro, onload_device=cpu, offload_device=cpu, offload_type="block_level", num_blocks_per_group=1)
+    assert handle._source.placement("decode").hooked

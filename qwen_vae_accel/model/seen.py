@@ -48,6 +48,7 @@ class Published:
         kind = type(twin.vae)
         own = vae_names - SETTINGS - OF_EVERY_MODULE - {"_internal_dict", *METHODS}
         watched = tuple(name for name in own if name in twin.vae.__dict__ or callable(getattr(kind, name, None)))
+        watched += ("forward", "_hf_hook", "_diffusers_hook")  # hooks of the VAE itself say where it computes
         unused = frozenset(name for layer in layers for name in vars(layer) if name not in names)
         return cls(twin, method, code, names, vae_names, watched, unused)
 

@@ -29,6 +29,7 @@ from qwen_vae_accel.kernels.triton.downsample_conv import downsample_conv, downs
 from qwen_vae_accel.kernels.triton.upsample_conv import upsample_conv
 from qwen_vae_accel.kernels.tuning.configs import AttentionConfig, ConvConfig
 from qwen_vae_accel.kernels.tuning.selection import Tuning
+from qwen_vae_accel.kernels.tuning.tables import ATTENTION_KEY
 from qwen_vae_accel.kernels.weights import Norm, Packer, with_each
 from qwen_vae_accel.model import ModelSource
 from tests.kernels.cases import (
@@ -335,7 +336,7 @@ class TestOnGpu:
     @pytest.mark.parametrize("sm90", SETS)
     def test_attention_passes_them_on_within_an_image(self, dtype, sm90, splits):
         device = replace(device_of_kernels(), sm90=sm90)
-        config = Tuning().attention_on(device)
+        config = Tuning().attention_on(ATTENTION_KEY, device)
         check_attention(dtype, device, config, splits, Grid(3, 5, 9))
         check_attention(dtype, NO_TMA if not sm90 else device, config, splits, Grid(3, 20, 20))
         if dtype == torch.float16:
