@@ -257,6 +257,8 @@ def test_the_class_of_an_accelerated_vae(micro):
     with accelerate(micro), accelerate(random_vae()) as other:
         ours = type(micro)
         assert ours is not cls and isinstance(micro, cls) and ours is type(other.vae)
+        assert ours == cls and cls == ours and ours in (cls,) and ours in {cls} and isinstance(random_vae(), ours)
+        assert not isinstance(nn.Linear(1, 1), ours) and ours != nn.Linear
         assert repr(ours) == repr(cls) and inspect.signature(ours.decode) == inspect.signature(cls.decode)
         micro.__class__ = type("Theirs", (ours,), {})
         with pytest.raises(HandleError, match="class of the VAE was changed"):

@@ -28,6 +28,7 @@ from qwen_vae_accel.errors import AccelError, ConfigError
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.plan import STATIC_MULTIPLE, Size, parse_size
 from qwen_vae_accel.plugin.handle import accelerate
+from qwen_vae_accel.plugin.patch import handle_of
 
 BASELINE = "diffusers"
 TASKS = ("decode", "encode")
@@ -91,9 +92,9 @@ def _call(vae: Any, task: str) -> Run:
 
 
 def _require_unpatched(vae: nn.Module) -> None:
-    patched = [name for name in ("encode", "decode", "_encode", "_decode", "_apply") if name in vae.__dict__]
-    if patched:
-        raise BenchError(f"the diffusers baseline is patched: {', '.join(patched)}")
+    patched = [f"vae.{name}" for name in ("encode", "decode", "_encode", "_decode", "_apply") if name in vae.__dict__]
+    if patched or handle_of(vae) is not None:
+        raise BenchError(f"the diffusers baseline is patched: {', '.join(patched) or 'by accelerate()'}")
 
 
 @contextmanager

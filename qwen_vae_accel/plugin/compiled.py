@@ -65,9 +65,17 @@ def why_traced(vae: nn.Module, method: str, x: Tensor) -> str:
         return "only single images are accelerated"
     if torch.is_autocast_enabled(x.device.type):
         return "autocast is on, which chooses dtypes itself"
+    if _weight(vae, method).dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return "its weights are stored in another dtype than they compute in"
     if torch.is_grad_enabled() and (x.requires_grad or _requires_grad(vae, method)):
         return "gradients are asked for"
     return ""
+
+
+def _weight(vae: nn.Module, method: str) -> Tensor:
+    part: Any = getattr(vae, PARTS[method][0])
+    weight: Tensor = part.conv_in.weight
+    return weight
 
 
 def _requires_grad(vae: nn.Module, method: str) -> bool:
@@ -91,10 +99,8 @@ note._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo call
 def output(vae: nn.Module, traced: Traced, method: str, x: Tensor) -> Tensor:
     """The operator's output for ``x``."""
     batch, _, _, height, width = x.shape
-    part: Any = getattr(vae, PARTS[method][0])
-    dtype = part.conv_in.weight.dtype
     if method == "decode":
         size = (traced.image_channels, height * traced.scale, width * traced.scale)
     else:
         size = (traced.moments, height // traced.scale, width // traced.scale)
-    return run(x, traced.number, method, *size, dtype)
+    return run(x, traced.number, method, *size, _weight(vae, method).dtype)

@@ -111,9 +111,22 @@ def _plain_twin(vae: nn.Module) -> nn.Module:
     return twin
 
 
+class _Alike(type):
+    """Of a class that passes for the one that it stands for: diffusers' ``from_pipe`` compares classes."""
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is vars(cls).get(PLAIN_CLASS)
+
+    def __hash__(cls) -> int:
+        return type.__hash__(vars(cls).get(PLAIN_CLASS, cls))
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return super().__instancecheck__(instance) or isinstance(instance, vars(cls).get(PLAIN_CLASS, ()))
+
+
 @functools.cache
 def _accelerated(cls: type) -> type:
-    """The subclass of ``cls`` that asks for the handle: same name, same signatures, same documentation."""
+    """The subclass of ``cls`` that asks for the handle: same name, same signatures, same documentation, and equal to it."""
     types = _output_types()
 
     def call(vae: nn.Module, method: str, x: Tensor, return_dict: bool) -> Any:
@@ -158,4 +171,6 @@ def _accelerated(cls: type) -> type:
         function.__qwen_vae_accel__ = True  # type: ignore[attr-defined]
     copying = {"__reduce_ex__": __reduce_ex__, "_replicate_for_data_parallel": _replicate_for_data_parallel}
     same = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(cls)(cls.__name__, (cls,), {**same, **methods, **copying, PLAIN_CLASS: cls})
+    kind: Any = type("Alike", (_Alike, type(cls)), {})
+    accelerated: type = kind(cls.__name__, (cls,), {**same, **methods, **copying, PLAIN_CLASS: cls})
+    return accelerated
