@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from qwen_vae_accel.kernels.layout import Grid, from_flat
 from qwen_vae_accel.kernels.triton.attention import attention, attention_reference, qkv, qkv_reference
 from qwen_vae_accel.kernels.tuning.configs import AttentionConfig
 from qwen_vae_accel.kernels.tuning.selection import Tuning
+from qwen_vae_accel.kernels.tuning.tables import ATTENTION_KEY
 from qwen_vae_accel.kernels.weights import Packer
 from tests.kernels.cases import CONFIG, DEVICES, DTYPES, assert_close, poisoned, random_flat, random_layer
 
@@ -54,7 +57,7 @@ def test_attention_with_large_scores():
 
 def test_splits_fill_the_gpu():
     h200 = Gpu(132, 232448, True, True)
-    choose = Tuning().attention_splits
+    choose = partial(Tuning().attention_splits, ATTENTION_KEY)
     assert choose(Grid(1, 128, 128), h200) == 1  # 128 tiles: one wave as it is
     assert choose(Grid(1, 64, 64), h200) > 1  # 32 tiles
     assert choose(Grid(1, 116, 208), h200) > 1  # 189 tiles: a second wave half empty
