@@ -13,8 +13,9 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from qwen_vae_accel.model.offload import is_plain
 from qwen_vae_accel.model.topology import METHODS, PARTS
 
 # Names, in the class that accelerate() gives a VAE, the class that the VAE had.
@@ -62,7 +63,9 @@ def custom_vae(vae: nn.Module, twin: nn.Module, names: frozenset[str], method: s
         method: ``"encode"`` or ``"decode"``.
     """
     cls = plain_class(vae)
-    for base in cls.__mro__[: cls.__mro__.index(type(twin))]:
+    for base in type(vae).__mro__[: type(vae).__mro__.index(type(twin))]:
+        if PLAIN_CLASS in vars(base):
+            continue
         for name in sorted((names | {method, "__getattr__", "__getattribute__"}) & vars(base).keys()):
             return f"{base.__name__} overrides {name}"
     for name in sorted((names - set(METHODS)) & vae.__dict__.keys()):
@@ -126,7 +129,7 @@ def _other_parameters(path: str, module: nn.Module, expected: nn.Module) -> str:
         if ours is None or theirs is None:
             if ours is not theirs:
                 return f"{path}.{name} is {'not there' if ours is None else 'an added parameter'}"
-        elif type(ours) not in (nn.Parameter, Tensor) or ours.layout is not torch.strided:
+        elif not is_plain(ours):
             return f"{path}.{name} is no plain tensor ({type(ours).__name__}, {ours.layout})"
         elif ours.shape != theirs.shape:
             return f"{path}.{name} has shape {tuple(ours.shape)}, in diffusers {tuple(theirs.shape)}"

@@ -118,6 +118,12 @@ def values(vae: nn.Module, method: str) -> dict[str, Tensor]:
     return {owned.name: owned.value() for owned in _owned(vae, PARTS[method])}
 
 
+def hold_values(vae: nn.Module, method: str) -> bool:
+    """Whether hooks hold values of the network of ``method``, or may be moving them, so that parameters are not the values."""
+    hooks = [*_hooks(vae), *(hook for part in PARTS[method] for hook in _hooks_in(getattr(vae, part, None)))]
+    return any(hasattr(hook, "group") or getattr(hook, "weights_map", None) is not None for hook in hooks)
+
+
 @dataclass(frozen=True, slots=True)
 class _Owned:
     """A parameter, and the hooks of the modules from its owner up to the VAE, each with the parameter's name from there."""

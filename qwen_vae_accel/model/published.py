@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import nn
 from qwen_vae_accel.errors import UnsupportedVAEError
 from qwen_vae_accel.model.own_code import foreign_constructor
 from qwen_vae_accel.model.topology import Topology, topology_of
+from qwen_vae_accel.visits import fork_safe_lock
 
 CLASSES = {
     "AutoencoderKLQwenImage": "diffusers.models.autoencoders.autoencoder_kl_qwenimage",
@@ -45,7 +45,7 @@ class Twin:
 
 
 _twins: dict[tuple[type, str], Twin] = {}
-_lock = threading.Lock()
+_lock = fork_safe_lock()
 
 
 def known_class(vae: object) -> type | None:

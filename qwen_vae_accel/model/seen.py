@@ -16,7 +16,7 @@ from torch.nn.modules import module as module_globals
 from torch.utils.hooks import RemovableHandle
 
 from qwen_vae_accel.model.custom import ENTRIES, OF_EVERY_MODULE, SETTINGS, custom_network, custom_vae
-from qwen_vae_accel.model.offload import Placement, is_plain
+from qwen_vae_accel.model.offload import Placement, hold_values, is_plain
 from qwen_vae_accel.model.own_code import OwnCode
 from qwen_vae_accel.model.published import Twin, arguments
 from qwen_vae_accel.model.topology import METHODS, PARTS
@@ -47,8 +47,8 @@ class Published:
         names = code.trace(map(type, layers), ENTRIES)
         kind = type(twin.vae)
         own = vae_names - SETTINGS - OF_EVERY_MODULE - {"_internal_dict", *METHODS}
-        watched = tuple(name for name in own if name in twin.vae.__dict__ or callable(getattr(kind, name, None)))
-        watched += ("forward", "_hf_hook", "_diffusers_hook")  # hooks of the VAE itself say where it computes
+        present = (name for name in own if name in twin.vae.__dict__ or callable(getattr(kind, name, None)))
+        watched = (*present, "forward")  # the last one every offloading hook replaces
         unused = frozenset(name for layer in layers for name in vars(layer) if name not in names)
         return cls(twin, method, code, names, vae_names, watched, unused)
 
@@ -97,15 +97,16 @@ class Seen:
 
     Attributes:
         reason: why its calls run as diffusers runs them; empty where the image network is known to compute the same.
+        placement: where and in which dtype it computes.
         parameters: all of them, in the order of the parts.
         addresses: of those that are plain tensors.
         dtypes: of all.
-        placement: where and in which dtype it computes.
     """
 
     vae: nn.Module
     published: Published
     reason: str
+    placement: Placement
     kind: type
     config: dict[str, Any]
     attributes: list[Any]  # published.watched of the VAE itself
@@ -130,7 +131,6 @@ class Seen:
     versions: list[int]
     dtypes: list[torch.dtype]
     sample: Sample | None
-    placement: Placement
 
     @classmethod
     def look(cls, vae: nn.Module, published: Published, parked_from: torch.device | None = None) -> Seen:
@@ -148,6 +148,7 @@ class Seen:
             vae=vae,
             published=published,
             reason=reason,
+            placement=Placement.of(vae, published.method, parked_from),
             kind=type(vae),
             config=dict(vae.__dict__.get("_internal_dict") or {}),
             attributes=list(map(vae.__dict__.get, published.watched)),
@@ -171,8 +172,7 @@ class Seen:
             counted=counted,
             versions=list(map(_version, counted)),
             dtypes=[parameter.dtype for parameter in parameters],
-            sample=None if reason else Sample(plain),
-            placement=Placement.of(vae, published.method, parked_from),
+            sample=None if reason else Sample([] if hold_values(vae, published.method) else plain),
         )
 
     def current(self) -> bool:

@@ -178,7 +178,7 @@ class ModelSource:
             UnsupportedVAEError: if the VAE computes something else than the published one.
         """
         self.generation(method)
-        reason = self.custom(method)
+        reason = self._seen[method].reason
         if reason:
             raise UnsupportedVAEError(type(self.vae).__name__, [reason])
         return image_state(values(self.vae, method), method)

@@ -11,13 +11,16 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 PLACES = 8
 TURNS = 64
@@ -62,7 +65,7 @@ class _Group:
             memory: Any = (ctypes.c_ubyte * (length * unit)).from_address(first)
             span = np.frombuffer(memory, _UNITS[unit])
             return cls(members, device, span, places, span.take(places))
-        with torch.inference_mode(False), torch.no_grad():
+        with _undisturbed():
             on_device = torch.as_tensor(_Memory(first, length, unit), device=device)
             indexes = torch.from_numpy(places).to(device)
             return cls(members, device, on_device, indexes, on_device[indexes])
@@ -73,7 +76,7 @@ class _Group:
 
     def compare(self, turn: int) -> Callable[[], bool]:
         """Begin the comparison on the current stream; the result waits for what the stream had to do before, and no more."""
-        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(self.device):
+        with _undisturbed(), torch.cuda.device(self.device):
             equal = self.span.index_select(0, self.places[turn]).eq(self.taken[turn]).all()
             answer = torch.empty((), dtype=torch.bool, pin_memory=True)
             answer.copy_(equal, non_blocking=True)
@@ -85,6 +88,13 @@ class _Group:
             return bool(answer)
 
         return result
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Without the modes and transforms that the caller works under, which must not see this."""
+    with _disable_current_modes(), temporarily_clear_interpreter_stack(), torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _reach(tensor: Tensor) -> int:

@@ -244,8 +244,8 @@ class Handle:
             reason = request.reason or self._original_reason(method, x, placement)
         if reason:
             return self._serve_original(method, x, return_dict, reason)
-        job, dtype = request.job, placement.dtype
         same = self._source.compare(method)
+        job, dtype = request.job, placement.dtype
         image = x[:, :, 0].to(job.device, job.dtype).resolve_neg()
         if self.vae.use_slicing and len(image) > 1:
             output = torch.cat([self._dispatcher.run(request, one).to(dtype) for one in image.split(1)])
