@@ -12,7 +12,7 @@ DEMO_OUTPUT ?= demo_output
 BENCH_OUTPUT ?= benchmarks/results
 
 .DEFAULT_GOAL := help
-.PHONY: help setup browser demo test soak lint format test-gpu sanitize test-matrix bench clean
+.PHONY: help setup browser demo test lint format test-gpu sanitize soak test-numerics test-matrix bench clean
 
 help:
 	@echo "make demo      build engines for the shipped tiny VAE, reload them in a new process, run a photo and a pipeline"
@@ -23,6 +23,7 @@ help:
 	@echo "make format    let ruff rewrite the layout"
 	@echo "make test-gpu  only the tests that need a CUDA GPU"
 	@echo "make sanitize  a small decode and encode under compute-sanitizer (memcheck, racecheck); needs a CUDA GPU"
+	@echo "make test-numerics  the numeric tests with fewer vector instructions and with two threads, as on other machines"
 	@echo "make test-matrix  the pipeline tests against three diffusers releases, each in an environment of its own"
 	@echo "make bench     benchmark a full-size VAE with random weights; writes JSON, Markdown and PNG"
 	@echo "make clean     remove the virtual environment, caches and demo output"
@@ -66,6 +67,9 @@ SANITIZE := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 
 sanitize: $(STAMP)
 	$(SANITIZE) --tool memcheck $(BIN)/python -m tests.kernels.sanitize
 	$(SANITIZE) --tool racecheck $(BIN)/python -m tests.kernels.sanitize
+
+test-numerics: $(STAMP)
+	$(BIN)/python -m tests.numeric $(PYTEST_ARGS)
 
 test-matrix: $(STAMP)
 	$(BIN)/python tests/pipelines/matrix.py $(MATRIX_ARGS)

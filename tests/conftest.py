@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +18,10 @@ from qwen_vae_accel import accelerate
 from qwen_vae_accel.backends import registry
 from qwen_vae_accel.backends.eager import EagerBackend
 from tests.helpers import SIZES, TINY_VAE, FakeBackend, spread_gammas
+from tests.numeric import THREADS
 
 # Tests compute little at a time: more threads would cost several times what they save, most of all on a busy machine.
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get(THREADS, "1")))
 
 # Small, with every part of the real topology: three halvings, an attention, a shortcut where widths differ.
 MICRO = {"base_dim": 8, "z_dim": 4, "num_res_blocks": 1, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}

@@ -62,6 +62,7 @@ def test_pictures_are_faithful(tmp_path: Path) -> None:
         assert sheet.width > 2 * photo.width
 
 
+@pytest.mark.numeric
 def test_the_tiny_pipeline_makes_the_same_image_accelerated(micro: nn.Module) -> None:
     pipeline = tiny_pipeline(micro)
 

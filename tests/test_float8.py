@@ -273,6 +273,7 @@ def test_verify_needs_something_to_verify(cli: Cli, micro_folder: Path, tmp_path
     assert any("NVIDIA" in reason for reason in refused.document["error"]["reasons"])
 
 
+@pytest.mark.numeric
 def test_verify_runs_a_backend_without_engines(cli: Cli, micro_folder: Path) -> None:
     result = cli("verify", "--vae", micro_folder, "--backend", "eager", "--sizes", "32x32", "--device", "cpu", "--json")
     assert result.code == 0

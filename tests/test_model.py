@@ -57,6 +57,7 @@ def photos(vae: nn.Module, method: str, height: int, width: int, batch: int) -> 
 # Exactness: against float64, beside diffusers' own error.
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", [*TOPOLOGIES, "tiny", "full"])
 @pytest.mark.parametrize("method", METHODS)
 def test_in_float64_the_network_is_that_of_diffusers(request, name, method):
@@ -80,6 +81,7 @@ def test_the_published_network_is_diffusers_own(micro, method):
     assert torch.equal(published_network(micro, method, torch.float32, CPU)(x), plain)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(("name", "width", "height"), [("coffee", 256, 192), ("astronaut", 200, 136), ("chelsea", 168, 248)])
 def test_photo_through_the_trained_vae(tiny, name, width, height):
     x = photo(name, width, height)[:, :, 0]
@@ -91,6 +93,7 @@ def test_photo_through_the_trained_vae(tiny, name, width, height):
     assert (image.theirs - x).square().mean() < 0.02, "the latents are not those of a picture"
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(
     ("method", "batch", "height", "width"),
     [
@@ -119,6 +122,7 @@ def test_every_batch_and_odd_and_even_sizes(request, size, method, batch, height
     assert measure(output, alone).within(exact.yardstick.allowed())
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", TOPOLOGIES)
 @pytest.mark.parametrize("method", METHODS)
 def test_other_topologies(name, method):
@@ -156,6 +160,7 @@ def test_topology_is_read_from_the_weights(name, channels, z_dim, scale, encoder
     assert (topology.residual, topology.multiple) == (residual, scale if residual else 1)
 
 
+@pytest.mark.numeric
 def test_decoder_clamps(tiny):
     z = 30 * randn(1, 16, 4, 4)
     output = network(tiny, "decode")(z)
@@ -163,6 +168,7 @@ def test_decoder_clamps(tiny):
     Reference(tiny, "decode", z).check(output)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("method", METHODS)
 def test_only_the_newest_temporal_slice_acts(tiny, method):
     x = photo(width=64, height=64)[:, :, 0]
@@ -184,6 +190,7 @@ def rms(x: torch.Tensor) -> float:
     return x.float().square().mean().sqrt().item()
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("size", ["tiny", "full", "2.1"])
@@ -345,6 +352,7 @@ def test_a_later_change_of_weights_is_followed(micro, change, compute):
     assert handle.report().as_dict()["calls"] == {"encode": {"eager": 2}, "decode": {"eager": 2}}
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("move", [lambda v: v.to(torch.bfloat16), lambda v: v.half(), lambda v: v.bfloat16()])
 def test_a_change_of_dtype_is_followed(micro, move):
     accelerate(micro)
@@ -450,6 +458,7 @@ def test_a_fingerprint_is_of_the_values_in_the_compute_dtype(micro):
 # Export.
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", ["micro", "2.1"])
 @pytest.mark.parametrize("method", METHODS)
 def test_export_static(name, method):
@@ -481,6 +490,7 @@ def test_export_dynamic(name, method, ranges):
 # Tiling.
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("tile", [1, 16, 40, 64, 1000])
 @pytest.mark.parametrize("name", ["micro", "two halvings", "other widths", "2.1", "2.1 other widths"])
 def test_bands_are_exact(name, tile):
@@ -493,6 +503,7 @@ def test_bands_are_exact(name, tile):
         Reference(vae, "decode", z).check(decode_banded(network(vae, "decode"), z, tile))
 
 
+@pytest.mark.numeric
 def test_bands_of_a_photo_are_exact(tiny):
     x = photo(width=200, height=328)[:, :, 0]
     exact = Reference(tiny, "encode", x)

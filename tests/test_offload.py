@@ -42,6 +42,7 @@ def test_model_offload_with_hooks(micro, first):
     assert calls(handle) == fast(encode=2, decode=2)
 
 
+@pytest.mark.numeric
 @pytest.mark.usefixtures("no_grad")
 @pytest.mark.parametrize("first", ["offload", "accelerate"])
 @pytest.mark.parametrize("config", [{}, {"dtype": "bfloat16"}])
@@ -67,6 +68,7 @@ def test_sequential_offload(micro, first, config):
 # Pipelines.
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("offload", [False, True])
 def test_a_whole_pipeline(micro, offload):
     pipe = tiny_pipeline(micro)

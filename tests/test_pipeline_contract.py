@@ -60,6 +60,7 @@ def test_return_types(micro):
     assert calls(handle) == fast(encode=3, decode=3)
 
 
+@pytest.mark.numeric
 @pytest.mark.usefixtures("no_grad")
 @pytest.mark.parametrize("batch", [1, 2, 4])
 def test_images_are_those_of_diffusers(tiny, batch):
@@ -71,6 +72,7 @@ def test_images_are_those_of_diffusers(tiny, batch):
     assert calls(handle) == fast(encode=1, decode=1)
 
 
+@pytest.mark.numeric
 @pytest.mark.usefixtures("no_grad")
 def test_the_whole_posterior_is_there(micro):
     before = Reference(micro, "encode", X)
@@ -84,6 +86,7 @@ def test_the_whole_posterior_is_there(micro):
     assert torch.equal(*(p.sample(torch.Generator().manual_seed(3)) for p in (ours, theirs)))
 
 
+@pytest.mark.numeric
 @pytest.mark.usefixtures("no_grad")
 @pytest.mark.parametrize("name", ["rgba", "two halvings", "other widths", "wan 2.1"])
 def test_other_vaes_of_the_family(name):
@@ -99,6 +102,7 @@ def test_other_vaes_of_the_family(name):
 # Slicing, tiling.
 
 
+@pytest.mark.numeric
 @pytest.mark.usefixtures("no_grad")
 def test_slicing(micro):
     x, z = picture(3, 3, 1, 48, 64), randn(3, 4, 1, 6, 8)
@@ -109,6 +113,7 @@ def test_slicing(micro):
     assert calls(handle) == fast(encode=3, decode=3)
 
 
+@pytest.mark.numeric
 @pytest.mark.usefixtures("no_grad")
 def test_tiling_is_exact_and_clamped(tiny):
     """diffusers blends tiles and does not clamp; ours is the image of the untiled VAE."""
@@ -139,6 +144,7 @@ def test_tiling_bounds_the_largest_activation(micro):
 # Inputs as pipelines give them.
 
 
+@pytest.mark.numeric
 @pytest.mark.usefixtures("no_grad")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("vae_dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -152,6 +158,7 @@ def test_inputs_of_another_dtype(micro, dtype, vae_dtype):
     assert calls(handle) == fast(encode=2, decode=2)
 
 
+@pytest.mark.numeric
 @pytest.mark.usefixtures("no_grad")
 def test_encode_and_decode_in_dtypes_of_their_own(tiny):
     x = photo(width=96, height=64)
@@ -166,6 +173,7 @@ def test_encode_and_decode_in_dtypes_of_their_own(tiny):
     assert decoded(tiny, after[:, :16]).dtype == torch.bfloat16
 
 
+@pytest.mark.numeric
 @pytest.mark.usefixtures("no_grad")
 @pytest.mark.parametrize(
     "change",
@@ -198,6 +206,7 @@ def test_results_are_the_callers_own(micro):
     assert torch.equal(decoded(micro, Z), kept)
 
 
+@pytest.mark.numeric
 @pytest.mark.usefixtures("no_grad")
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (9, 15), (17, 8), (1140 // 8, 1472 // 8)])
 def test_sizes_that_are_no_multiple(micro, height, width):

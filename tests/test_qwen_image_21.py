@@ -31,6 +31,7 @@ def vae() -> torch.nn.Module:
 # Against float64: on weights of many channels two evaluations in float32 differ by the errors of both.
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("method", ["encode", "decode"])
 def test_of_published_depth_it_is_no_further_from_float64_than_diffusers(method):
     import diffusers
@@ -48,6 +49,7 @@ def test_of_published_depth_it_is_no_further_from_float64_than_diffusers(method)
 # The plugin.
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("batch", [1, 2, 3, 4])
 def test_encode_and_decode_in_place(vae, batch):
     x, z = picture(batch, 4, 1, 48, 32), randn(batch, 6, 1, 3, 5)
@@ -77,6 +79,7 @@ def test_what_it_cannot_take(vae, call, says):
         call(vae)
 
 
+@pytest.mark.numeric
 def test_tiling_and_slicing(vae):
     x, z = picture(2, 4, 1, 320, 96), randn(2, 6, 1, 20, 6)
     exact, image = Reference(vae, "encode", x), Reference(vae, "decode", z)

@@ -25,6 +25,7 @@ def checks(folder: Path, size: str = "32x32") -> dict:
     return json.loads((folder / NAME).read_text())["engines"][f"{size}/vae_decoder.fake"][0]["verification"]
 
 
+@pytest.mark.numeric
 def test_the_result_of_the_self_check_is_kept(micro, fake, engines):
     (result,) = checks(engines).values()
     assert result["passed"] and result["relative_error"] < result["relative_limit"] and float(result["psnr_db"]) > 80
@@ -66,6 +67,7 @@ def test_a_result_by_the_criterion_of_an_earlier_release_counts_for_nothing(micr
     assert result["passed"] and result["line_error"] < result["line_limit"]
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("fault", [lambda x: x.roll(1, 3), lambda x: x + 2e-5 * torch.sign(x), lambda x: x.flip(1)])
 def test_a_small_fault_is_refused_too(micro, fake, tmp_path, monkeypatch, fault):
     """Within the 2e-3 that a fixed limit for TF32 would have to allow, or in the wrong place only."""
@@ -77,6 +79,7 @@ def test_a_small_fault_is_refused_too(micro, fake, tmp_path, monkeypatch, fault)
     assert "self-check failed at 32x32" in fallback["reason"] and "worst row, column or channel" in fallback["reason"]
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("method", ["encode", "decode"])
 @pytest.mark.parametrize("name", ["micro", "2.1", "wan 2.1"])

@@ -87,6 +87,7 @@ def test_slicing(case: Case) -> None:
     assert len(fast) == 2 and largest_difference(fast, plain) <= 1
 
 
+@pytest.mark.numeric
 @EVERY_VAE
 def test_tiling_is_exact(case: Case) -> None:
     """Unlike diffusers' tiles, ours give the image of the untiled VAE."""

@@ -87,6 +87,7 @@ def test_editing_with_a_float32_vae_in_a_bfloat16_pipeline(name: str) -> None:
     RequestReference(pipeline, lambda: case.request(pipeline)).check(fast)
 
 
+@pytest.mark.numeric
 def test_decoding_in_bfloat16_for_a_float32_vae() -> None:
     pipeline = TEXT_TO_IMAGE.pipeline()
     exact = RequestReference(pipeline, lambda: TEXT_TO_IMAGE.request(pipeline), torch.bfloat16)

@@ -39,6 +39,7 @@ def assert_fast(handle: Any, case: Case, backend: str = "eager", requests: int =
     assert report["fallbacks"] == [] and report["left_alone"] == [] and report["note"] == ""
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_images_of_the_plain_pipeline(case: Case) -> None:
     pipeline = case.pipeline()
@@ -68,6 +69,7 @@ def test_post_processing_is_bitwise(case: Case) -> None:
     assert all(np.array_equal(a, b) for a, b in zip(arrays, plain_array, strict=True))
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_bfloat16(case: Case) -> None:
     pipeline = case.pipeline(dtype=torch.bfloat16)
@@ -77,6 +79,7 @@ def test_bfloat16(case: Case) -> None:
         assert_fast(handle, case)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_latents_need_no_decoder(case: Case) -> None:
     """``output_type="latent"`` decodes nothing; text-to-image never makes an encoder."""

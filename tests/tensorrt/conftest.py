@@ -98,12 +98,9 @@ def source(_micro: nn.Module) -> ModelSource:
 
 
 @pytest.fixture
-def trt(source: ModelSource, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> StandIn:
+def trt(source: ModelSource, monkeypatch: pytest.MonkeyPatch) -> StandIn:
     """The stand-in, computing the exact networks of ``source``."""
     assert runtime.ALIGNMENT == 256
-    threads = torch.get_num_threads()
-    request.addfinalizer(lambda: torch.set_num_threads(threads))
-    torch.set_num_threads(1)  # the networks are tiny
     monkeypatch.setattr(runtime, "ALIGNMENT", standin.ALIGNMENT)
 
     def network(method: str) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -51,6 +51,7 @@ def _input(method: str, source: ModelSource, height: int, width: int) -> Tensor:
     return picture(1, source.topology.image_channels, height, width)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("method", ["encode", "decode"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_spelled_network_is_the_exact_one(tiny: nn.Module, method: str, dtype: torch.dtype) -> None:
@@ -83,6 +84,7 @@ def test_number_of_query_runs(pixels: int, limit: int, chunks: int) -> None:
     assert query_chunks(pixels, limit) == chunks
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", ["tiny", "2.1"])
 @pytest.mark.parametrize("method", ["encode", "decode"])
 def test_the_exported_program_is_exact_at_every_size_of_its_profiles(tiny: nn.Module, method: str, name: str) -> None:
@@ -101,6 +103,7 @@ def test_the_exported_program_is_exact_at_every_size_of_its_profiles(tiny: nn.Mo
             Reference(vae, method, x, double=double).check(run(x))
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("sizes", ["64x64:64x96:64x128", "16x16"])
 @pytest.mark.parametrize("method", ["encode", "decode"])
 def test_fixed_sides_and_the_least_size_are_exported(method: str, sizes: str) -> None:

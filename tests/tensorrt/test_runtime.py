@@ -35,6 +35,7 @@ def exact(source: ModelSource, x: torch.Tensor, dtype: torch.dtype = torch.float
 # What comes out.
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(("engine", "job"), [("FLOAT", torch.float32), ("HALF", torch.bfloat16), ("BF16", torch.bfloat16)])
 def test_output_is_the_networks_in_the_jobs_dtype(trt: StandIn, source: ModelSource, engine: str, job: torch.dtype) -> None:
     # An engine of float16 buffers serves a bfloat16 job: buffers have the engine's dtype, results the job's.
@@ -56,6 +57,7 @@ def test_engines_with_a_frame_dimension_are_served(trt: StandIn, source: ModelSo
     assert trt.named("set_input_shape") == [("x", (1, 4, 1, 8, 8))]
 
 
+@pytest.mark.numeric
 def test_more_images_than_the_engine_takes_run_one_after_another(trt: StandIn, source: ModelSource) -> None:
     run = program(trt, engine_file("decode", STATIC))
     z = randn(3, 4, 8, 8)
@@ -71,6 +73,7 @@ def test_an_engine_with_a_batch_range_takes_them_at_once(trt: StandIn, source: M
     assert trt.named("set_input_shape") == [("x", (4, 4, 8, 8)), ("x", (2, 4, 8, 8))]
 
 
+@pytest.mark.numeric
 def test_misaligned_and_strided_input_is_copied(trt: StandIn, source: ModelSource) -> None:
     run = program(trt, engine_file("decode", STATIC))
     odd = torch.zeros(1 + 4 * 64)[1:].view(1, 4, 8, 8).copy_(randn(1, 4, 8, 8))
