@@ -25,9 +25,8 @@ SIZES = (Size(64, 64), Size(128, 96))
 def main() -> None:
     device = default_device()
     print(f"{Environment.detect(device).describe()}, {torch.get_num_threads()} threads, {FACTOR} times is allowed\n")
-    print(
-        "| VAE | network | dtype | size | diffusers: whole, worst line | here: whole, worst line | times |\n|---|---|---|---|---|---|---|"
-    )
+    print("| VAE | network | dtype | size | diffusers: whole, worst line | here: whole, worst line | times |")
+    print("|---|---|---|---|---|---|---|")
     for folder in map(Path, sys.argv[1:] or [TINY]):
         source = ModelSource(load_vae(folder, device))
         for method in ("encode", "decode"):
