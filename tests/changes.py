@@ -68,13 +68,10 @@ def circular_padding(vae: Any) -> Iterator[None]:
         layer.padding_mode = "zeros"
 
 
-@_change("decoder.conv_in._padding is (1, 1, 1, 1, 0, 0)")
-def no_causal_padding(vae: Any) -> Iterator[None]:
-    layer = vae.decoder.conv_in
-    before, layer.weight.data = layer.weight.data, layer.weight.data[:, :, -1:].clone()
-    with _put(layer, _padding=(1, 1, 1, 1, 0, 0)):
+@_change("decoder.conv_in._padding is (2, 0, 1, 1, 2, 0), in diffusers (1, 1, 1, 1, 2, 0)")
+def padding_on_one_side(vae: Any) -> Iterator[None]:
+    with _put(vae.decoder.conv_in, _padding=(2, 0, 1, 1, 2, 0)):
         yield
-    layer.weight.data = before
 
 
 @_change("decoder.mid_block.resnets.0.nonlinearity is of class ReLU, in diffusers of SiLU")
@@ -132,9 +129,9 @@ def an_adapter_in_place_of_a_layer(vae: Any) -> Iterator[None]:
     vae.decoder.conv_in = before
 
 
-@_change("decoder.up_blocks.1.resnets holds layers 1, 0, in diffusers 0, 1")
+@_change("decoder.up_blocks.0.resnets holds layers 1, 0, in diffusers 0, 1")
 def blocks_in_another_order(vae: Any) -> Iterator[None]:
-    layers = vae.decoder.up_blocks[1].resnets._modules
+    layers = vae.decoder.up_blocks[0].resnets._modules
     layers["0"] = layers.pop("0")
     yield
     layers["1"] = layers.pop("1")
@@ -142,7 +139,11 @@ def blocks_in_another_order(vae: Any) -> Iterator[None]:
 
 @_change("decoder.up_blocks holds layers 0, 1, 2, 3, 4")
 def one_more_block(vae: Any) -> Iterator[None]:
-    vae.decoder.up_blocks.append(vae.decoder.up_blocks[3])
+    class Mirrored(nn.Module):
+        def forward(self, x: Tensor, *cache: Any) -> Tensor:
+            return x.flip(-1)
+
+    vae.decoder.up_blocks.append(Mirrored())
     yield
     del vae.decoder.up_blocks[4]
 
@@ -372,7 +373,7 @@ def a_native_function_of_torch(vae: Any) -> Iterator[None]:
 # Values and what they are in.
 
 
-@_change("decoder.post_quant_conv.weight is stored as float64")
+@_change("post_quant_conv.weight is stored as float64")
 def double_precision(vae: Any) -> Iterator[None]:
     vae.to(torch.float64)
     yield

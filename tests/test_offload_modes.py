@@ -55,7 +55,7 @@ def run(vae: nn.Module, mode: Mode, first: str, device: torch.device, folder: Pa
     # What only diffusers does works where it works without us, and after it the fast path does.
     if mode.loads or (device == CPU and "disk" not in mode.name):
         with torch.enable_grad():
-            image = decoded(vae, Z.to(device).requires_grad_())
+            image = decoded(vae, Z.to(device, copy=True).requires_grad_())
         expected_on(device)[1].check(image.detach())
         check(vae, device)
     served = calls(handle)

@@ -39,13 +39,13 @@ class _Memory:
 class _Group:
     """Parameters of one device and item size, as one long array in which most of the memory is none of ours.
 
-    ``places[turn]`` are the indexes that are read, ``taken[turn]`` what they held: ``[parameters * PLACES]``.
+    ``places[turn]`` are the indexes that are read, ``taken[turn]`` what they held.
     """
 
     members: list[int]
     device: torch.device
     span: Any  # [length]: an array on the CPU, a tensor on a GPU
-    places: Any  # [TURNS, parameters * PLACES]
+    places: Any  # [TURNS, parameters * PLACES], or more where an element is read in parts
     taken: Any
 
     @classmethod
@@ -56,19 +56,21 @@ class _Group:
         starts = [tensor.data_ptr() - first for tensor in tensors]
         unit = math.gcd(size, *starts)  # files that are mapped into memory may begin anywhere
         length = (last - first) // unit
-        turn = np.arange(TURNS)[:, None] + np.arange(PLACES) * TURNS  # [TURNS, PLACES], all different
-        places = np.stack(
-            [_offsets(tensor, turn * tensor.numel() // (TURNS * PLACES)) * (size // unit) + start // unit
-             for tensor, start in zip(tensors, starts, strict=True)], 1,
-        ).reshape(TURNS, -1)  # fmt: skip
+        turns = np.arange(TURNS)[:, None] + np.arange(PLACES) * TURNS  # [TURNS, PLACES], all different
+        parts = size // unit  # of an element; all of them are read
+        places = [
+            _offsets(tensor, turns * tensor.numel() // (TURNS * PLACES))[..., None] * parts + np.arange(parts) + start // unit
+            for tensor, start in zip(tensors, starts, strict=True)
+        ]
+        indexes = np.stack(places, 1).reshape(TURNS, -1)
         if device.type == "cpu":
             memory: Any = (ctypes.c_ubyte * (length * unit)).from_address(first)
             span = np.frombuffer(memory, _UNITS[unit])
-            return cls(members, device, span, places, span.take(places))
+            return cls(members, device, span, indexes, span.take(indexes))
         with _undisturbed():
             on_device = torch.as_tensor(_Memory(first, length, unit), device=device)
-            indexes = torch.from_numpy(places).to(device)
-            return cls(members, device, on_device, indexes, on_device[indexes])
+            there = torch.from_numpy(indexes).to(device)
+            return cls(members, device, on_device, there, on_device[there])
 
     def same(self, turn: int) -> bool:
         """Whether the values of ``turn`` are those of before, on the CPU."""
@@ -157,6 +159,6 @@ class Sample:
         found = {}
         for group in (*self._on_cpu, *self._on_gpu):
             taken = group.taken if group.device.type == "cpu" else group.taken.cpu().numpy()
-            parts = taken.reshape(TURNS, -1, PLACES)
+            parts = taken.reshape(TURNS, len(group.members), -1)
             found.update({member: parts[:, i] for i, member in enumerate(group.members)})
         return found
