@@ -397,8 +397,8 @@ def test_the_command_builds_a_directory_for_another_machine(
     assert engine["scratch"] == list(record.scratch)
     said = f"network checked at 64x64: {check.psnr_db:.1f} dB"
     assert engine["networks"] == {"64x64": said} and engine["checks"] == {}
-    shown = CliRunner().invoke(app, ["list", "--engine-dir", str(tmp_path / "engines")], env={"COLUMNS": "200"})
-    assert "network" in shown.stdout and f"{check.psnr_db:.1f} dB" in shown.stdout  # in a cell that may be folded
+    table = CliRunner().invoke(app, ["list", "--engine-dir", str(tmp_path / "engines")], env={"COLUMNS": "200"})
+    assert "network" in table.stdout and f"{check.psnr_db:.1f} dB" in table.stdout  # in a cell that may be folded
     verified = CliRunner().invoke(app, ["verify", *options[:4], "--json"])
     assert json.loads(verified.stdout)["engines"][0]["networks"] == {"64x64": said}
     if not torch.cuda.is_available():
