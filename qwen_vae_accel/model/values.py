@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -45,8 +45,9 @@ class _Group:
     members: list[int]
     device: torch.device
     span: Any  # [length]: an array on the CPU, a tensor on a GPU
-    places: Any  # [TURNS, parameters * PLACES], or more where an element is read in parts
+    places: Any  # [TURNS, parameters * PLACES], or more where an element is read in parts; on a GPU a list of its rows
     taken: Any
+    idle: list[_Reading] = field(default_factory=list)
 
     @classmethod
     def of(cls, members: list[int], tensors: Sequence[Tensor]) -> _Group:
@@ -70,7 +71,7 @@ class _Group:
         with _undisturbed():
             on_device = torch.as_tensor(_Memory(first, length, unit), device=device)
             there = torch.from_numpy(indexes).to(device)
-            return cls(members, device, on_device, there, on_device[there])
+            return cls(members, device, on_device, list(there), list(on_device[there]))
 
     def same(self, turn: int) -> bool:
         """Whether the values of ``turn`` are those of before, on the CPU."""
@@ -78,18 +79,43 @@ class _Group:
 
     def compare(self, turn: int) -> Callable[[], bool]:
         """Begin the comparison on the current stream; the result waits for what the stream had to do before, and no more."""
-        with _undisturbed(), torch.cuda.device(self.device):
-            equal = self.span.index_select(0, self.places[turn]).eq(self.taken[turn]).all()
-            answer = torch.empty((), dtype=torch.bool, pin_memory=True)
-            answer.copy_(equal, non_blocking=True)
-            done = torch.cuda.Event()
-            done.record()
+        stream = torch.cuda.current_stream(self.device)
+        with _undisturbed():
+            reading = self.idle.pop() if self.idle else _Reading.of(self)
+            # Into memory that is there: allocating it takes as long as the rest, and the network waits meanwhile.
+            torch.index_select(self.span, 0, self.places[turn], out=reading.values)
+            torch.ne(reading.values, self.taken[turn], out=reading.changed)
+            torch.any(reading.changed, out=reading.any)
+            reading.answer.copy_(reading.any, non_blocking=True)
+            reading.done.record(stream)
 
         def result() -> bool:
-            done.synchronize()
-            return bool(answer)
+            reading.done.synchronize()
+            same = not reading.answer.item()
+            self.idle.append(reading)
+            return same
 
         return result
+
+
+@dataclass(slots=True)
+class _Reading:
+    """Memory of one comparison on a GPU, used again when its result was taken."""
+
+    values: Tensor  # [parameters * PLACES] or more, as in _Group.taken,
+    changed: Tensor  # which of them are others,
+    any: Tensor  # whether any is
+    answer: Tensor  # in pinned memory
+    done: torch.cuda.Event
+
+    @classmethod
+    def of(cls, group: _Group) -> _Reading:
+        values = torch.empty_like(group.taken[0])
+        changed = torch.empty_like(values, dtype=torch.bool)
+        found = torch.empty((), dtype=torch.bool, device=group.device)
+        answer = torch.empty((), dtype=torch.bool, pin_memory=True, device="cpu")
+        with torch.cuda.device(group.device):
+            return cls(values, changed, found, answer, torch.cuda.Event())
 
 
 @contextmanager
@@ -158,7 +184,7 @@ class Sample:
     def _by_tensor(self) -> dict[int, Any]:
         found = {}
         for group in (*self._on_cpu, *self._on_gpu):
-            taken = group.taken if group.device.type == "cpu" else group.taken.cpu().numpy()
+            taken = group.taken if group.device.type == "cpu" else torch.stack(group.taken).cpu().numpy()
             parts = taken.reshape(TURNS, len(group.members), -1)
             found.update({member: parts[:, i] for i, member in enumerate(group.members)})
         return found
