@@ -235,7 +235,7 @@ def test_a_folder_that_is_not_utf8_is_refused_before_torch_aborts(cli: Cli, micr
     folder = tmp_path / os.fsdecode(b"dir\xff")
     folder.mkdir()
     with pytest.raises(RuntimeError, match=r"names in UTF-8.*\\udcff"):
-        inductor.InductorProgram(folder / "engine.pt2", CPU)
+        inductor._spelled(folder / "engine.pt2")
     build = ("build", "--vae", micro_folder, "--backend", "inductor", "--sizes", "16x16", "--engine-dir", folder)
     result = cli(*build, "--json")
     assert result.code == 1

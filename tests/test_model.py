@@ -237,25 +237,25 @@ def add_layer(vae: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("change", "reasons"),
     [
-        (remove("encoder.conv_in.weight"), ["lacks parameters: encoder.conv_in.weight"]),
-        (remove("encoder.conv_in.bias"), ["encoder.conv_in.bias"]),
-        (remove("decoder.mid_block.resnets.0.norm1.gamma"), ["decoder.mid_block.resnets.0.norm1.gamma"]),
-        (remove("decoder.mid_block.attentions"), ["decoder.mid_block.attentions.0.to_qkv.weight"]),
-        (remove("quant_conv"), ["lacks parameters: quant_conv.weight"]),
+        (remove("encoder.conv_in.weight"), ["encoder.conv_in"]),
+        (remove("encoder.conv_in.bias"), ["encoder.conv_in"]),
+        (remove("decoder.mid_block.resnets.0.norm1.gamma"), ["decoder.mid_block.resnets.0.norm1"]),
+        (remove("decoder.mid_block.attentions"), ["decoder.mid_block"]),
+        (remove("quant_conv"), ["quant_conv"]),
         (store_as(torch.int8), ["int8"]),
         (store_as(torch.float8_e4m3fn), ["float8_e4m3fn"]),
         (store_as(torch.float64), ["float64"]),
-        (add_layer, ["decoder.lora_down.weight"]),
     ],
 )
-def test_changed_vaes_are_refused_with_reasons(micro, change, reasons):
+def test_changed_vaes_are_left_to_diffusers_with_the_reason(micro, change, reasons):
     change(micro)
-    with pytest.raises(UnsupportedVAEError) as caught:
-        accelerate(micro)
-    assert caught.value.reasons
-    for text in reasons:
-        assert text in str(caught.value)
-    assert "decode" not in vars(micro), "a refused VAE must stay as it was"
+    source = ModelSource(micro)
+    source.generation("encode"), source.generation("decode")
+    found = source.custom("encode") + source.custom("decode")
+    assert found and all(text in found for text in reasons), found
+    with pytest.raises(UnsupportedVAEError):
+        for method in METHODS:
+            source.state(method)
 
 
 def test_another_family_is_refused():
@@ -394,11 +394,12 @@ def test_nothing_is_pinned_after_a_move_or_a_restore(micro):
 
 
 def test_the_check_for_changes_is_cheap(full):
-    """The look at the weights before each call: microseconds, not a pass over them."""
+    """The look at the weights before each call takes less than a third of a walk over the names of the VAE's state."""
     source = ModelSource(full)
     source.generation("decode")
     best = min(_seconds(lambda: source.generation("decode")) for _ in range(50))
-    assert best < 100e-6
+    walk = min(_seconds(lambda: dict(full.named_parameters())) for _ in range(50))
+    assert best < walk / 3, f"{best * 1e6:.0f} of {walk * 1e6:.0f} us"
 
 
 def _seconds(function) -> float:

@@ -223,7 +223,7 @@ def test_engines_of_a_read_only_directory_serve(open_folder):
     # One that is missing cannot be built there; the image comes all the same, and the report says why.
     other = processes.call(processes.decode_once_unprivileged, open_folder, {})
     assert other["right"]
-    missing = processes.call(processes.decode_once_unprivileged, open_folder, {"dtype": "bfloat16"})
+    missing = processes.call(processes.decode_once_unprivileged, open_folder, {"sizes": ["32x32"], "multi_profile": True})
     assert missing["report"]["calls"]["decode"] == {"eager": 1}
     assert "cannot write" in missing["report"]["fallbacks"][0]["reason"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any
 
@@ -70,8 +70,7 @@ def exact_output(source: ModelSource, job: Job, x: Tensor) -> Tensor:
 def published_error(source: ModelSource, job: Job) -> Error:
     """How far diffusers' own computation of this VAE in ``job``'s dtype on its device is from float64.
 
-    Measured once a process for the same weights. A VAE of a class that is not diffusers' is measured as PyTorch computes the
-    exact network.
+    Measured once a process for the same weights.
 
     Raises:
         UnsupportedVAEError: if they are too far apart to be the same computation.
@@ -80,11 +79,7 @@ def published_error(source: ModelSource, job: Job) -> Error:
     key = (type(source.vae), source.fingerprint(job.method, job.dtype), stored, job.dtype, job.device)
     if key not in _yardsticks:
         x = sample_input(job, _YARDSTICK, source.config).to(job.dtype)
-        theirs: Callable[[Tensor], Tensor]
-        try:
-            theirs = published_network(source.vae, job.method, job.dtype, job.device)
-        except UnsupportedVAEError:
-            theirs = source.model(job.method, job.dtype, job.device)
+        theirs = published_network(source.vae, job.method, job.dtype, job.device)
         found = measure(theirs(x), exact_output(source, job, x))
         if not found.relative <= ROUNDING[job.dtype]:
             reason = f"in {job.dtype} diffusers is {found.relative:.1e} away from the exact network, and that is no rounding"
