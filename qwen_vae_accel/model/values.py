@@ -178,7 +178,8 @@ class Sample:
 
     def equals(self, other: Sample) -> bool:
         """Whether both hold the same values, whatever devices they were read from."""
-        ours, theirs = self._by_tensor(), other._by_tensor()
+        with _undisturbed():
+            ours, theirs = self._by_tensor(), other._by_tensor()
         return ours.keys() == theirs.keys() and all(np.array_equal(ours[key], theirs[key]) for key in ours)
 
     def _by_tensor(self) -> dict[int, Any]:

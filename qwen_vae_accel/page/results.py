@@ -216,8 +216,9 @@ def _picture(folder: Path, name: str, panel: Mapping[str, str]) -> Picture:
             image.load()
             kind, (width, height) = image.get_format_mimetype(), image.size
     except Exception as error:  # whatever Pillow makes of a file that anybody may have written
-        why = "it is not there" if isinstance(error, FileNotFoundError) else str(error)
-        raise InvalidInputError(f"cannot read the picture {path}: {why}; run the demo again") from error
+        why = getattr(error, "strerror", None) or shown(error)
+        why = "it is not there" if isinstance(error, FileNotFoundError) else why
+        raise InvalidInputError(f"cannot read the picture {shown(str(path))}: {why}; run the demo again") from error
     uri = f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
     return Picture(name, panel["title"], panel["line"], uri, width, height)
 
