@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# The order of sums is not diffusers': in float32 that makes up to 1.8 times its error on one processor or another, in the
-# half types less than 1.4 times. The mildest fault planted in bfloat16, the dtype that hides most, makes 5.5 times its error.
+# The order of sums is not diffusers': that makes up to 1.7 times its error (an AMD EPYC, every topology and dtype). The mildest
+# fault planted in bfloat16, the dtype that hides most, makes 5.5 times its error.
 FACTOR = 3.0
 
 # Most that diffusers' own rounding can be, as a relative error: float32 with TF32 convolutions, and half types on random

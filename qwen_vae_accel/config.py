@@ -95,7 +95,7 @@ class AccelConfig:
         vram_budget: bytes that loaded engines may take together, or text such as ``"4GiB"``.
         on_miss: what to do when no usable engine is there: ``"build"`` it, ``"fallback"`` to a backend that needs none,
             or ``"error"``. None: build when an engine backend is named and ``engine_dir`` given, else fall back.
-        verify: run an engine once against the exact model before its first use on a machine.
+        verify: run an engine once against the exact network in float64 before its first use on a machine.
         preprocess: make the tensors of editing pipelines' PIL images on the GPU, bit for bit as diffusers does.
         postprocess: make a pipeline's PIL images and arrays on the GPU too, byte for byte as diffusers does.
         offload_reference: keep the VAE's own weights in CPU memory; they come back for whatever runs the original methods.

@@ -1,4 +1,4 @@
-"""An engine against the exact model: is what it computes the Qwen-Image VAE, on this machine?"""
+"""An engine against the exact network: is what it computes the Qwen-Image VAE, on this machine?"""
 
 from __future__ import annotations
 
