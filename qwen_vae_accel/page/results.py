@@ -216,9 +216,10 @@ def _picture(folder: Path, name: str, panel: Mapping[str, str]) -> Picture:
             image.load()
             kind, (width, height) = image.get_format_mimetype(), image.size
     except Exception as error:  # whatever Pillow makes of a file that anybody may have written
+        named = str(path) if len(str(path)) <= 1000 else shown(str(path))
         why = getattr(error, "strerror", None) or shown(error)
         why = "it is not there" if isinstance(error, FileNotFoundError) else why
-        raise InvalidInputError(f"cannot read the picture {shown(str(path))}: {why}; run the demo again") from error
+        raise InvalidInputError(f"cannot read the picture {named}: {why}; run the demo again") from error
     uri = f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
     return Picture(name, panel["title"], panel["line"], uri, width, height)
 
