@@ -17,11 +17,7 @@ from tests.kernels.fingerprints.__main__ import differences, recorded
 
 AGAIN = "python -m tests.kernels.fingerprints --code --write records them anew"
 
-# To be recorded anew, on purpose: the kernels pass NaN on since. `python -m tests.kernels.fingerprints --code --write` does it.
-STALE = pytest.mark.xfail(reason="recorded before the kernels passed NaN on: record anew", strict=False)
 
-
-@STALE
 def test_launches_and_places_in_memory_are_the_recorded_ones():
     """All sizes on the GPU that has all kernels; on the others the last."""
     found = plans.plans(lambda name: "H200, " in name or name.endswith("3x72x91"))
@@ -33,7 +29,6 @@ def test_packed_weights_are_the_recorded_ones():
     assert not differences(plans.weights(), recorded()["weights"]), AGAIN
 
 
-@STALE
 def test_the_recorded_machine_code_is_of_these_sources():
     assert not differences(machine_code.sources(), recorded()["sources"]), AGAIN
 
@@ -48,7 +43,6 @@ def samples():
     return json.loads(done.stdout)
 
 
-@STALE
 @pytest.mark.parametrize("compiler", machine_code.SAMPLES)
 def test_a_sample_of_the_machine_code_is_the_recorded_one(compiler, request):
     here, made_by = machine_code.versions()[compiler], recorded()["compilers"][compiler]
