@@ -96,7 +96,7 @@ def test_the_folder_of_an_engine_stays_for_the_other_network(root):
 def outside(tmp_path: Path) -> Path:
     folder = tmp_path / "outside"
     folder.mkdir()
-    (folder / "precious.txt").write_text("mine")
+    (folder / "vae_decoder.fake").write_text("mine")
     return folder
 
 
@@ -106,7 +106,7 @@ def add_record(root: Path, name: str) -> None:
     (root / NAME).write_text(json.dumps(document))
 
 
-@pytest.mark.parametrize("name", ["evil/precious.txt", "a/evil/precious.txt"])
+@pytest.mark.parametrize("name", ["evil/vae_decoder.fake", "a/evil/vae_decoder.fake"])
 def test_a_record_whose_folder_is_a_link_deletes_nothing_outside(root, outside, name):
     link = (root / name).parent
     link.parent.mkdir(exist_ok=True)
@@ -116,17 +116,17 @@ def test_a_record_whose_folder_is_a_link_deletes_nothing_outside(root, outside, 
     (removal,) = [removal for removal in look.prunable() if removal.engine == name]
     with pytest.raises(EngineError, match="not deleted: a link leads there, out of the engine directory; only its record is"):
         look.remove(removal)
-    assert (outside / "precious.txt").read_text() == "mine"
+    assert (outside / "vae_decoder.fake").read_text() == "mine"
     assert name not in EngineStore(root).manifest().engines
 
 
 def test_an_engine_that_is_a_link_goes_and_what_it_leads_to_stays(root, outside):
     (root / PATH).unlink()
-    (root / PATH).symlink_to(outside / "precious.txt")
+    (root / PATH).symlink_to(outside / "vae_decoder.fake")
     look = inspector(root)
     (removal,) = look.prunable()
     assert look.remove(removal) == ""
-    assert not os.path.lexists(root / PATH) and (outside / "precious.txt").exists()
+    assert not os.path.lexists(root / PATH) and (outside / "vae_decoder.fake").exists()
 
 
 def test_a_folder_of_temporary_files_that_is_a_link_is_left_alone(root, outside):
@@ -137,7 +137,7 @@ def test_a_folder_of_temporary_files_that_is_a_link_is_left_alone(root, outside)
         if removal.engine is None:
             with pytest.raises(EngineError, match="cannot delete"):
                 look.remove(removal)
-    assert (outside / "precious.txt").exists()
+    assert (outside / "vae_decoder.fake").exists()
 
 
 def test_a_dead_link_among_the_temporary_files_goes(root):
