@@ -53,6 +53,11 @@ TOPOLOGIES = {
 }
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+
+
 def random_vae(name: str = "micro") -> nn.Module:
     """A small VAE with random weights, always the same."""
     cls, config = TOPOLOGIES[name]

@@ -135,7 +135,6 @@ def test_loads_of_the_same_package_take_nothing_more(inductor_dir):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_loads_of_the_same_package_give_gpu_memory_back(tmp_path):
     from diffusers import AutoencoderKLQwenImage
 
