@@ -11,16 +11,13 @@ import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from qwen_vae_accel.config import dtype_name
 from qwen_vae_accel.terminal import plain
 from qwen_vae_accel.visits import fork_safe_lock
 
 logger = logging.getLogger(__name__)
 
 ORIGINAL = "diffusers"
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +87,7 @@ class Journal:
 
     def compute(self, method: str, asked: torch.dtype, used: torch.dtype, reason: str) -> None:
         """``method`` computes in ``used`` where ``asked`` is the dtype of its input and output, and why."""
-        text = f"{_short(asked)} is computed in {_short(used)}: {reason}"
+        text = f"{dtype_name(asked)} is computed in {dtype_name(used)}: {reason}"
         with self._lock:
             known = self._arithmetic.get(method)
             self._arithmetic[method] = text

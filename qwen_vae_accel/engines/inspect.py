@@ -132,7 +132,7 @@ class Inspector:
         """Every engine file and every record, compared with this machine and, where given, with the VAE."""
         known = [self._status(path, records[-1]) for path, records in sorted(self.store.manifest().engines.items()) if records]
         unknown = [
-            EngineStatus(path, self._size(path), None, ("the manifest does not know it: adopt --trust takes it in",))
+            EngineStatus(path, self.store.size(path), None, ("the manifest does not know it: adopt --trust takes it in",))
             for path in self.store.unknown_files(self._suffixes())
         ]
         return known + unknown
@@ -140,12 +140,6 @@ class Inspector:
     @staticmethod
     def _suffixes() -> tuple[str, ...]:
         return tuple(dict.fromkeys(backend.suffix for backend in engine_backends()))
-
-    def _size(self, path: str) -> int:
-        try:
-            return (self.store.root / path).stat().st_size
-        except OSError:
-            return 0
 
     def _status(self, path: str, record: EngineRecord) -> EngineStatus:
         reasons: list[str] = []
@@ -163,7 +157,7 @@ class Inspector:
             if (name := check_name(self._machine, profile)) in record.verification
         }
         reasons += [f"self-check of {name} failed: {result.errors()}" for name, result in checks.items() if not result.passed]
-        return EngineStatus(path, self._size(path), record, tuple(reasons), checks, networkcheck.of_record(record))
+        return EngineStatus(path, self.store.size(path), record, tuple(reasons), checks, networkcheck.of_record(record))
 
     def _expected(self, path: str, record: EngineRecord) -> Expected:
         """What the file of ``record`` must be to be run here."""

@@ -236,7 +236,7 @@ class EngineRuntime:
             return None
         if slot is None:
             self._release_stale(waiter.key)
-            estimate = self._file_size(wanted)
+            estimate = self.store.size(wanted.path)
             if not self._make_room(wanted.key.name, estimate):
                 if inside:
                     raise EngineError(f"there is no room for {wanted.path} inside a call that uses another engine")
@@ -268,12 +268,6 @@ class EngineRuntime:
         for key, slot in list(self._slots.items()):
             if key[:3] == wanted[:3] and not slot.users:
                 self._release(key)
-
-    def _file_size(self, wanted: Wanted) -> int:
-        try:
-            return (self.store.root / wanted.path).stat().st_size
-        except OSError:
-            return 0
 
     def _make_room(self, name: str, nbytes: int) -> bool:
         """Release the least recently used engines until one more fits; False if all that could go are in use."""

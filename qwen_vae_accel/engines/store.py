@@ -72,6 +72,13 @@ class EngineStore:
             return None
         return status.st_ino, status.st_mtime_ns, status.st_size
 
+    def size(self, name: str) -> int:
+        """Bytes of the file ``name`` below the directory; 0 where it cannot be looked at."""
+        try:
+            return (self.root / name).stat().st_size
+        except OSError:
+            return 0
+
     def find(self, expected: Expected) -> tuple[Path, EngineRecord]:
         """The file and record of a usable engine. What is to be loaded is read with :meth:`load`.
 
@@ -116,7 +123,7 @@ class EngineStore:
             raise EngineRefusedError(
                 str(path),
                 [
-                    f"damaged: {_size(path)} bytes with sha256 {digest[:12]}..., "
+                    f"damaged: {self.size(expected.path)} bytes with sha256 {digest[:12]}..., "
                     f"built with {known.size} and {known.sha256[:12]}..."
                 ],
             )
@@ -335,10 +342,3 @@ def _read(path: Path, read: Callable[[Path], _T]) -> _T:
         raise EngineMissingError(f"there is no engine {path}") from None
     except OSError as error:
         raise EngineError(f"cannot read the engine {path}: {error}") from error
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qwen_vae_accel.errors import UnsupportedVAEError
 from qwen_vae_accel.model.offload import values
+from qwen_vae_accel.model.published import published_twin
 
 
 def published_network(vae: nn.Module, method: str, dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -21,14 +22,9 @@ def published_network(vae: nn.Module, method: str, dtype: torch.dtype, device: t
         A function from ``[B, C, H, W]`` in ``dtype`` on ``device`` to moments or images ``[B, C', H', W']``.
 
     Raises:
-        UnsupportedVAEError: if no class of diffusers is behind ``vae``.
+        UnsupportedVAEError: if ``vae`` is none of the published VAEs.
     """
-    config = getattr(vae, "config", None)
-    cls: Any = next((cls for cls in type(vae).__mro__ if cls.__module__.startswith("diffusers.models.autoencoders.")), None)
-    if cls is None or not isinstance(config, Mapping):
-        raise UnsupportedVAEError(type(vae).__name__, ["it is not of a class of diffusers with a config"])
-    with torch.device("meta"):
-        plain: Any = cls.from_config(dict(config)).eval()
+    plain: Any = copy.deepcopy(published_twin(vae).vae)
     with torch.no_grad():
         state = {name: value.detach().to(device, dtype) for name, value in values(vae, method).items()}
         plain.load_state_dict(state, strict=False, assign=True)

@@ -229,9 +229,7 @@ class Handle:
                     return self._serve(method, x, return_dict)
             finally:
                 self._callers.leave(visit)
-        with self._one_original:  # restored since this thread looked the method up
-            self._unpark()
-            return self._original[method](x, return_dict=return_dict)
+        return self._run_original(method, x, return_dict)  # restored since this thread looked the method up
 
     def _serve(self, method: str, x: Tensor, return_dict: bool) -> Any:
         reason = not_plain(x) or self._custom[method]
@@ -243,7 +241,8 @@ class Handle:
             request = self._request(method, x, generation, placement)
             reason = request.reason or self._original_reason(method, x, placement)
         if reason:
-            return self._serve_original(method, x, return_dict, reason)
+            self._note_original(method, reason)
+            return self._run_original(method, x, return_dict)
         same = self._source.compare(method)
         job, dtype = request.job, placement.dtype
         image = x[:, :, 0].to(job.device, job.dtype).resolve_neg()
@@ -255,8 +254,7 @@ class Handle:
             return self._serve(method, x, return_dict)
         return pack(method, output.unsqueeze(2), return_dict)
 
-    def _serve_original(self, method: str, x: Tensor, return_dict: bool, reason: str) -> Any:
-        self._note_original(method, reason)
+    def _run_original(self, method: str, x: Tensor, return_dict: bool) -> Any:
         with self._one_original:  # diffusers keeps the state of a call in the VAE itself
             self._unpark()
             return self._original[method](x, return_dict=return_dict)
