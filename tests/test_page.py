@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from qwen_vae_accel.bench.report import BenchReport
-from qwen_vae_accel.bench.serve.measure import Measurement
-from qwen_vae_accel.bench.serve.pipelines import Service
-from qwen_vae_accel.bench.serve.report import make_document
+from qwen_vae_accel.bench.serve.measurement import Measurement
+from qwen_vae_accel.bench.serve.pipelines import Pipelines
+from qwen_vae_accel.bench.serve.request_sheet import make_document
+from qwen_vae_accel.bench.stored import read_all
 from qwen_vae_accel.config import AccelConfig
-from qwen_vae_accel.demo.reload import Request, as_json, main
-from qwen_vae_accel.page.results import read_all
+from qwen_vae_accel.demo.reload import Instructions, as_json, main
 from qwen_vae_accel.plan import Size
 from tests import browser
 from tests.helpers import CPU, DATA, ROOT
@@ -39,18 +38,18 @@ def results(micro_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """A folder with one result of each kind: ``bench.json``, ``serve.json``, ``demo/``."""
     folder = tmp_path_factory.mktemp("results")
     shutil.copy(BENCH, folder / "bench.json")
-    service = Service(micro_folder, "tiny", CPU, torch.float32)
-    rows, memory = Measurement(service, 1, "auto", None, lambda line: None).run({"t2i": [Size(64, 32), Size(32, 64)]})
+    pipelines = Pipelines(micro_folder, "tiny", CPU, torch.float32)
+    rows, memory = Measurement(pipelines, 1, "auto", None, lambda line: None).run({"t2i": [Size(64, 32), Size(32, 64)]})
     settings = {"backend": "auto", "repeats": 1, "dtype": "fp32", "weights": "micro", "transformer": "tiny"}
     document = make_document(rows, memory, None, {"device": "cpu", "cpu": "Some CPU"}, settings, "serve-bench")
     (folder / "serve.json").write_text(json.dumps(document))
     demo = folder / "demo"
     demo.mkdir()
     config = AccelConfig(task="i2i", backend="eager").as_dict()
-    request = Request(
+    instructions = Instructions(
         str(micro_folder), str(DATA / "photos" / "coffee.png"), 96 * 64, "float32", "cpu", config, str(demo), repeats=1
     )
-    (demo / "request.json").write_text(as_json(request))
+    (demo / "request.json").write_text(as_json(instructions))
     assert main(str(demo / "request.json")) == 0
     return folder
 

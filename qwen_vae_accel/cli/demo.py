@@ -33,15 +33,15 @@ def demo(
 
     def work() -> edge.Outcome:
         where = common.parse_device(device)
-        request = run.make_request(model, image, output, backend, dtype, where, area)
+        instructions = run.make_instructions(model, image, output, backend, dtype, where, area)
         with common.progress(2, "build") as update:
 
             def told(total: int, wanted: Wanted, result: BuildResult | None) -> None:
                 update(wanted.path, result is not None)
 
-            request, built = run.build(request, told)
+            instructions, built = run.build(instructions, told)
         stderr.print("running in a new process ...")
-        findings = {"builds": [result.as_dict() for result in built], **run.reload(request)}
+        findings = {"builds": [result.as_dict() for result in built], **run.reload(instructions)}
         return edge.Outcome(findings, _view(findings))
 
     edge.run(as_json, verbose, work)
