@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit
-from qwen_vae_accel.bench.report import machine
 
 from qwen_vae_accel import accelerate
+from qwen_vae_accel.bench.machine import machine
 from qwen_vae_accel.bench.methods import BenchError
+from qwen_vae_accel.bench.serve import measurement
 from qwen_vae_accel.bench.serve.measurement import Measurement, postprocessing
 from qwen_vae_accel.bench.serve.pipelines import ImageRequest, Pipelines, random_transformer
 from qwen_vae_accel.bench.serve.request_sheet import make_document, make_sheet
@@ -113,8 +114,8 @@ def test_engines_are_built_first_and_serve_what_a_request_encodes_and_decodes(
 def test_a_request_that_was_not_fast_is_an_error(pipelines: Pipelines, fake: FakeBackend, tmp_path: Path) -> None:
     pipelines.run(ImageRequest("t2i", Size(32, 32)))
     with accelerate(pipelines.pipeline("t2i"), backend="tensorrt", engine_dir=tmp_path, on_miss="fallback") as handle:
-        measurement = Measurement(pipelines, 1, "tensorrt", str(tmp_path), lambda line: None)
-        done = measurement._send(ImageRequest("t2i", Size(32, 32)), handle)
+        measuring = Measurement(pipelines, 1, "tensorrt", str(tmp_path), lambda line: None)
+        done = measuring._send(ImageRequest("t2i", Size(32, 32)), handle)
     assert "decode was served by eager" in done.values["error"]
 
 
@@ -214,8 +215,8 @@ def picture_of(pixels: Any) -> Any:
 def test_on_a_gpu_memory_is_measured_and_the_fused_kernels_serve() -> None:
     device = torch.device("cuda", 0)
     pipelines = Pipelines(None, "tiny", device, torch.bfloat16)
-    measurement = Measurement(pipelines, 1, "auto", None, lambda line: None, offload_reference=True)
-    rows, memory = measurement.run({"t2i": [Size(256, 256)], "i2i": [Size(64, 64)]})
+    measuring = Measurement(pipelines, 1, "auto", None, lambda line: None, offload_reference=True)
+    rows, memory = measuring.run({"t2i": [Size(256, 256)], "i2i": [Size(64, 64)]})
     for row in rows:
         assert row["error"] is None
         assert row["accelerated"]["served"]["decode"] == {"fused": 2}
