@@ -25,7 +25,9 @@ from qwen_vae_accel.engines.selfcheck import published_error
 from qwen_vae_accel.errors import ConfigError
 from qwen_vae_accel.kernels.fused import KernelTime
 from qwen_vae_accel.model import ModelSource
+from qwen_vae_accel.page.charts import png
 from qwen_vae_accel.page.markdown import to_markdown
+from qwen_vae_accel.page.sheet import Chart
 from qwen_vae_accel.plan import Size
 from tests.helpers import CPU, FakeBackend
 
@@ -131,6 +133,17 @@ def test_speedups_are_against_the_baseline_of_the_same_size() -> None:
     assert geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
 
 
+def test_without_a_baseline_there_are_times_and_no_speedups() -> None:
+    alone = dataclasses.replace(ROW, method="fused", median_ms=12.0)
+    for rows in ([alone], [alone, dataclasses.replace(alone, size=Size(512, 512))], [ROW]):
+        sheet = make_sheet(document_of(*rows))
+        assert not sheet.answer.figures
+        assert [block.title for block in sheet.blocks if isinstance(block, Chart)] == ["Milliseconds by size"]
+        assert png(next(block for block in sheet.blocks if isinstance(block, Chart)))
+    failed = dataclasses.replace(ROW, median_ms=None, error="OutOfMemoryError: no")
+    assert not any(isinstance(block, Chart) for block in make_sheet(document_of(failed)).blocks)
+
+
 def test_an_interrupt_keeps_what_was_measured(micro: nn.Module, tmp_path: Path) -> None:
     harness = Harness(micro, CPU, Effort(3, 0.1, 0), tmp_path)
     trials = make_trials([parse_method("diffusers", torch.float32)], [Size(32, 32), Size(48, 32)], ["decode"])
@@ -155,7 +168,7 @@ def test_kernel_times_make_a_table_and_a_roofline(tmp_path: Path) -> None:
     table = kernel_sheet.grouped(entries)
     assert [row[2] for row in table] == ["2", "1", "3"] and table[0][3] == "0.500" and table[-1][3] == "0.550"
     times = {"size": "1024x1024", "dtype": "bf16", "limits": bounds, "decode": entries, "encode": entries[:1]}
-    document = document_of(ROW, dataclasses.replace(ROW, method="fused", median_ms=10.0), kernel_times=times)
+    document = document_of(ROW, kernel_times=times)
     assert "| conv3x3 96->96 norm" in markdown(document)
     written = write(document, make_sheet(document), tmp_path, "x")
     assert [path.name for path in written] == ["x.json", "x.md", "x.png", "x_roofline.png"]

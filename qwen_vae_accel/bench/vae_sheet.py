@@ -14,10 +14,11 @@ from qwen_vae_accel.bench.methods import BASELINE, DIRECTIONS
 from qwen_vae_accel.bench.result import Document, head_of, short_ms
 from qwen_vae_accel.page.charts import COLOURS, GOLD, GREY
 from qwen_vae_accel.page.sheet import Answer, Block, Chart, Panel, Sheet, Table
+from qwen_vae_accel.plan import parse_size
 
 KIND = "bench"
 _GUIDE = "published_tensorrt_h100_ms"
-_MARKERS = "osD^vP"
+_MARKERS = "osD^vPX"  # one more than colours: no pair comes twice before the 43rd method
 _MEAN = "geometric mean"
 
 Values = Mapping[str, Any]
@@ -74,20 +75,21 @@ def make_sheet(document: Values) -> Sheet:
         KeyError, TypeError, ValueError: if it is damaged.
     """
     rows, settings, name = document["rows"], document["settings"], device_name(document["machine"])
+    rows = [{**row, "size": str(parse_size(row["size"]))} for row in rows]
     base = f"{BASELINE} {settings.get('dtype')}"
-    tasks = _unique(row["task"] for row in rows)
-    if set(tasks) - set(DIRECTIONS):
-        raise ValueError(f"a task of {tasks} is neither of {DIRECTIONS}")
+    of_task = {task: [row for row in rows if row["task"] == task] for task in _unique(row["task"] for row in rows)}
+    if set(of_task) - set(DIRECTIONS):
+        raise ValueError(f"a task of {list(of_task)} is neither of {DIRECTIONS}")
     means = _Means(document["summary"], base, _unique(row["size"] for row in rows))
-    of_task = {task: [row for row in rows if row["task"] == task] for task in tasks}
     blocks: list[Block] = [
-        *means.blocks(of_task),
+        *means.table(list(of_task)),
+        *_chart(of_task, means),
         f"Weights: {settings.get('weights')}. Latency is from an idle device to the result: the median, and the 10th to 90th "
         f"percentile. Error: relative L2 against diffusers in float32. Speed-up: against {base} in the same run.",
         *([f"{LABEL}: what its authors published for an H100, not measured by us."] if _guide(rows) else []),
         *_remarks(document),
-        *(_by_size(task, of_task[task]) for task in tasks),
-        *(_everything(task, of_task[task]) for task in tasks),
+        *(_by_size(task, of_task[task]) for task in of_task),
+        *(_everything(task, of_task[task]) for task in of_task),
         *kernel_sheet.blocks(document.get("kernels")),  # older results have none
     ]
     return Sheet(f"Qwen-Image VAE, {settings.get('dtype')}, on {name}", means.answer(), blocks, **head_of(document))
@@ -111,67 +113,82 @@ class _Means:
     """
 
     def __init__(self, summary: Sequence[Values], base: str, sizes: Sequence[str]) -> None:
-        self._base = base
-        self._faster = [entry for entry in summary if entry["method"] != base]
-        self._labels = _unique(str(entry["method"]) for entry in self._faster)
-        self._tasks = _unique(entry["task"] for entry in summary)
+        self.base = base
+        self._entries = {(e["task"], e["method"]): e for e in summary if e["method"] != base}
+        self._labels = _unique(label for _, label in self._entries)
         self._most = max((entry["sizes"] for entry in summary), default=0)
         self._of = f"geometric means over {self._most} sizes" if len(sizes) > 1 else f"at {', '.join(sizes)}"
 
+    def of(self, task: str) -> dict[str, float]:
+        """Times faster than the baseline, by method."""
+        return {label: entry["speedup"] for (at, label), entry in self._entries.items() if at == task}
+
     def answer(self) -> Answer:
         """The fastest method that has the baseline's dtype."""
-        alike = [entry for entry in self._faster if entry["method"].split()[-1] == self._base.split()[-1]]
+        alike = [key for key in self._entries if key[1].split()[-1] == self.base.split()[-1]]
         if not alike:
             return Answer((), "")
-        best = max(alike, key=lambda entry: float(entry["speedup"]))["method"]
-        figures = [(f"{entry['speedup']:.2f}x", entry["task"]) for entry in alike if entry["method"] == best]
-        return Answer(figures, f"{best} against {self._base}, {self._of}")
+        best = max(alike, key=lambda key: float(self._entries[key]["speedup"]))[1]
+        figures = [(f"{self._entries[task, label]['speedup']:.2f}x", task) for task, label in alike if label == best]
+        return Answer(figures, f"{best} against {self.base}, {self._of}")
 
-    def blocks(self, rows: Mapping[str, Sequence[Values]]) -> list[Block]:
-        """The table of means, and the chart of the speed-ups by size of ``rows`` by task; nothing without a baseline."""
-        if not self._faster:
-            return []
-        cells = [[task, *(self._cell(task, label) for label in self._labels)] for task in self._tasks]
-        most = max(row["speedup"] or 0 for of_task in rows.values() for row in of_task)
-        panels = []
-        for task in self._tasks:
-            means = {entry["method"]: entry["speedup"] for entry in self._faster if entry["task"] == task}
-            found = [row for row in rows[task] if row["speedup"] is not None]
-            lines = _unique(row["size"] for row in found)
-            lines = [_MEAN, *lines] if len(lines) > 1 else lines
-            draw = _speedups(found, lines, self._labels, self._base, means, most)
-            panels.append(Panel(f"{task}: times faster than {self._base}", 1.3 + 0.3 * len(lines), draw))
-        table = Table(f"Times faster than {self._base}, {self._of}", ["", *self._labels], cells)
-        return [table, Chart("Speed-up by size", panels)]
+    def table(self, tasks: Sequence[str]) -> list[Table]:
+        """A row per task, a column per method; none where no other method than the baseline was measured, or not that."""
+        cells = [[task, *(self._cell(task, label) for label in self._labels)] for task in tasks]
+        return [Table(f"Times faster than {self.base}, {self._of}", ["", *self._labels], cells)] if self._labels else []
 
     def _cell(self, task: str, label: str) -> str:
-        for entry in self._faster:
-            if (entry["task"], entry["method"]) == (task, label):
-                some = f" ({entry['sizes']} of {self._most})" if entry["sizes"] < self._most else ""
-                return f"{entry['speedup']:.2f}x{some}"
-        return ""
+        entry = self._entries.get((task, label))
+        if entry is None:
+            return ""
+        some = f" ({entry['sizes']} of {self._most})" if entry["sizes"] < self._most else ""
+        return f"{entry['speedup']:.2f}x{some}"
 
 
-def _speedups(
-    rows: Sequence[Values], lines: Sequence[str], labels: Sequence[str], base: str, means: Values, most: float
+def _chart(rows: Mapping[str, Sequence[Values]], means: _Means) -> list[Chart]:
+    """Speed-ups by size, or milliseconds where there is no speed-up; a panel per task, all with one scale."""
+    fast = any(means.of(task) for task in rows)
+    what = "speedup" if fast else "median_ms"
+    good = {task: [row for row in found if row[what] is not None] for task, found in rows.items()}
+    labels = _unique(_label(row) for found in good.values() for row in found if not (fast and _label(row) == means.base))
+    most = max((row[what] for found in good.values() for row in found), default=0)
+    panels = []
+    for task, found in good.items():
+        lines = _unique(row["size"] for row in found)
+        marks = {label: {row["size"]: row[what] for row in found if _label(row) == label} for label in labels}
+        if fast and len(lines) > 1:
+            lines = [_MEAN, *lines]
+            marks = {label: {_MEAN: means.of(task)[label], **values} if values else {} for label, values in marks.items()}
+        guide = {size: ratio if fast else ms for size, (ms, ratio) in _guide(found).items()}
+        marks[LABEL] = {size: value for size, value in guide.items() if value is not None}
+        title = f"{task}: times faster than {means.base}" if fast else f"{task}: milliseconds"
+        if found:
+            panels.append(Panel(title, 1.3 + 0.3 * len(lines), _dots(lines, marks, most, means.base if fast else None)))
+    return [Chart("Speed-up by size" if fast else "Milliseconds by size", panels)] if panels else []
+
+
+def _dots(
+    lines: Sequence[str], marks: Mapping[str, Mapping[str, float]], most: float, base: str | None
 ) -> Callable[[Any], None]:
-    """Draws ``lines``, each a size or the means, with a mark per method; the axis ends at ``most``."""
+    """Draws ``lines`` with ``marks`` by label on an axis that ends at ``most``, and ``base`` as a line at 1."""
 
     def draw(axis: Any) -> None:
-        axis.axvline(1, color=GREY, lw=1.2, label=base)
-        for index, label in enumerate(labels):
-            values = {_MEAN: means[label]} if label in means and _MEAN in lines else {}
-            values |= {row["size"]: row["speedup"] for row in rows if _label(row) == label}
+        if base is not None:
+            axis.axvline(1, color=GREY, lw=1.2, label=base)
+        for index, (label, values) in enumerate(marks.items()):
+            look: dict[str, Any] = {
+                "color": COLOURS[index % len(COLOURS)],
+                "marker": _MARKERS[index % len(_MARKERS)],
+                "ms": 6.5,
+            }
+            if label == LABEL:
+                look = {"mec": GOLD, "mfc": "none", "mew": 1.6, "marker": "D", "ms": 5.5}
             if values:
-                colour, marker = COLOURS[index % len(COLOURS)], _MARKERS[index % len(_MARKERS)]
-                axis.plot([*values.values()], [*map(lines.index, values)], marker, color=colour, ms=6.5, alpha=0.9, label=label)
-        guide = [(ratio, lines.index(size)) for size, (_, ratio) in _guide(rows).items() if ratio is not None]
-        if guide:
-            axis.plot(*zip(*guide, strict=True), "D", mec=GOLD, mfc="none", mew=1.6, ms=5.5, label=LABEL)
+                axis.plot([*values.values()], [*map(lines.index, values)], ls="", alpha=0.9, label=label, **look)
         axis.set_yticks(range(len(lines)), lines)
         axis.set_ylim(len(lines) - 0.4, -0.6)
-        axis.set_xlim(0, 1.05 * max(most, 1))
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+        axis.set_xlim(0, 1.05 * max(most, *(value for values in marks.values() for value in values.values())))
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x" if base else f"{value:g}")
         axis.grid(axis="y", lw=0.5, color=GREY, alpha=0.5)
 
     return draw

@@ -11,11 +11,12 @@ from qwen_vae_accel.terminal import plain
 
 def to_terminal(sheet: Sheet) -> RenderableType:
     """Tables, then paragraphs, then the answer: the end is what a terminal still shows."""
-    tables = [_table(block) for block in sheet.blocks if isinstance(block, Table)]
+    tables = [to_rich(block) for block in sheet.blocks if isinstance(block, Table)]
     return Group(*tables, *(plain(line) for line in (*sheet.blocks, str(sheet.answer)) if line and isinstance(line, str)))
 
 
-def _table(table: Table) -> RichTable:
+def to_rich(table: Table) -> RichTable:
+    """A table for rich; its texts are shown as they are by :class:`~qwen_vae_accel.terminal.Terminal`."""
     shown = RichTable(title=table.title, title_justify="left")
     for index, column in enumerate(table.columns):
         shown.add_column(column, justify="left" if index < table.words else "right", overflow="fold")
