@@ -139,7 +139,7 @@ def test_without_a_baseline_there_are_times_and_no_speedups() -> None:
         sheet = make_sheet(document_of(*rows))
         assert not sheet.answer.figures
         assert [block.title for block in sheet.blocks if isinstance(block, Chart)] == ["Milliseconds by size"]
-        assert png(next(block for block in sheet.blocks if isinstance(block, Chart)))
+        assert png(next(block for block in sheet.blocks if isinstance(block, Chart)), sheet.title)
     failed = dataclasses.replace(ROW, median_ms=None, error="OutOfMemoryError: no")
     assert not any(isinstance(block, Chart) for block in make_sheet(document_of(failed)).blocks)
 

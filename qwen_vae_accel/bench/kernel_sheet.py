@@ -57,6 +57,7 @@ def _roofline(axis: Any, document: Mapping[str, Any]) -> None:
         f"{bounds['copy_tbps']:.1f} TB/s, {bounds['matmul_tflops']:.0f} TFLOP/s",
         (ridge, bounds["matmul_tflops"]), (-6, 5), textcoords="offset points", ha="right", fontsize=8.5,
     )  # fmt: skip
+    named: set[str] = set()
     for task, colour in zip(PROGRAMS, COLOURS, strict=False):
         entries = [entry for entry in document.get(task, ()) if entry["gb"] > 0]
         sizes = [30 + 900 * entry["ms"] / sum(e["ms"] for e in entries) for entry in entries]
@@ -64,7 +65,8 @@ def _roofline(axis: Any, document: Mapping[str, Any]) -> None:
         axis.scatter(intensity, [e["tflops"] for e in entries], sizes, color=colour, alpha=0.5, linewidths=0)
         axis.scatter([], [], 40, color=colour, alpha=0.7, linewidths=0, label=task)
         for entry, x in zip(entries, intensity, strict=True):
-            if entry["share_of_floor"] < _SLOW:
+            if entry["share_of_floor"] < _SLOW and entry["kernel"] not in named:
+                named.add(entry["kernel"])
                 axis.annotate(entry["kernel"], (x, entry["tflops"]), (5, -3), textcoords="offset points", fontsize=7.5)
     axis.set_xscale("log")
     axis.set_yscale("log")

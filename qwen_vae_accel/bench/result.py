@@ -53,7 +53,7 @@ def write(document: Document, sheet: Sheet, folder: Path, name: str) -> list[Pat
     for chart in sheet.blocks:
         if isinstance(chart, Chart):
             paths.append(folder / f"{name}{chart.suffix}.png")
-            write_output(paths[-1], charts.png(chart))
+            write_output(paths[-1], charts.png(chart, sheet.title))
     return paths
 
 

@@ -19,17 +19,20 @@ GREY, GOLD = "#8c8c8c", "#d9a521"
 WIDTH = 4.7
 _COLUMNS = 2
 _MOST_PIXELS = 620
+# Inches of a PNG's title.
+_TITLE = 0.5
 # A colour that no chart uses, replaced by the page's own.
 _INK = "#010203"
 _INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color")
 
 
-def png(chart: Chart) -> bytes:
-    """All panels in one PNG, two in a row."""
+def png(chart: Chart, of: str) -> bytes:
+    """All panels in one PNG, two in a row, below the chart's title and what it is a chart ``of``."""
     columns = min(_COLUMNS, len(chart.panels))
     starts = range(0, len(chart.panels), columns)
     heights = [max(panel.height for panel in chart.panels[start : start + columns]) for start in starts]
-    with _figure(WIDTH * columns, sum(heights)) as figure:
+    with _figure(WIDTH * columns, sum(heights) + _TITLE) as figure:
+        figure.suptitle(f"{chart.title}\n{of}", fontsize=11)
         parts = figure.subfigures(len(heights), columns, squeeze=False, height_ratios=heights)
         for part, panel in zip(parts.flat, chart.panels, strict=False):
             _fill(part, panel)
@@ -38,9 +41,9 @@ def png(chart: Chart) -> bytes:
     return data.getvalue()
 
 
-def svg(panel: Panel, chart: str) -> str:
-    """A panel of ``chart`` as an ``<svg>`` element that is as wide as its place, with both titles as its name."""
-    label = f"{chart}: {panel.title}"
+def svg(panel: Panel, of: str) -> str:
+    """An ``<svg>`` element as wide as its place; its name is what it is a chart ``of``, and the panel's title."""
+    label = f"{of}: {panel.title}"
     # Names within an SVG are the page's names: another salt for every panel.
     salt = hashlib.sha256(label.encode(errors="replace")).hexdigest()
     with _figure(WIDTH, panel.height, {"svg.fonttype": "none", "svg.hashsalt": salt, **dict.fromkeys(_INKED, _INK)}) as figure:
