@@ -46,7 +46,7 @@ def rows(vae: nn.Module, folder: Path, *methods: str, tasks: tuple[str, ...] = (
     return {(row.label, row.task): row for row in map(harness.run, trials)}
 
 
-def test_every_case_has_a_row_with_its_error_against_float32(micro: nn.Module, fake: FakeBackend, tmp_path: Path) -> None:
+def test_every_trial_has_a_row_with_its_error_against_float32(micro: nn.Module, fake: FakeBackend, tmp_path: Path) -> None:
     found = rows(micro, tmp_path, "diffusers", "eager", "eager:bf16", "tensorrt")
     assert len(found) == 8
     assert all(row.median_ms and row.p10_ms <= row.median_ms <= row.p90_ms and row.samples == 3 for row in found.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -23,10 +24,12 @@ from qwen_vae_accel.bench.serve.request_sheet import make_document
 from qwen_vae_accel.bench.stored import read_all
 from qwen_vae_accel.config import AccelConfig
 from qwen_vae_accel.demo.reload import Instructions, as_json, main
+from qwen_vae_accel.page.console import to_terminal
 from qwen_vae_accel.page.html import to_html
 from qwen_vae_accel.page.markdown import to_markdown
 from qwen_vae_accel.page.sheet import Answer, Chart, Drawing, Sheet, Table
 from qwen_vae_accel.plan import Size, parse_size
+from qwen_vae_accel.terminal import Terminal
 from tests import browser
 from tests.helpers import CPU, DATA, ROOT
 
@@ -194,6 +197,18 @@ def test_markdown_keeps_its_columns_whatever_a_cell_holds() -> None:
     sheet = Sheet("A title", Answer((), ""), [Table("Two", ["a", "b"], [["x | y", "1\n2"]])])
     table = to_markdown(sheet).splitlines()[-3:]
     assert table == ["| a      |   b |", "| ------ | --: |", "| x \\| y | 1 2 |"]
+
+
+def test_a_terminal_shows_every_table_and_ends_with_the_answer() -> None:
+    sheet = vae_sheet.make_sheet(json.loads((BENCH.parent / "h100.json").read_text()))
+    terminal = Terminal(width=160, file=io.StringIO())
+    with terminal.capture() as shown:
+        terminal.print(to_terminal(sheet))
+    tables = [block for block in sheet.blocks if isinstance(block, Table)]
+    assert len(tables) == 1 + 2 + 2 + 3
+    assert all(table.title in shown.get() for table in tables)
+    assert shown.get().split("\n")[-2] == str(sheet.answer)
+    assert str(sheet.answer).startswith("decode 10.78x, encode 9.82x: fused bf16 against diffusers bf16")
 
 
 # In a browser.

@@ -31,6 +31,7 @@ from qwen_vae_accel.plugin.handle import accelerate
 from qwen_vae_accel.plugin.patch import handle_of
 
 BASELINE = "diffusers"
+# What `--task` of the command and `task` of a row name; the configuration's task is a kind of request.
 DIRECTIONS = ("decode", "encode")
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "fp8"}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -51,8 +51,8 @@ def make_document(
         if on_gpu(facts):
             values[_GUIDE] = milliseconds(row.task, row.size)
         found.append(values)
-    found_all = {"rows": found, "summary": _summary(found), "overhead": overhead, "kernels": kernels}
-    return result.make_document(KIND, command, facts, settings, **found_all)
+    measured = {"rows": found, "summary": _summary(found), "overhead": overhead, "kernels": kernels}
+    return result.make_document(KIND, command, facts, settings, **measured)
 
 
 def _summary(rows: Sequence[Values]) -> list[dict[str, Any]]:
