@@ -136,12 +136,12 @@ def _requests(document: Values, task: str) -> Table:
         if row["error"] is not None:
             cells.append([_size(row), "failed"])
             continue
-        times, ratio = {side: dict(row[side]["median"]) for side in (PLAIN, ACCELERATED)}, row["speedup"]
-        for side in times.values():
-            side["both"] = side["decode"] + side["postprocess"]
-        cell = [_size(row), *(_pair(short_ms, {name: side[part] for name, side in times.items()}) for part in parts)]
-        for part, name in (("both", "decode_postprocess"), ("total", "total")):
-            cell.append(f"{_pair(short_ms, {name: side[part] for name, side in times.items()})}, {ratio[name]:.2f}x")
+        medians = {side: row[side]["median"] for side in (PLAIN, ACCELERATED)}
+        both = {side: median["decode"] + median["postprocess"] for side, median in medians.items()}
+        total = {side: median["total"] for side, median in medians.items()}
+        cell = [_size(row), *(_pair(short_ms, {side: median[part] for side, median in medians.items()}) for part in parts)]
+        for times, part in ((both, "decode_postprocess"), (total, "total")):
+            cell.append(f"{_pair(short_ms, times)}, {row['speedup'][part]:.2f}x")
         extra = {side: row[side]["first_extra_ms"] for side in (PLAIN, ACCELERATED)}
         cell += [_pair(short_ms, extra) if row["new_size"] else "not a new size", f"{float(row['difference']['psnr_db']):.1f}"]
         theirs = guide[row["size"]]
