@@ -12,7 +12,8 @@ import torch
 
 from qwen_vae_accel.accuracy import FACTOR, measure
 from qwen_vae_accel.backends.base import Environment, Job, default_device
-from qwen_vae_accel.engines.selfcheck import exact_output, published_error, sample_input
+from qwen_vae_accel.backends.samples import sample_input
+from qwen_vae_accel.engines.selfcheck import exact_output, published_error
 from qwen_vae_accel.loading import load_vae
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.plan import Size

@@ -20,14 +20,16 @@ from safetensors.torch import load_file, save_file
 
 from qwen_vae_accel import AccelConfig, caches
 from qwen_vae_accel.backends import inductor
-from qwen_vae_accel.bench.report import BenchReport
+from qwen_vae_accel.bench import result as results
+from qwen_vae_accel.bench.stored import read
+from qwen_vae_accel.bench.vae_sheet import make_sheet
 from qwen_vae_accel.cli import engines as commands
 from qwen_vae_accel.documents import parse_json
 from qwen_vae_accel.engines.manifest import NAME
 from qwen_vae_accel.errors import AccelError, InvalidInputError, UnsupportedVAEError
 from qwen_vae_accel.kernels.sm90 import nvrtc
 from qwen_vae_accel.loading import load_vae
-from qwen_vae_accel.page.results import read
+from qwen_vae_accel.page.sheet import Table
 from tests.helpers import CPU, ROOT, TINY_VAE, FakeBackend
 
 if TYPE_CHECKING:
@@ -520,8 +522,9 @@ def test_a_page_replaces_a_file_and_nothing_else(cli: Cli, demo: Path, tmp_path:
         assert "it is no regular file, and is not replaced" in strict(result)["error"]["message"]
     assert pipe.is_fifo() and link.is_symlink()
     (tmp_path / "bench.md").symlink_to(pipe)
+    document = json.loads(BENCH.read_text())
     with pytest.raises(OSError, match="no regular file"):
-        BenchReport.from_dict(json.loads(BENCH.read_text())).write(tmp_path, "bench")
+        results.write(document, make_sheet(document), tmp_path, "bench")
 
 
 def test_a_page_of_bytes_that_are_no_text(cli: Cli, demo: Path, tmp_path: Path) -> None:
@@ -618,8 +621,9 @@ def test_no_result_escapes(demo: Path, kind: str) -> None:
     for dice in rounds(2):
         (demo / "demo.json").write_bytes(mutated(document, dice))
         try:
-            section = read(demo / "demo.json")
+            sheet = read(demo / "demo.json")
         except InvalidInputError as error:
             assert len(str(error)) < 3000
         else:
-            assert all(isinstance(cell, str) for table in section.tables for row in table.cells for cell in row)
+            tables = [block for block in sheet.blocks if isinstance(block, Table)]
+            assert all(isinstance(cell, str) for table in tables for row in (table.columns, *table.rows) for cell in row)

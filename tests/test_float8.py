@@ -17,8 +17,8 @@ from qwen_vae_accel.backends.fused import backend as fused
 from qwen_vae_accel.backends.fused import calibration
 from qwen_vae_accel.backends.fused.calibration import calibrated_peaks, calibration_path
 from qwen_vae_accel.backends.registry import engine_backends, get_backend
-from qwen_vae_accel.bench.cases import parse_method
-from qwen_vae_accel.bench.harness import make_cases
+from qwen_vae_accel.bench.harness import make_trials
+from qwen_vae_accel.bench.methods import parse_method
 from qwen_vae_accel.config import FLOAT8
 from qwen_vae_accel.errors import BackendUnavailableError, ConfigError
 from qwen_vae_accel.kernels.float8 import calibrated_layers, input_scales, simulate
@@ -243,8 +243,8 @@ def test_bench_knows_float8_of_the_fused_decoder_alone() -> None:
     method = parse_method("fused:fp8", torch.bfloat16)
     assert method.label == "fused fp8"
     assert method.vae_dtype == torch.bfloat16
-    cases = make_cases([method, parse_method("diffusers", torch.bfloat16)], [Size(32, 32)], ("decode", "encode"))
-    assert [(case.method.name, case.task) for case in cases] == [
+    trials = make_trials([method, parse_method("diffusers", torch.bfloat16)], [Size(32, 32)], ("decode", "encode"))
+    assert [(trial.method.name, trial.task) for trial in trials] == [
         ("diffusers", "decode"), ("fused", "decode"), ("diffusers", "encode"),
     ]  # fmt: skip
 

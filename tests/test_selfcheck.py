@@ -10,6 +10,7 @@ import torch
 
 from qwen_vae_accel import accelerate
 from qwen_vae_accel.backends.base import Job
+from qwen_vae_accel.backends.samples import sample_input
 from qwen_vae_accel.engines import selfcheck
 from qwen_vae_accel.engines.manifest import NAME
 from qwen_vae_accel.errors import EngineMissingError, UnsupportedVAEError
@@ -89,7 +90,7 @@ def test_the_yardstick_is_diffusers_own_error(name, method, dtype):
     source = ModelSource(vae)
     job = Job(method, source.topology, dtype, CPU)
     own = selfcheck.published_error(source, job)
-    x = selfcheck.sample_input(job, Size(96, 128), source.config)
+    x = sample_input(job, Size(96, 128), source.config)
     larger = Reference(vae, method, x, dtype).yardstick
     assert own.within(larger.allowed(1.5)) and larger.within(own.allowed(1.5))
 
@@ -122,9 +123,9 @@ def test_inputs_of_self_checks_are_made_on_the_cpu(micro, method):
     """Whatever ``torch.set_default_device`` was given."""
     source = ModelSource(micro)
     job, size = Job(method, source.topology, torch.float32, CPU), Size(48, 32)
-    made = selfcheck.sample_input(job, size, source.config)
+    made = sample_input(job, size, source.config)
     with torch.device("meta"):
-        assert torch.equal(selfcheck.sample_input(job, size, source.config), made)
+        assert torch.equal(sample_input(job, size, source.config), made)
 
 
 @pytest.mark.parametrize("error", [0.1, float("nan"), float("inf")])

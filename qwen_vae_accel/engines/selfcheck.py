@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 import platform
-from collections.abc import Mapping
 from datetime import datetime, timezone
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qwen_vae_accel.accuracy import ROUNDING, Error, measure
 from qwen_vae_accel.backends.base import Environment, Job, Program
+from qwen_vae_accel.backends.samples import sample_input
 from qwen_vae_accel.engines.manifest import Verification
 from qwen_vae_accel.errors import UnsupportedVAEError
 from qwen_vae_accel.model import ModelSource
@@ -37,28 +35,6 @@ def machine_id(environment: Environment) -> str:
     """A short name of this machine and its software; a new driver or release is another machine."""
     facts = {"host": platform.node(), **environment.describe()}
     return hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()[:16]
-
-
-def sample_input(job: Job, size: Size, config: Mapping[str, Any]) -> Tensor:
-    """A deterministic input of a network, of the statistics it meets in use.
-
-    Returns:
-        ``[1, C, H, W]`` float32 on ``job.device``: latents of the config's mean and deviation, or a smooth image in [-1, 1]
-        with noise.
-    """
-    height, width = job.input_hw(size)
-    generator = torch.Generator().manual_seed(0)
-    if job.method == "decode":
-        x = torch.randn(1, job.in_channels, height, width, generator=generator, device="cpu")
-        mean, std = config.get("latents_mean"), config.get("latents_std")
-        if mean and std and len(mean) == len(std) == job.in_channels:
-            mean, std = (torch.tensor(values, device="cpu").view(1, -1, 1, 1) for values in (mean, std))
-            x = x * std + mean
-    else:
-        coarse = torch.randn(1, job.in_channels, 8, 8, generator=generator, device="cpu")
-        noise = torch.randn(1, job.in_channels, height, width, generator=generator, device="cpu")
-        x = (F.interpolate(coarse, (height, width), mode="bilinear") * 0.6 + noise * 0.1).clamp(-1, 1)
-    return x.to(job.device)
 
 
 def exact_output(source: ModelSource, job: Job, x: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from qwen_vae_accel.backends.base import Job
+from qwen_vae_accel.backends.samples import sample_input
 from qwen_vae_accel.documents import read_json
-from qwen_vae_accel.engines.selfcheck import sample_input
 from qwen_vae_accel.files import write_atomically
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.model.ranges import activation_peaks
