@@ -203,9 +203,12 @@ def _remarks(document: Values) -> list[str]:
     ]
     overhead = document["overhead"]
     if overhead is not None:
-        cold = overhead.get("overhead_cold_us")  # older results have none
-        more = "" if cold is None else f"; {cold:.0f} us where the network has emptied the caches"
-        lines.append(f"The plugin adds {overhead['overhead_us']:.0f} us to a call{more}.")
+        line = f"The plugin adds {overhead['overhead_us']:.0f} us to a call"
+        if "overhead_cold_us" in overhead:  # older results have none
+            line += f"; {overhead['overhead_cold_us']:.0f} us where the network has emptied the caches"
+        if "overhead_latency_us" in overhead:
+            line += f"; its output is there {overhead['overhead_latency_us']:.0f} us later"
+        lines.append(line + ".")
     return lines
 
 
