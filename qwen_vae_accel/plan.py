@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 
 from qwen_vae_accel.errors import ConfigError, shown
@@ -182,7 +182,7 @@ class EngineKey:
 
     method: str
     name: str
-    profiles: tuple[Profile, ...]
+    profiles: tuple[Profile, ...] = field(hash=False)  # looked up at every call; method and name tell most apart
 
     @property
     def stem(self) -> str:

@@ -220,23 +220,6 @@ class DirectBackend(Backend):
 
 
 @dataclass(frozen=True, slots=True)
-class EngineDescription:
-    """What an engine file says of itself.
-
-    Attributes:
-        dtype: of its input.
-        profiles: sizes it takes, in the order of its optimization profiles; one for a static engine.
-        scratch: bytes of device memory that a run needs at most, per profile.
-        weights: bytes of weights.
-    """
-
-    dtype: torch.dtype
-    profiles: tuple[Profile, ...]
-    scratch: tuple[int, ...]
-    weights: int
-
-
-@dataclass(frozen=True, slots=True)
 class EngineImage:
     """An engine file as it was when it was read: what is checked is what is loaded, whatever becomes of the file.
 
@@ -296,8 +279,14 @@ class EngineBackend(Backend):
         """
         return None
 
-    def describe(self, image: EngineImage, job: Job) -> EngineDescription | None:
-        """What an engine says of itself; None where those of this backend do not tell. This runs its code."""
+    def profiles(self, image: EngineImage, job: Job) -> tuple[Profile, ...] | None:
+        """The optimization profiles that an engine says it has, in their order; one for a static engine.
+
+        None where engines of this backend do not tell. This runs the engine's code.
+
+        Raises:
+            EngineError: if it is no engine of the network of ``job``.
+        """
         return None
 
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from qwen_vae_accel.accuracy import ROUNDING, Error, measure
 from qwen_vae_accel.backends.base import Environment, Job, Program
-from qwen_vae_accel.engines.manifest import Verification
+from qwen_vae_accel.engines.manifest import Verification, check_name
 from qwen_vae_accel.errors import UnsupportedVAEError
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.model.original import published_network
 from qwen_vae_accel.model.tiling import run_banded
-from qwen_vae_accel.plan import Size
+from qwen_vae_accel.plan import Profile, Size
 
 # e4m3 has no yardstick in diffusers. Trained weights stay under 3e-2 (47 dB), but random ones of full size reach 1.4e-1:
 # only garbage is refused.
@@ -37,6 +37,11 @@ def machine_id(environment: Environment) -> str:
     """A short name of this machine and its software; a new driver or release is another machine."""
     facts = {"host": platform.node(), **environment.describe()}
     return hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()[:16]
+
+
+def name_of(environment: Environment, profile: Profile) -> str:
+    """The name under which a record keeps the self-check of ``profile`` on the machine of ``environment``."""
+    return check_name(machine_id(environment), profile)
 
 
 def sample_input(job: Job, size: Size, config: Mapping[str, Any]) -> Tensor:
