@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from qwen_vae_accel.errors import HandleError
+from qwen_vae_accel.journal import ORIGINAL
 from qwen_vae_accel.model.topology import PARTS, Topology
+from qwen_vae_accel.plugin.plain import not_image
 
 _numbers = itertools.count()
 _handles: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
@@ -55,21 +57,17 @@ def _(x: Tensor, number: int, method: str, channels: int, height: int, width: in
     return x.new_empty((x.shape[0], channels, 1, height, width), dtype=dtype)
 
 
-def why_traced(vae: nn.Module, method: str, x: Tensor) -> str:
+def not_opaque(vae: nn.Module, method: str, x: Tensor) -> str:
     """Why the trace goes through diffusers' own code, as without us; empty where the operator stands for the call."""
     if torch.compiler.is_exporting():
         return "torch.export traces the call"
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         return "its input is no plain tensor"
-    if x.dim() != 5 or x.shape[2] != 1:
-        return "only single images are accelerated"
-    if torch.is_autocast_enabled(x.device.type):
-        return "autocast is on, which chooses dtypes itself"
+    if x.dim() != 5:
+        return f"its input has {x.dim()} dimensions, not 5"
     if _weight(vae, method).dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return "its weights are stored in another dtype than they compute in"
-    if torch.is_grad_enabled() and (x.requires_grad or _requires_grad(vae, method)):
-        return "gradients are asked for"
-    return ""
+    return not_image(x, x.device, lambda: _requires_grad(vae, method))
 
 
 def _weight(vae: nn.Module, method: str) -> Tensor:
@@ -90,7 +88,7 @@ def note(number: int, method: str, reason: str) -> None:
     """Count a call that became part of a trace; compiled code does not tell how often it runs it."""
     handle = _handles.get(number)
     if handle is not None:
-        handle._note_original(method, f"{reason} (compiled into the code around it)")
+        handle._journal.served(method, ORIGINAL, f"{reason} (compiled into the code around it)")
 
 
 note._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo calls it once, while it traces

@@ -220,15 +220,9 @@ class Dispatcher:
                 spent.append(f"{route.backend.name} in one piece")
             else:
                 spent.append(route.backend.name)
-        self._journal.call(request.job.method, route.backend.name)
         reasons += [*route.refused, *(f"{name}: out of memory at {request.size}" for name in spent)]
-        if reasons:
-            self._fell_back(request.job.method, route.backend.name, "; ".join(dict.fromkeys(reasons)))
+        self._journal.served(request.job.method, route.backend.name, "; ".join(dict.fromkeys(reasons)))
         return output
-
-    def _fell_back(self, method: str, backend: str, reason: str) -> None:
-        if self._journal.fallback(method, backend, reason):
-            logger.warning("%s is served by %s: %s", method, backend, reason)
 
     def _run_engine(self, backend: EngineBackend, request: Request, x: Tensor, reasons: list[str]) -> Tensor | None:
         """The engine's output; None, with the reason added to ``reasons``, where no engine of ``backend`` serves."""
@@ -255,7 +249,7 @@ class Dispatcher:
                 self._misses[memory] = store.stamp(), text
             reasons.append(text)
             return None
-        self._journal.call(request.job.method, backend.name)
+        self._journal.served(request.job.method, backend.name)
         return output
 
     def _plan(self, backend: EngineBackend, method: str) -> Plan:

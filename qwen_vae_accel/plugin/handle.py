@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,10 @@ from qwen_vae_accel.plugin.compiled import Traced
 from qwen_vae_accel.plugin.dispatch import Dispatcher, Request
 from qwen_vae_accel.plugin.parking import Parking
 from qwen_vae_accel.plugin.patch import OwnMethods, handle_of, install, pack, patched_since, remove
-from qwen_vae_accel.plugin.plain import not_plain
+from qwen_vae_accel.plugin.plain import not_image, not_plain
 from qwen_vae_accel.plugin.processing import PostProcessing, PreProcessing, Replacement, processors_of
 from qwen_vae_accel.progress import progress_bar
 from qwen_vae_accel.visits import Visits, fork_safe_lock
-
-logger = logging.getLogger(__name__)
 
 _REQUESTS = 256  # kinds of calls remembered
 
@@ -239,9 +237,10 @@ class Handle:
             reason = self._source.custom(method)
         if not reason:
             request = self._request(method, x, generation, placement)
-            reason = request.reason or self._original_reason(method, x, placement)
+            needs_gradients = partial(self._source.requires_grad, method)
+            reason = request.reason or not_image(x, placement.device, needs_gradients)
         if reason:
-            self._note_original(method, reason)
+            self._journal.served(method, ORIGINAL, reason)
             return self._run_original(method, x, return_dict)
         same = self._source.compare(method)
         job, dtype = request.job, placement.dtype
@@ -258,11 +257,6 @@ class Handle:
         with self._one_original:  # diffusers keeps the state of a call in the VAE itself
             self._unpark()
             return self._original[method](x, return_dict=return_dict)
-
-    def _note_original(self, method: str, reason: str) -> None:
-        self._journal.call(method, ORIGINAL)
-        if self._journal.fallback(method, ORIGINAL, reason):
-            logger.warning("%s is not accelerated: %s", method, reason)
 
     def _request(self, method: str, x: Tensor, generation: int, placement: Placement) -> Request:
         """The request of a call that is like one seen before, or a new one after a look at the input."""
@@ -312,15 +306,6 @@ class Handle:
             raise InvalidInputError(
                 f"encode takes {what} with sides that are multiples of {multiple} pixels, was given {shape}"
             )
-
-    def _original_reason(self, method: str, x: Tensor, placement: Placement) -> str:
-        if x.shape[2] != 1:
-            return f"{x.shape[2]} frames: only single images are accelerated"
-        if torch.is_grad_enabled() and (x.requires_grad or self._source.requires_grad(method)):
-            return "gradients are asked for; call it under torch.no_grad() or torch.inference_mode() to have it fast"
-        if torch.is_autocast_enabled(placement.device.type):
-            return "autocast is on, which chooses dtypes itself"
-        return ""
 
     def _moved(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._dispatcher.forget()

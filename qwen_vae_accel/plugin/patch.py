@@ -135,7 +135,7 @@ def _accelerated(cls: type) -> type:
         if handle is not None:
             if not torch.compiler.is_dynamo_compiling():
                 return handle._call(method, x, return_dict)
-            reason = compiled.why_traced(vae, method, x)
+            reason = compiled.not_opaque(vae, method, x)
             if not reason:
                 return _packed(method, compiled.output(vae, handle._traced, method, x), return_dict, *types)
             compiled.note(handle._traced.number, method, reason)

@@ -49,11 +49,11 @@ class PostProcessing(Replacement):
             denormalize = functools.partial(processor._denormalize_conditionally, do_denormalize=do_denormalize)
             with torch.no_grad():
                 if output_type == "np":
-                    self._journal.call(self.METHOD, DEVICE)
+                    self._journal.served(self.METHOD, DEVICE)
                     return to_array(denormalize(image))
                 pixels = to_pixels(image, denormalize)
             if pixels is not None:
-                self._journal.call(self.METHOD, DEVICE)
+                self._journal.served(self.METHOD, DEVICE)
                 return to_pil(pixels)
             reason = "values outside [0, 1], or NaN: what their cast to uint8 gives is up to numpy"
         return self.fall_back(original, reason)

@@ -80,7 +80,7 @@ class PreProcessing(Replacement):
                 except torch.OutOfMemoryError:
                     reason = f"out of memory on {device}"
                 else:
-                    self._journal.call(self.METHOD, DEVICE)
+                    self._journal.served(self.METHOD, DEVICE)
                     return values
             else:
                 reason = "images without pixels, of different shapes, or of other values than bytes"

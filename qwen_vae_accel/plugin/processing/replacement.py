@@ -107,9 +107,7 @@ class Replacement:
     def fall_back(self, original: Callable[[], Any], reason: str) -> Any:
         """The result of diffusers' own method, counted as a fallback for ``reason``."""
         result = original()
-        self._journal.call(self.METHOD, ORIGINAL)
-        if self._journal.fallback(self.METHOD, ORIGINAL, reason):
-            logger.warning("%s is not accelerated: %s", self.METHOD, reason)
+        self._journal.served(self.METHOD, ORIGINAL, reason)
         return result
 
     @classmethod
