@@ -18,7 +18,7 @@ from torch import nn
 from qwen_vae_accel.model.offload import is_plain
 from qwen_vae_accel.model.topology import METHODS, PARTS
 
-# Names, in the class that accelerate() gives a VAE, the class that the VAE had.
+# Names, in the class that accelerate() gives an object, the class that the object had.
 PLAIN_CLASS = "__qwen_vae_accel_plain_class__"
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # How Python enters a layer, and what it looks up in a class without a name in the code.
@@ -42,9 +42,9 @@ _HARMLESS_HOOKS = {
 }  # fmt: skip
 
 
-def plain_class(vae: nn.Module) -> type:
-    """The class of ``vae``, accelerated or not."""
-    return getattr(type(vae), PLAIN_CLASS, type(vae))
+def plain_class(patched: Any) -> type:
+    """The class of a VAE or an image processor, accelerated or not."""
+    return getattr(type(patched), PLAIN_CLASS, type(patched))
 
 
 def custom_method(vae: nn.Module, method: str) -> str:

@@ -6,6 +6,7 @@ the compiled code.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from dataclasses import dataclass
@@ -23,21 +24,39 @@ _numbers = itertools.count()
 _handles: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
+@functools.cache
+def output_types() -> tuple[Any, Any, Any]:
+    """Diffusers' classes of what ``decode`` and ``encode`` return, and of the distribution in the latter."""
+    from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+    from diffusers.models.modeling_outputs import AutoencoderKLOutput
+
+    return DecoderOutput, AutoencoderKLOutput, DiagonalGaussianDistribution
+
+
 @dataclass(frozen=True, slots=True)
 class Traced:
-    """What a trace needs of a handle: its number, and how the sizes of output and input depend on each other."""
+    """What a trace needs of a handle: its number, how the sizes of output and input depend on each other, diffusers' classes.
+
+    Attributes:
+        number: under which the operator finds the handle.
+        moments: channels of what the encoder gives.
+        image_channels: channels of what the decoder gives.
+        scale: pixels per latent pixel and side.
+        types: see :func:`output_types`.
+    """
 
     number: int
     moments: int
     image_channels: int
     scale: int
+    types: tuple[Any, Any, Any]
 
     @classmethod
     def of(cls, handle: Any, topology: Topology) -> Traced:
         """Enter ``handle`` where the operator finds it for as long as it lives."""
         number = next(_numbers)
         _handles[number] = handle
-        return cls(number, 2 * topology.z_dim, topology.image_channels, topology.scale)
+        return cls(number, 2 * topology.z_dim, topology.image_channels, topology.scale, output_types())
 
 
 @torch.library.custom_op("qwen_vae_accel::run", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))

@@ -22,8 +22,8 @@ from qwen_vae_accel.model.topology import METHODS
 from qwen_vae_accel.plan import MIN_SIDE, Size
 from qwen_vae_accel.plugin.compiled import Traced
 from qwen_vae_accel.plugin.dispatch import Dispatcher, Request
+from qwen_vae_accel.plugin.methods import PATCHED, VAE, OwnMethods, handle_of, pack
 from qwen_vae_accel.plugin.parking import Parking
-from qwen_vae_accel.plugin.patch import OwnMethods, handle_of, install, pack, patched_since, remove
 from qwen_vae_accel.plugin.plain import not_image, not_plain
 from qwen_vae_accel.plugin.processing import PostProcessing, PreProcessing, Replacement, processors_of
 from qwen_vae_accel.progress import progress_bar
@@ -88,6 +88,7 @@ class Handle:
     Attributes:
         vae: the VAE.
         config: how it is accelerated.
+        before: what others had put in place of its methods into the VAE itself, by name.
     """
 
     def __init__(self, vae: nn.Module, config: AccelConfig, pipeline: Any | None) -> None:
@@ -104,10 +105,11 @@ class Handle:
         self._requests: dict[tuple[Any, ...], Request] = {}
         self._one_original = fork_safe_lock()
         self._traced = Traced.of(self, self._source.topology)
-        remove(vae, {})  # what a copy of an accelerated VAE may carry
+        VAE.remove(vae, PATCHED, {})  # what a copy of an accelerated VAE may carry
         self._custom = {method: custom_method(vae, method) for method in METHODS}
-        self._before = install(vae, self)
-        self._original = OwnMethods(vae, self._before)
+        self.before: Mapping[str, Any] = {}
+        self.before = VAE.install(vae, self, PATCHED)
+        self._original = OwnMethods(vae, self.before)
         self._parking = Parking(vae)
         self._park()
         if pipeline is not None:
@@ -132,6 +134,10 @@ class Handle:
     def _keep(self, replacement: Replacement | None) -> None:
         if replacement is not None:
             self._replacements.append(replacement)
+
+    def of(self, vae: Any) -> bool:
+        """Whether it serves ``vae``, and not a VAE that ``vae`` was copied from."""
+        return vae is self.vae
 
     # A copy or a pickle of an accelerated VAE is a plain VAE: its patched methods find no handle of their own.
 
@@ -163,7 +169,7 @@ class Handle:
                 "restore() inside a call of the VAE (from a hook or a signal handler) would wait for itself; call it later"
             )
         if self._active:
-            patched = patched_since(self.vae)
+            patched = VAE.patched_since(self.vae, PATCHED)
             if patched:
                 raise HandleError(f"{patched}; undo that first, or the other patch would be lost")
             for replacement in self._replacements:
@@ -172,7 +178,7 @@ class Handle:
         while self._replacements:
             self._replacements[0].remove()
             del self._replacements[0]
-        remove(self.vae, self._before)
+        VAE.remove(self.vae, PATCHED, self.before)
         self._callers.wait()
         self._dispatcher.forget()
         with self._one_original:

@@ -41,7 +41,7 @@ class PostProcessing(Replacement):
 
     def run(self, processor: Any, image: Any, output_type: str = "pil", do_denormalize: list[bool] | None = None) -> Any:
         """What the patched method does; arguments, results and errors are those of diffusers."""
-        original = functools.partial(type(processor).postprocess, processor, image, output_type, do_denormalize)
+        original = functools.partial(self.original(processor), image, output_type, do_denormalize)
         if output_type in ("pt", "latent"):
             return original()
         reason = self._unusual(processor, image, output_type)

@@ -67,7 +67,7 @@ class PreProcessing(Replacement):
         crops_coords: tuple[int, int, int, int] | None = None,
     ) -> Any:
         """What the patched method does; arguments, errors and results, but for their device, are those of diffusers."""
-        original = functools.partial(type(processor).preprocess, processor, image, height, width, resize_mode, crops_coords)
+        original = functools.partial(self.original(processor), image, height, width, resize_mode, crops_coords)
         vae = self._vae()
         device = execution_device(vae) if vae is not None else torch.device("meta")
         reason = self._unusual(processor, image, resize_mode, crops_coords, device)
