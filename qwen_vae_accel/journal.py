@@ -67,8 +67,7 @@ class Journal:
             self._fallbacks[key] += 1
             if self._fallbacks[key] > 1:
                 return
-        how = "not accelerated" if backend == ORIGINAL else f"served by {backend}"
-        logger.warning("%s is %s: %s", method, how, reason)
+        logger.warning("%s is served by %s: %s", method, backend, reason)
 
     def load(self, event: EngineLoad) -> None:
         """An engine was loaded."""

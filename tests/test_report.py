@@ -35,7 +35,7 @@ def test_values(caplog):
     assert caplog.messages == [
         "encode is served by eager: no [engine]",
         "encode is served by eager: another reason",
-        "decode is not accelerated: 2 frames",
+        "decode is served by diffusers: 2 frames",
     ], "each reason once"
     journal.compute("decode", torch.bfloat16, torch.float32, "a reason")
     values = journal.report("inductor", ["1_1/vae_decoder.pt2"], "a note").as_dict()

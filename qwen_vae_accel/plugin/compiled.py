@@ -78,7 +78,7 @@ def _(x: Tensor, number: int, method: str, channels: int, height: int, width: in
 
 def not_opaque(vae: nn.Module, method: str, x: Tensor) -> str:
     """Why the trace goes through diffusers' own code, as without us; empty where the operator stands for the call."""
-    if torch.compiler.is_exporting():
+    if _is_exporting():
         return "torch.export traces the call"
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         return "its input is no plain tensor"
@@ -87,6 +87,14 @@ def not_opaque(vae: nn.Module, method: str, x: Tensor) -> str:
     if _weight(vae, method).dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return "its weights are stored in another dtype than they compute in"
     return not_image(x, x.device, lambda: _requires_grad(vae, method))
+
+
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting()
+
+
+# Called while Dynamo traces, and not traced: before PyTorch 2.12 (pull request 176499) Dynamo takes it for true in any trace.
+_is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _weight(vae: nn.Module, method: str) -> Tensor:

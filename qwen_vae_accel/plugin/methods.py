@@ -62,7 +62,7 @@ def _call(handle: Any, vae: nn.Module, method: str, x: Tensor, return_dict: bool
     if not reason:
         return _packed(method, compiled.output(vae, handle._traced, method, x), return_dict, handle._traced.types)
     compiled.note(handle._traced.number, method, reason)
-    before = handle.before.get(method)
+    before = handle._before.get(method)
     return before(x, return_dict=return_dict) if before else getattr(plain_class(vae), method)(vae, x, return_dict=return_dict)
 
 

@@ -20,12 +20,12 @@ class Owner(Protocol):
     """Who serves methods of an object.
 
     Attributes:
-        before: what others had put in place of these methods into the object itself, by name; from :meth:`Patch.install`.
+        _before: what others had put in place of these methods into the object itself, by name; set by :meth:`Patch.install`.
     """
 
-    before: Mapping[str, Any]
+    _before: Mapping[str, Any]
 
-    def of(self, patched: Any) -> bool:
+    def _is_of(self, patched: Any) -> bool:
         """Whether it serves ``patched``, and not an object that ``patched`` was copied from."""
 
 
@@ -33,7 +33,7 @@ def owner_of(patched: Any, method: str) -> Any:
     """The :class:`Owner` that serves ``method`` of an object; None for a plain one and for a copy of a patched one."""
     owners = patched.__dict__.get(_OWNERS)
     owner = None if owners is None else owners.get(method)
-    return owner if owner is not None and owner.of(patched) else None
+    return owner if owner is not None and owner._is_of(patched) else None
 
 
 class Patch:
@@ -48,18 +48,13 @@ class Patch:
         self._what = what
         self.served = served
 
-    def install(self, patched: Any, owner: Owner, names: Sequence[str]) -> dict[str, Any]:
-        """Let ``owner`` serve the methods ``names`` of an object.
-
-        Returns:
-            What others had put in place of them into the object itself: the owner's ``before``.
-        """
-        before = {name: patched.__dict__[name] for name in names if name in patched.__dict__}
+    def install(self, patched: Any, owner: Owner, names: Sequence[str]) -> None:
+        """Let ``owner`` serve the methods ``names`` of an object."""
+        owner._before = {name: patched.__dict__[name] for name in names if name in patched.__dict__}
         patched.__dict__[_OWNERS] = {**patched.__dict__.get(_OWNERS, {}), **dict.fromkeys(names, owner)}
         patched.__class__ = _subclass(plain_class(patched), self)
-        for name in before:  # last: until then they stand before the methods of the class
+        for name in owner._before:  # last: until then they stand before the methods of the class
             del patched.__dict__[name]
-        return before
 
     def patched_since(self, patched: Any, names: Sequence[str]) -> str:
         """What somebody else has changed since :meth:`install` and would lose by :meth:`remove`; empty if nothing."""
@@ -91,7 +86,7 @@ class Patch:
         twin = cls.__new__(cls)
         twin.__dict__.update(patched.__dict__)
         owners = [owner for name in self.served if (owner := owner_of(patched, name)) is not None]
-        before = {name: value for owner in owners for name, value in owner.before.items()}
+        before = {name: value for owner in owners for name, value in owner._before.items()}
         self.remove(twin, tuple(self.served), before)
         return twin
 

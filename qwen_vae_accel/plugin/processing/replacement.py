@@ -30,16 +30,15 @@ class Replacement:
     Attributes:
         METHOD: the method's name.
         PARTS: the processor's other methods that the replacement does the work of: if one is somebody's own, so is the result.
-        before: empty, since a processor with a method of its own is left alone.
     """
 
     METHOD: ClassVar[str]
     PARTS: ClassVar[tuple[str, ...]]
-    before: Mapping[str, Any] = {}
 
     def __init__(self, processor: Any, journal: Journal) -> None:
         self._processor = weakref.ref(processor)
         self._journal = journal
+        self._before: Mapping[str, Any]
         PROCESSOR.install(processor, self, (self.METHOD,))
 
     @classmethod
@@ -67,7 +66,7 @@ class Replacement:
         ]
         return [f"its image processor has its own {name}" for name in patched]
 
-    def of(self, processor: Any) -> bool:
+    def _is_of(self, processor: Any) -> bool:
         """Whether this is the replacement in ``processor``, not in one it was copied from."""
         return self._processor() is processor
 
@@ -82,7 +81,7 @@ class Replacement:
         """Give the processor back its own method; nothing of this class is left in it."""
         processor = self._processor()
         if processor is not None:
-            PROCESSOR.remove(processor, (self.METHOD,), {})
+            PROCESSOR.remove(processor, (self.METHOD,), self._before)
 
     def run(self, processor: Any, *args: Any, **kwargs: Any) -> Any:
         """What the replaced method does; arguments, results and errors are those of diffusers."""
