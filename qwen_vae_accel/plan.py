@@ -161,7 +161,7 @@ def _static(text: str, scale: int) -> Profile:
 
 
 def static_multiple(scale: int) -> int:
-    """What the sides of a static size are multiples of, as the pipelines round, for ``scale`` pixels per latent pixel."""
+    """Sides of a static size are multiples of this, as the pipelines round, for ``scale`` pixels per latent pixel."""
     return max(STATIC_MULTIPLE, 2 * scale)
 
 

@@ -55,7 +55,7 @@ class Environment:
 
     @classmethod
     def detect(cls, device: torch.device) -> Environment:
-        """What is true here, for work on ``device``."""
+        """Read the facts of this machine, for work on ``device``."""
         packages = {}
         for name in _PACKAGES:
             try:
@@ -82,7 +82,7 @@ class Environment:
         )
 
     def describe(self) -> dict[str, str]:
-        """The same as flat text, for manifests and reports."""
+        """Return the facts that are known as flat text by name, for manifests and reports."""
         facts = {
             "device": self.device_type,
             "device_name": self.device_name,
@@ -125,7 +125,7 @@ def _cpu_half_dtypes() -> tuple[str, ...]:
 
 
 def _x86_flags() -> set[str]:
-    """What Linux says an x86 processor has; empty where it does not say."""
+    """The features that Linux lists for an x86 processor; empty where it lists none."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -170,7 +170,7 @@ class Job:
         stored: torch.dtype,
         environment: Environment,
     ) -> Job:
-        """What ``config`` asks of ``method`` for a network stored in ``stored``, on ``device`` of ``environment``."""
+        """Make the job that ``config`` asks of ``method`` for weights of dtype ``stored`` on ``device`` of ``environment``."""
         dtype = environment.arithmetic(config.compute_dtype(method, stored))
         return cls(method, topology, dtype, device, config.float8(method))
 
@@ -181,7 +181,7 @@ class Job:
 
     @property
     def multiple(self) -> int:
-        """What the sides of the network's input must be multiples of."""
+        """Sides of the network's input must be multiples of this."""
         return self.topology.multiple if self.method == "encode" else 1
 
     def input_hw(self, size: Size) -> tuple[int, int]:
@@ -194,7 +194,8 @@ class Program(Protocol):
     """Something that runs one network. ``profile`` numbers an engine's optimization profile; others ignore it."""
 
     @property
-    def nbytes(self) -> int: ...
+    def nbytes(self) -> int:
+        """Bytes of device memory that the program keeps between its runs."""
 
     def __call__(self, x: Tensor, profile: int = 0) -> Tensor: ...
 

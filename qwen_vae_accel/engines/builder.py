@@ -44,7 +44,7 @@ class BuildResult:
     reason: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return the fields as plain JSON values."""
         values: dict[str, Any] = {"path": self.path, "status": self.status, "seconds": round(self.seconds, 3)}
         if self.record is not None:
             values["bytes"] = self.record.size

@@ -63,7 +63,7 @@ class EngineStatus:
         return not self.reasons
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return the fields as plain JSON values."""
         values: dict[str, Any] = {"path": self.path, "bytes": self.size, "current": self.current, "reasons": list(self.reasons)}
         if self.record is not None:
             r = self.record
@@ -101,7 +101,7 @@ class Removal:
     planned: bool = True
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return path, bytes and reason as plain JSON values."""
         return {"path": str(self.path), "bytes": self.size, "reason": self.reason}
 
 
@@ -169,7 +169,7 @@ class Inspector:
         return Wanted(backend, record.key, DTYPES[record.dtype], self._device, record.weights, self._environment)
 
     def _wanted_at(self, path: str, record: EngineRecord) -> Wanted:
-        """The same over the weights of the VAE, where one is given; EngineError if its file does not belong at ``path``."""
+        """The engine that the file at ``path`` would be run as here, over the weights of the VAE where one is given."""
         wanted = self._wanted(record)
         if self._source is not None:
             wanted = dataclasses.replace(wanted, weights=self._source.fingerprint(record.method, wanted.dtype))
@@ -180,7 +180,7 @@ class Inspector:
     # Self-checks.
 
     def writers(self) -> list[str]:
-        """What lets others than the current user and root change what is run from here."""
+        """List what lets others than the current user and root change what is run from here."""
         return rights.writers(self.store.root, *rights.everything(self.store.root))
 
     def verify(self, status: EngineStatus) -> Iterator[tuple[Profile, Verification]]:

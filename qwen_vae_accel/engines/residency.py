@@ -124,7 +124,7 @@ class Residency:
                 self._ring()
 
     def loaded(self, resident: Resident, program: Program) -> None:
-        """Whoever waits for this engine has it at once, so that while they wait it is loaded no second time."""
+        """Keep the program of an engine that was taken to be loaded. Whoever waits for it has it at once."""
         with self._lock:
             resident.estimate = program.nbytes
             resident.program = program
@@ -135,7 +135,7 @@ class Residency:
             self._ring()
 
     def abandon(self, resident: Resident) -> None:
-        """The engine was not loaded; whoever waits for it may try."""
+        """Give up an engine that was taken to be loaded and could not be. Whoever waits for it may try."""
         with self._lock:
             if self._residents.get(resident.wanted) is resident:
                 del self._residents[resident.wanted]
@@ -177,7 +177,7 @@ class Residency:
     # Under the lock.
 
     def _admit(self, waiter: _Waiter) -> tuple[Resident, bool] | None:
-        """What :meth:`take` returns, or None while it is not this thread's turn or there is no room."""
+        """The answer of :meth:`take`, or None while it is not this thread's turn or there is no room."""
         self._queue[:] = [other for other in self._queue if other.visit in self._waiting]
         for wanted, other in list(self._residents.items()):
             if other.program is None and not other.users:

@@ -67,7 +67,7 @@ def sample_input(job: Job, size: Size, config: Mapping[str, Any]) -> Tensor:
 
 
 def exact_output(source: ModelSource, job: Job, x: Tensor) -> Tensor:
-    """What the exact network computes of ``x`` in float64, in bands where the image is large."""
+    """Compute ``x [B, C, H, W]`` by the exact network in float64, in bands where the image is large."""
     network = source.model(job.method, torch.float64, job.device)
     return run_banded(network, x.double(), _BAND)
 
@@ -99,7 +99,7 @@ def error_limit(source: ModelSource, job: Job) -> Error:
 
 
 def psnr_db(output: Tensor, exact: Tensor, method: str) -> float:
-    """PSNR against ``exact``: peak to peak 2 for images, the reference's range for moments."""
+    """PSNR of ``output [B, C, H, W]`` against ``exact``: peak to peak 2 for images, the reference's range for moments."""
     mse = (output.double() - exact.double()).square().mean().item()
     if not math.isfinite(mse):
         return -math.inf

@@ -109,7 +109,7 @@ class EngineStore:
         return image, record
 
     def _usable(self, wanted: Wanted, read: Callable[[Path], tuple[str, _T]]) -> tuple[_T, EngineRecord]:
-        """What ``read`` made of a usable engine, beside its hash, and its record."""
+        """The result of ``read`` for a usable engine, without its hash, and the record."""
         path = self.root / wanted.path
         for _ in range(_ATTEMPTS):
             stamp = self.stamp()
@@ -273,7 +273,7 @@ class EngineStore:
             return self.delete(name)
 
     def delete(self, name: str) -> int:
-        """The same; the caller holds the engine's lock.
+        """Delete an engine as :meth:`remove` does; the caller holds the engine's lock.
 
         Raises:
             EngineError: if the file cannot be deleted, or lies outside the directory: then only its records are gone.

@@ -56,7 +56,7 @@ def custom_method(vae: nn.Module, method: str) -> str:
 
 
 def custom_vae(vae: nn.Module, twin: nn.Module, names: frozenset[str], method: str) -> str:
-    """What ``vae`` itself does otherwise than its diffusers class when it is asked to ``method``; empty if nothing.
+    """Name what ``vae`` itself does otherwise than its diffusers class when it is asked to ``method``; empty if nothing.
 
     Args:
         vae: the VAE.
@@ -78,7 +78,7 @@ def custom_vae(vae: nn.Module, twin: nn.Module, names: frozenset[str], method: s
 
 
 def custom_network(vae: nn.Module, twin: nn.Module, names: frozenset[str], method: str) -> str:
-    """Where the network of ``method`` differs from that of ``twin``, or does more than its classes say; empty if nowhere.
+    """Name where the network of ``method`` differs from that of ``twin``, or does more than its classes say; empty if nowhere.
 
     Args:
         vae: the VAE.

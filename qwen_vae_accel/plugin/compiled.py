@@ -77,7 +77,7 @@ def _(x: Tensor, number: int, method: str, channels: int, height: int, width: in
 
 
 def not_opaque(vae: nn.Module, method: str, x: Tensor) -> str:
-    """Why the trace goes through diffusers' own code, as without us; empty where the operator stands for the call."""
+    """Why the trace of ``x [B, C, T, h, w]`` goes through diffusers' own code; empty where the operator stands for the call."""
     if _is_exporting():
         return "torch.export traces the call"
     if type(x) is not Tensor and type(x) is not nn.Parameter:
@@ -122,7 +122,7 @@ note._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo call
 
 
 def output(vae: nn.Module, traced: Traced, method: str, x: Tensor) -> Tensor:
-    """The operator's output for ``x``."""
+    """The operator's output ``[B, C', 1, h', w']`` for ``x [B, C, 1, h, w]``."""
     batch, _, _, height, width = x.shape
     if method == "decode":
         size = (traced.image_channels, height * traced.scale, width * traced.scale)

@@ -188,7 +188,7 @@ class Handle:
         self._restored = True
 
     def report(self) -> Report:
-        """What happened since :func:`accelerate`: a table when printed with rich, values through ``.as_dict()``."""
+        """Tell what happened since :func:`accelerate`: a table when printed with rich, values through ``.as_dict()``."""
         runtime = self._dispatcher.runtime
         resident = runtime.resident() if runtime is not None else []
         return self._journal.report(self.config.backend, resident, self._note(), self._parking.nbytes)

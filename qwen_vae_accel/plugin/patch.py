@@ -57,7 +57,7 @@ class Patch:
             del patched.__dict__[name]
 
     def patched_since(self, patched: Any, names: Sequence[str]) -> str:
-        """What somebody else has changed since :meth:`install` and would lose by :meth:`remove`; empty if nothing."""
+        """Name what somebody else has changed since :meth:`install` and would lose by :meth:`remove`; empty if nothing."""
         for name in names:
             method = patched.__dict__.get(name)
             if method is not None and not getattr(method, _MARK, False):

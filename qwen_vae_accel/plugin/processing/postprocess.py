@@ -40,7 +40,7 @@ class PostProcessing(Replacement):
     PARTS = ("_denormalize_conditionally", "denormalize", "pt_to_numpy", "numpy_to_pil")
 
     def run(self, processor: Any, image: Any, output_type: str = "pil", do_denormalize: list[bool] | None = None) -> Any:
-        """What the patched method does; arguments, results and errors are those of diffusers."""
+        """Do the method's work; arguments, results and errors are those of diffusers."""
         original = functools.partial(self.original(processor), image, output_type, do_denormalize)
         if output_type in ("pt", "latent"):
             return original()

@@ -84,7 +84,7 @@ class Replacement:
             PROCESSOR.remove(processor, (self.METHOD,), self._before)
 
     def run(self, processor: Any, *args: Any, **kwargs: Any) -> Any:
-        """What the replaced method does; arguments, results and errors are those of diffusers."""
+        """Do the method's work; arguments, results and errors are those of diffusers."""
         raise NotImplementedError
 
     def original(self, processor: Any) -> Callable[..., Any]:
