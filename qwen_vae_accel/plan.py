@@ -175,7 +175,7 @@ def folder_name(size: Size, scale: int = LATENT_SCALE) -> str:
 
 @dataclass(frozen=True, slots=True)
 class EngineKey:
-    """One engine of a plan: the network it replaces and the sizes it takes.
+    """One engine of a plan: the network it replaces and the sizes it takes. It names the engine on every machine.
 
     ``name`` is a static engine's folder, or ``multi_profile``; ``profiles`` has one entry for a static engine.
     """

@@ -33,6 +33,10 @@ _PACKAGES = ("torch", "triton", "diffusers", "torch-tensorrt", "torch-tensorrt-r
 class Environment:
     """The machine and its software, as a value, so that every decision about them can be tested anywhere.
 
+    Backends, engines, benchmarks and commands know a machine by nothing else: :meth:`describe` is its text, and
+    :func:`qwen_vae_accel.engines.selfcheck.machine_id` its short name. The kernels, which lie below, have two narrower values:
+    ``kernels.gpu.Gpu`` for choosing a kernel, and ``kernels.tuning.stored.Machine`` for what measured times are tied to.
+
     Attributes:
         device_type: ``"cpu"`` or ``"cuda"``.
         device_name: the GPU's name, or the CPU's instruction set.

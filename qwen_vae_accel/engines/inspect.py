@@ -39,7 +39,7 @@ _NETWORKS = {"vae_encoder": "encode", "vae_decoder": "decode"}
 
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
-    """One engine file as it is found.
+    """One engine file as it is found: its record, and why it would not be run here.
 
     Attributes:
         path: below the engine directory.

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from qwen_vae_accel.backends.tensorrt.network import arithmetic, convolutions, shapes
-from qwen_vae_accel.backends.tensorrt.network.reading import TYPES, Kind, Layer, NetworkError, sides
+from qwen_vae_accel.backends.tensorrt.network.reading import TYPES, Layer, LayerKind, NetworkError, sides
 
-KINDS: Mapping[str, Kind] = {**shapes.KINDS, **arithmetic.KINDS, **convolutions.KINDS}
+KINDS: Mapping[str, LayerKind] = {**shapes.KINDS, **arithmetic.KINDS, **convolutions.KINDS}
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ class NetworkError(BuildError):
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class LayerKind:
     """How layers of one kind are read.
 
     Attributes:
@@ -63,7 +63,7 @@ class Layer:
         NetworkError: if its kind is not known, or it has parameters that its kind should not have.
     """
 
-    def __init__(self, trt: ModuleType, handle: Any, kinds: Mapping[str, Kind]) -> None:
+    def __init__(self, trt: ModuleType, handle: Any, kinds: Mapping[str, LayerKind]) -> None:
         self.name: str = handle.name
         # The class of some kinds has a "type" of its own, and the object may have been opened before.
         self.kind: str = trt.ILayer.type.__get__(handle).name
