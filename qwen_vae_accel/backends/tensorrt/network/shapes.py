@@ -205,7 +205,9 @@ KINDS = {
     "IDENTITY": LayerKind("IIdentityLayer", (), _identity),
     "SHAPE": LayerKind("IShapeLayer", (), _shape),
     "CONCATENATION": LayerKind("IConcatenationLayer", ("axis",), _concatenation),
-    "SHUFFLE": LayerKind("IShuffleLayer", ("first_transpose", "reshape_dims", "second_transpose", "zero_is_placeholder"), _shuffle),
+    "SHUFFLE": LayerKind(
+        "IShuffleLayer", ("first_transpose", "reshape_dims", "second_transpose", "zero_is_placeholder"), _shuffle
+    ),
     "SLICE": LayerKind("ISliceLayer", ("axes", "mode", "shape", "start", "stride"), _slice),
     "GATHER": LayerKind("IGatherLayer", ("axis", "mode", "num_elementwise_dims"), _gather),
     "RESIZE": LayerKind(
