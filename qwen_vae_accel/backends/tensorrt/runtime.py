@@ -48,7 +48,7 @@ class TensorRTProgram:
         nbytes: of the engine's file.
 
     Attributes:
-        engine: the engine.
+        engine: what was loaded, with what it says of itself.
         nbytes: device memory that it keeps while it is loaded.
         max_batch: images it takes at once, per profile; more go one run after another.
     """
