@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 
 from qwen_vae_accel.errors import ConfigError, shown
@@ -161,7 +161,7 @@ def _static(text: str, scale: int) -> Profile:
 
 
 def static_multiple(scale: int) -> int:
-    """What the sides of a static size are multiples of, as the pipelines round, for ``scale`` pixels per latent pixel."""
+    """Sides of a static size are multiples of this, as the pipelines round, for ``scale`` pixels per latent pixel."""
     return max(STATIC_MULTIPLE, 2 * scale)
 
 
@@ -175,14 +175,14 @@ def folder_name(size: Size, scale: int = LATENT_SCALE) -> str:
 
 @dataclass(frozen=True, slots=True)
 class EngineKey:
-    """One engine of a plan: the network it replaces and the sizes it takes.
+    """One engine of a plan: the network it replaces and the sizes it takes. It names the engine on every machine.
 
     ``name`` is a static engine's folder, or ``multi_profile``; ``profiles`` has one entry for a static engine.
     """
 
     method: str
     name: str
-    profiles: tuple[Profile, ...]
+    profiles: tuple[Profile, ...] = field(hash=False)  # looked up at every call; method and name tell most apart
 
     @property
     def stem(self) -> str:

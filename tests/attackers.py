@@ -18,28 +18,28 @@ import torch
 from qwen_vae_accel import accelerate
 from qwen_vae_accel.backends import registry
 from qwen_vae_accel.backends.eager import EagerBackend
-from qwen_vae_accel.engines.expected import Expected
 from qwen_vae_accel.engines.inspect import Inspector
 from qwen_vae_accel.engines.store import EngineStore, hash_file
+from qwen_vae_accel.engines.wanted import Wanted
 from qwen_vae_accel.errors import AccelError, EngineMissingError, EngineRefusedError
 from qwen_vae_accel.plan import EngineKey, Profile, Size
 from tests.conftest import random_vae
 from tests.helpers import FakeBackend, decoded, latents
-from tests.processes import drop_privileges, expected, maker
+from tests.processes import IDENTITY, drop_privileges, expected, maker
 
 SIZES = ("32x32", "48x32")
 
 
 def _fake() -> FakeBackend:
     fake = FakeBackend()
-    fake.facts = dict(expected().identity)
+    fake.facts = dict(IDENTITY)
     registry._BACKENDS = (fake, EagerBackend())
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     return fake
 
 
-def wanted(name: str, weights: str) -> Expected:
+def wanted(name: str, weights: str) -> Wanted:
     """A store-level engine in the folder ``name``."""
     return expected(weights, key=EngineKey("decode", name, (Profile.static(name, Size(512, 512)),)))
 
@@ -96,10 +96,11 @@ def interrupted_calls(root: Path, seed: int, seconds: float) -> dict[str, int]:
 def _left(handle: Any) -> list[str]:
     runtime = handle._dispatcher.runtime
     found = ["a caller"] if handle._callers else []
-    found += ["a user" for slot in runtime._slots.values() if slot.users]
-    found += ["a waiting thread"] if runtime._waiting else []
+    residency = runtime._residency
+    found += ["a user" for resident in residency._residents.values() if resident.users]
+    found += ["a waiting thread"] if residency._waiting else []
     locks = {
-        "runtime": runtime._lock,
+        "residency": residency._lock,
         "checking": runtime._checking,
         "dispatcher": handle._dispatcher._lock,
         "source": handle._source._lock,

@@ -22,6 +22,7 @@ from qwen_vae_accel import Handle, accelerate
 from qwen_vae_accel.accuracy import FACTOR, ROUNDING, Error, measure
 from qwen_vae_accel.backends.base import EngineBackend, EngineImage, Environment, Job
 from qwen_vae_accel.plan import EngineKey
+from qwen_vae_accel.plugin.patch import owner_of
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "examples" / "data"
@@ -81,6 +82,16 @@ def exact_vae(vae: nn.Module) -> nn.Module:
         if isinstance(module, nn.Upsample):
             module.forward = functools.partial(nn.Upsample.forward, module)
     return double
+
+
+def replaced_methods(processor: object) -> set[str]:
+    """The methods of an image processor that are served by the plugin now."""
+    return {name for name in ("preprocess", "postprocess") if owner_of(processor, name) is not None}
+
+
+def state(processor: object) -> tuple[type, dict[str, object]]:
+    """All that a trace could be left in: the class of an object, and what it holds."""
+    return type(processor), dict(vars(processor))
 
 
 class Reference:

@@ -26,7 +26,7 @@ def test_a_missing_engine_is_looked_up_once(micro, fake, engines, monkeypatch, o
     store = handle._dispatcher.runtime.store
     lookups = []
     load = store.load
-    monkeypatch.setattr(store, "load", lambda expected: lookups.append(expected.path) or load(expected))
+    monkeypatch.setattr(store, "load", lambda wanted: lookups.append(wanted.path) or load(wanted))
     for _ in range(3):
         if on_miss == "error":
             with pytest.raises(EngineMissingError, match="there is no engine"):

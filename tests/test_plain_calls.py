@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from qwen_vae_accel import accelerate
-from qwen_vae_accel.plugin.patch import handle_of
+from qwen_vae_accel.plugin.methods import handle_of
 from qwen_vae_accel.plugin.plain import not_plain
 from tests.contract import Z, calls
 from tests.helpers import Reference, decoded

@@ -18,7 +18,7 @@ from qwen_vae_accel.engines.manifest import NAME
 from qwen_vae_accel.engines.store import EngineStore
 from qwen_vae_accel.errors import EngineError, EngineMissingError
 from tests.helpers import FakeBackend
-from tests.processes import expected, maker
+from tests.processes import IDENTITY, expected, maker
 
 PATH = expected().path
 OLD = {"device_name": "another GPU"}
@@ -28,7 +28,7 @@ OLD = {"device_name": "another GPU"}
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory whose one engine would not be run here; the fake backend's are :func:`expected` ones."""
     fake = FakeBackend()
-    fake.facts = dict(expected().identity)
+    fake.facts = dict(IDENTITY)
     monkeypatch.setattr(registry, "_BACKENDS", (fake, EagerBackend()))
     build(tmp_path / "engines", identity=OLD)
     return tmp_path / "engines"

@@ -57,8 +57,7 @@ def test_a_report_shows_names_on_anybodys_console() -> None:
     from rich.console import Console
 
     journal = Journal()
-    journal.call("decode", EVIL)
-    journal.fallback("decode", EVIL, EVIL)
+    journal.served("decode", EVIL, EVIL)
     journal.load(EngineLoad(EVIL, EVIL, 1.0, 1))
     journal.leave_alone(EVIL, EVIL)
     report = journal.report(EVIL, [EVIL], EVIL)

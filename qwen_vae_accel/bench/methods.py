@@ -28,7 +28,7 @@ from qwen_vae_accel.errors import AccelError, ConfigError
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.plan import STATIC_MULTIPLE, Size, parse_size
 from qwen_vae_accel.plugin.handle import accelerate
-from qwen_vae_accel.plugin.patch import handle_of
+from qwen_vae_accel.plugin.methods import handle_of
 
 BASELINE = "diffusers"
 # What `--task` of the command and `task` of a row name; the configuration's task is a kind of request.

@@ -11,7 +11,7 @@ from rich.console import Group
 from qwen_vae_accel.cli import common, edge
 from qwen_vae_accel.demo import run
 from qwen_vae_accel.engines.builder import BuildResult
-from qwen_vae_accel.engines.runtime import Wanted
+from qwen_vae_accel.engines.wanted import Wanted
 from qwen_vae_accel.page.console import to_rich
 from qwen_vae_accel.page.sheet import Table
 from qwen_vae_accel.terminal import plain, stderr

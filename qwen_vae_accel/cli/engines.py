@@ -19,7 +19,7 @@ from qwen_vae_accel.config import AccelConfig
 from qwen_vae_accel.engines import networkcheck
 from qwen_vae_accel.engines.builder import Builder, BuildResult
 from qwen_vae_accel.engines.inspect import EngineStatus, Inspector
-from qwen_vae_accel.engines.runtime import Wanted
+from qwen_vae_accel.engines.wanted import Wanted
 from qwen_vae_accel.errors import AccelError, ConfigError, EngineError
 from qwen_vae_accel.loading import load_vae
 from qwen_vae_accel.model import ModelSource

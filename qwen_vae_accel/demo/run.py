@@ -18,7 +18,7 @@ from qwen_vae_accel.demo.picture import open_photo
 from qwen_vae_accel.demo.reload import Instructions, as_json
 from qwen_vae_accel.documents import read_json
 from qwen_vae_accel.engines.builder import Builder, BuildResult
-from qwen_vae_accel.engines.runtime import Wanted
+from qwen_vae_accel.engines.wanted import Wanted
 from qwen_vae_accel.errors import AccelError, BuildError, ConfigError, UnsupportedVAEError
 from qwen_vae_accel.files import write_atomically
 from qwen_vae_accel.loading import load_vae, stored_dtype, vae_folder

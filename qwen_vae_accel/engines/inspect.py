@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from qwen_vae_accel.backends.base import EngineBackend, EngineDescription, EngineImage, Environment, Job
+from qwen_vae_accel.backends.base import EngineBackend, EngineImage, Environment, Job
 from qwen_vae_accel.backends.registry import engine_backends, get_backend
 from qwen_vae_accel.config import DTYPES, AccelConfig
 from qwen_vae_accel.engines import locks, networkcheck, rights, selfcheck
-from qwen_vae_accel.engines.expected import Expected
 from qwen_vae_accel.engines.manifest import EngineRecord, Verification, check_name
-from qwen_vae_accel.engines.runtime import EngineRuntime, Wanted
+from qwen_vae_accel.engines.runtime import EngineRuntime
 from qwen_vae_accel.engines.store import EngineStore, hash_file
+from qwen_vae_accel.engines.wanted import Wanted
 from qwen_vae_accel.errors import (
     AccelError,
     ConfigError,
@@ -30,7 +30,7 @@ from qwen_vae_accel.errors import (
 )
 from qwen_vae_accel.journal import Journal
 from qwen_vae_accel.model import ModelSource, Topology
-from qwen_vae_accel.plan import MULTI_PROFILE, Choice, EngineKey, Profile, folder_name, parse_size, static_multiple
+from qwen_vae_accel.plan import MULTI_PROFILE, EngineKey, Profile, folder_name, parse_size, static_multiple
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ _NETWORKS = {"vae_encoder": "encode", "vae_decoder": "decode"}
 
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
-    """One engine file as it is found.
+    """One engine file as it is found: its record, and why it would not be run here.
 
     Attributes:
         path: below the engine directory.
@@ -63,7 +63,7 @@ class EngineStatus:
         return not self.reasons
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return the fields as plain JSON values."""
         values: dict[str, Any] = {"path": self.path, "bytes": self.size, "current": self.current, "reasons": list(self.reasons)}
         if self.record is not None:
             r = self.record
@@ -101,7 +101,7 @@ class Removal:
     planned: bool = True
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return path, bytes and reason as plain JSON values."""
         return {"path": str(self.path), "bytes": self.size, "reason": self.reason}
 
 
@@ -144,7 +144,7 @@ class Inspector:
     def _status(self, path: str, record: EngineRecord) -> EngineStatus:
         reasons: list[str] = []
         try:
-            _, record = self.store.find(self._expected(path, record))
+            _, record = self.store.find(self._wanted_at(path, record))
         except EngineMissingError:
             reasons = ["the file is gone"]
         except EngineRefusedError as error:
@@ -159,35 +159,29 @@ class Inspector:
         reasons += [f"self-check of {name} failed: {result.errors()}" for name, result in checks.items() if not result.passed]
         return EngineStatus(path, self.store.size(path), record, tuple(reasons), checks, networkcheck.of_record(record))
 
-    def _expected(self, path: str, record: EngineRecord) -> Expected:
-        """What the file of ``record`` must be to be run here."""
+    def _wanted(self, record: EngineRecord) -> Wanted:
+        """The engine that the file of ``record`` would be run as here, over the weights that it holds."""
         backend = get_backend(record.backend)
         if not isinstance(backend, EngineBackend):
             raise EngineError(f"backend {record.backend!r} has no engines in this release")
         if record.dtype not in DTYPES:
             raise EngineError(f"dtype {record.dtype!r} is not known")
-        weights = record.weights
+        return Wanted(backend, record.key, DTYPES[record.dtype], self._device, record.weights, self._environment)
+
+    def _wanted_at(self, path: str, record: EngineRecord) -> Wanted:
+        """The engine that the file at ``path`` would be run as here, over the weights of the VAE where one is given."""
+        wanted = self._wanted(record)
         if self._source is not None:
-            weights = self._source.fingerprint(record.method, DTYPES[record.dtype])
-        expected = Expected.of(backend, record.key, DTYPES[record.dtype], weights, self._environment)
-        if expected.path != path:
-            raise EngineError(f"its record belongs to {expected.path}")
-        return expected
+            wanted = dataclasses.replace(wanted, weights=self._source.fingerprint(record.method, wanted.dtype))
+        if wanted.path != path:
+            raise EngineError(f"its record belongs to {wanted.path}")
+        return wanted
 
     # Self-checks.
 
     def writers(self) -> list[str]:
-        """What lets others than the current user and root change what is run from here."""
+        """List what lets others than the current user and root change what is run from here."""
         return rights.writers(self.store.root, *rights.everything(self.store.root))
-
-    def _runtime(self, source: ModelSource) -> EngineRuntime:
-        return EngineRuntime(self.store, source, Journal(), None, 2**62, False, lambda _: self._environment)
-
-    def _wanted(self, source: ModelSource, record: EngineRecord) -> Wanted:
-        backend = get_backend(record.backend)
-        assert isinstance(backend, EngineBackend)
-        job = Job(record.method, source.topology, DTYPES[record.dtype], self._device)
-        return Wanted(backend, job, record.key, record.weights)
 
     def verify(self, status: EngineStatus) -> Iterator[tuple[Profile, Verification]]:
         """Run the self-check of every profile of an engine again and keep the results.
@@ -197,15 +191,12 @@ class Inspector:
         """
         if self._source is None or status.record is None:
             raise EngineError("a self-check needs the VAE and a record")
-        wanted = self._wanted(self._source, status.record)
-        runtime = self._runtime(self._source)
+        wanted = self._wanted(status.record)
+        runtime = EngineRuntime(self.store, self._source, Journal(), None, 2**62, False)
         visit = threading.Lock()
         for profile in status.record.profiles:
-            with visit, runtime.use(wanted, Choice(wanted.key, profile), visit) as program:
-                result = runtime.run_check(wanted, profile, program, self._machine)
-                scratch = wanted.backend.scratch(program)
-            check = check_name(self._machine, profile)
-            self.store.record_verification(status.path, status.record.sha256, check, result, scratch)
+            with visit, runtime.use(wanted, profile, visit) as program:
+                result = runtime.verify(wanted, profile, program, status.record)
             yield profile, result
         runtime.release()
 
@@ -284,11 +275,11 @@ class Inspector:
         file = self.store.root / path
         try:
             image = EngineImage.read(file)
-            described = backend.describe(image, job)
-            if described is None:
+            profiles = backend.profiles(image, job)
+            if profiles is None:
                 key = self._key(path, method, name, config, source.topology)
             else:
-                key = _described_key(path, method, name, described, source.topology)
+                key = _key_of(path, method, name, profiles, source.topology)
             program = backend.load(image, job, key)
             checks = {}
             for index, profile in enumerate(key.profiles):
@@ -303,9 +294,8 @@ class Inspector:
             raise
         except Exception as error:
             raise EngineRefusedError(path, [f"{backend.name} cannot load or run it: {error}"]) from error
-        expected = Expected.of(backend, key, job.dtype, source.fingerprint(method, job.dtype), self._environment)
-        record = expected.record(
-            self._environment,
+        weights = source.fingerprint(method, job.dtype)
+        record = Wanted(backend, key, job.dtype, self._device, weights, self._environment).record(
             sha256=image.sha256,
             size=len(image.data),
             build_seconds=0.0,
@@ -348,9 +338,8 @@ class Inspector:
         return EngineKey(method, name, (Profile.static(name, size),))
 
 
-def _described_key(path: str, method: str, name: str, described: EngineDescription, topology: Topology) -> EngineKey:
-    """The engine that a file is, where it says so itself; its place must not say otherwise."""
-    profiles = described.profiles
+def _key_of(path: str, method: str, name: str, profiles: tuple[Profile, ...], topology: Topology) -> EngineKey:
+    """The engine that a file is, where it says itself which profiles it has; its place must not say otherwise."""
     if name == MULTI_PROFILE:
         return EngineKey(method, MULTI_PROFILE, profiles)
     size = profiles[0].optimum

@@ -13,12 +13,12 @@ from torch import Tensor
 from qwen_vae_accel.accuracy import ROUNDING, Error, measure
 from qwen_vae_accel.backends.base import Environment, Job, Program
 from qwen_vae_accel.backends.samples import sample_input
-from qwen_vae_accel.engines.manifest import Verification
+from qwen_vae_accel.engines.manifest import Verification, check_name
 from qwen_vae_accel.errors import UnsupportedVAEError
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.model.original import published_network
 from qwen_vae_accel.model.tiling import run_banded
-from qwen_vae_accel.plan import Size
+from qwen_vae_accel.plan import Profile, Size
 
 # e4m3 has no yardstick in diffusers. Trained weights stay under 3e-2 (47 dB), but random ones of full size reach 1.4e-1:
 # only garbage is refused.
@@ -37,8 +37,13 @@ def machine_id(environment: Environment) -> str:
     return hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()[:16]
 
 
+def name_of(environment: Environment, profile: Profile) -> str:
+    """The name under which a record keeps the self-check of ``profile`` on the machine of ``environment``."""
+    return check_name(machine_id(environment), profile)
+
+
 def exact_output(source: ModelSource, job: Job, x: Tensor) -> Tensor:
-    """What the exact network computes of ``x`` in float64, in bands where the image is large."""
+    """Compute ``x [B, C, H, W]`` by the exact network in float64, in bands where the image is large."""
     network = source.model(job.method, torch.float64, job.device)
     return run_banded(network, x.double(), _BAND)
 
@@ -70,7 +75,7 @@ def error_limit(source: ModelSource, job: Job) -> Error:
 
 
 def psnr_db(output: Tensor, exact: Tensor, method: str) -> float:
-    """PSNR against ``exact``: peak to peak 2 for images, the reference's range for moments."""
+    """PSNR of ``output [B, C, H, W]`` against ``exact``: peak to peak 2 for images, the reference's range for moments."""
     mse = (output.double() - exact.double()).square().mean().item()
     if not math.isfinite(mse):
         return -math.inf

@@ -18,7 +18,7 @@ from torch import nn
 from qwen_vae_accel.model.offload import is_plain
 from qwen_vae_accel.model.topology import METHODS, PARTS
 
-# Names, in the class that accelerate() gives a VAE, the class that the VAE had.
+# Names, in the class that accelerate() gives an object, the class that the object had.
 PLAIN_CLASS = "__qwen_vae_accel_plain_class__"
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # How Python enters a layer, and what it looks up in a class without a name in the code.
@@ -44,9 +44,9 @@ _HARMLESS_HOOKS = {
 }  # fmt: skip
 
 
-def plain_class(vae: nn.Module) -> type:
-    """The class of ``vae``, accelerated or not."""
-    return getattr(type(vae), PLAIN_CLASS, type(vae))
+def plain_class(patched: Any) -> type:
+    """The class of a VAE or an image processor, accelerated or not."""
+    return getattr(type(patched), PLAIN_CLASS, type(patched))
 
 
 def custom_method(vae: nn.Module, method: str) -> str:
@@ -56,7 +56,7 @@ def custom_method(vae: nn.Module, method: str) -> str:
 
 
 def custom_vae(vae: nn.Module, twin: nn.Module, names: frozenset[str], method: str) -> str:
-    """What ``vae`` itself does otherwise than its diffusers class when it is asked to ``method``; empty if nothing.
+    """Name what ``vae`` itself does otherwise than its diffusers class when it is asked to ``method``; empty if nothing.
 
     Args:
         vae: the VAE.
@@ -78,7 +78,7 @@ def custom_vae(vae: nn.Module, twin: nn.Module, names: frozenset[str], method: s
 
 
 def custom_network(vae: nn.Module, twin: nn.Module, names: frozenset[str], method: str) -> str:
-    """Where the network of ``method`` differs from that of ``twin``, or does more than its classes say; empty if nowhere.
+    """Name where the network of ``method`` differs from that of ``twin``, or does more than its classes say; empty if nowhere.
 
     Args:
         vae: the VAE.

@@ -161,7 +161,7 @@ def _closure(function: FunctionType) -> list[FunctionType]:
 
 
 def _unwrapped(function: FunctionType) -> Iterator[FunctionType]:
-    """What the wrapper of a known decorator calls; ``function`` itself if it is none."""
+    """The function that the wrapper of a known decorator calls; ``function`` itself if it is none."""
     inside = _closure(function) if function.__globals__.get("__name__") in _DECORATORS else []
     for inner in inside:
         yield from _unwrapped(inner)

@@ -58,7 +58,7 @@ def known_class(vae: object) -> type | None:
 
 
 def arguments(vae: nn.Module) -> dict[str, Any]:
-    """What the VAE's configuration says of its networks, by the names of its class's arguments."""
+    """Read what the VAE's configuration says of its networks, by the names of its class's arguments."""
     cls = known_class(vae)
     config = vae.__dict__.get("_internal_dict") or {}
     names = () if cls is None else inspect.signature(cls).parameters

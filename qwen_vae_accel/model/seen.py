@@ -41,6 +41,7 @@ class Published:
 
     @classmethod
     def of(cls, twin: Twin, method: str) -> Published:
+        """Read the code of ``method`` and of its layers in the published ``twin``."""
         code = OwnCode()
         vae_names = code.trace([type(twin.vae)], frozenset((method, "__getattr__", "__getattribute__")))
         layers = [layer for part in PARTS[method] for layer in twin.vae.get_submodule(part).modules()]
@@ -134,6 +135,7 @@ class Seen:
 
     @classmethod
     def look(cls, vae: nn.Module, published: Published, parked_from: torch.device | None = None) -> Seen:
+        """Look at the network of ``vae`` now, whose parked parameters count as being on ``parked_from``."""
         next_hook = RemovableHandle.next_id
         parts = [vae._modules.get(part) for part in PARTS[published.method]]
         modules = [layer for part in parts if part is not None for layer in part.modules()]

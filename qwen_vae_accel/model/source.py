@@ -100,7 +100,7 @@ class ModelSource:
         return dict(getattr(self.vae, "config", {}) or {})
 
     def placement(self, method: str) -> Placement:
-        """Where and in which dtype the network of ``method`` computes; looks at its weights now."""
+        """Look at the weights of ``method`` now: where its network computes, and in which dtype."""
         return self.glance(method)[1]
 
     def generation(self, method: str) -> int:
@@ -220,7 +220,7 @@ class ModelSource:
         return Seen.look(self.vae, self._publish(method), self.parked_from)
 
     def _publish(self, method: str) -> Published:
-        """What the network is by its class; found anew where code was replaced since."""
+        """The network by its class, found anew where code was replaced since."""
         if self._twin.doubt:
             self._twin = published_twin(self.vae)
         known = self._published.get(method)

@@ -61,7 +61,7 @@ class Topology:
 
     @property
     def multiple(self) -> int:
-        """What the sides of an image that is encoded must be multiples of: shortcuts average whole blocks of pixels."""
+        """Sides of an image that is encoded must be multiples of this: shortcuts average whole blocks of pixels."""
         return self.scale if self.residual else 1
 
 

@@ -124,7 +124,7 @@ def _reach(tensor: Tensor) -> int:
 
 
 def _offsets(tensor: Tensor, places: Any) -> Any:
-    """Where in memory the elements are that are ``places``-th in reading order, counted from the first."""
+    """The offsets in memory of the elements that are ``places``-th in reading order, counted from the first."""
     if tensor.is_contiguous():
         return places
     indexes = np.unravel_index(places, tuple(tensor.shape))

@@ -16,13 +16,14 @@ from torch import Tensor
 from qwen_vae_accel.backends.base import Backend, DirectBackend, EngineBackend, Environment, Job, Program
 from qwen_vae_accel.backends.registry import direct_backends, engine_backends, get_backend
 from qwen_vae_accel.config import AccelConfig
-from qwen_vae_accel.engines.runtime import EngineRuntime, Wanted
+from qwen_vae_accel.engines.runtime import EngineRuntime
 from qwen_vae_accel.engines.store import EngineStore
+from qwen_vae_accel.engines.wanted import Wanted
 from qwen_vae_accel.errors import BackendUnavailableError, ConfigError, EngineError, EngineMissingError
 from qwen_vae_accel.journal import Journal
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.model.offload import Placement
-from qwen_vae_accel.plan import Choice, EngineKey, Miss, Plan, Size
+from qwen_vae_accel.plan import EngineKey, Miss, Plan, Profile, Size
 from qwen_vae_accel.visits import fork_safe_lock
 
 logger = logging.getLogger(__name__)
@@ -132,9 +133,7 @@ class Dispatcher:
                     f"engine_dir {store.root} does not exist. Build it with: qwen-vae-accel build --vae PATH "
                     f"--engine-dir {shlex.quote(str(store.root))} (or set on_miss='build')"
                 )
-            self.runtime = EngineRuntime(
-                store, source, journal, config.max_resident, config.vram_budget, config.verify, self.environment
-            )
+            self.runtime = EngineRuntime(store, source, journal, config.max_resident, config.vram_budget, config.verify)
 
     def environment(self, device: torch.device) -> Environment:
         """The facts of ``device``; read once."""
@@ -252,7 +251,7 @@ class Dispatcher:
             reasons.append(known[1])
             return None
         try:
-            output = self._with_engine(wanted, choice, x)
+            output = self._with_engine(wanted, request.job, choice.profile, x)
         except EngineError as error:
             text = f"{backend.name}: {error}"
             if not _is_out_of_memory(error):  # there may be room at the next request
@@ -275,21 +274,22 @@ class Dispatcher:
 
     def wanted(self, backend: EngineBackend, job: Job, key: EngineKey) -> Wanted:
         """The engine of ``key`` over the VAE's current weights."""
-        return Wanted(backend, job, key, self._source.fingerprint(job.method, job.dtype))
+        weights = self._source.fingerprint(job.method, job.dtype)
+        return Wanted(backend, key, job.dtype, job.device, weights, self.environment(job.device))
 
-    def _with_engine(self, wanted: Wanted, choice: Choice, x: Tensor) -> Tensor:
+    def _with_engine(self, wanted: Wanted, job: Job, profile: Profile, x: Tensor) -> Tensor:
         assert self.runtime is not None
-        index = choice.key.profiles.index(choice.profile)
+        index = wanted.key.profiles.index(profile)
 
         def run() -> Tensor:
             assert self.runtime is not None
             visit = threading.Lock()
-            with visit, self.runtime.use(wanted, choice, visit) as program:
+            with visit, self.runtime.use(wanted, profile, visit) as program:
                 # Engines hold batch one, unless they say otherwise; more images go one after another.
                 step = getattr(program, "max_batch", {}).get(index, 1)
                 return torch.cat([program(part, index) for part in x.split(step)]) if len(x) > step else program(x, index)
 
-        unavailable = wanted.backend.reasons(self.environment(wanted.job.device), wanted.job)
+        unavailable = wanted.backend.reasons(wanted.environment, job)
         if unavailable:
             raise EngineError("; ".join(unavailable))
         try:
@@ -362,15 +362,15 @@ class Dispatcher:
 
     def _warm(self, wanted: Wanted) -> None:
         assert self.runtime is not None
-        choice = Choice(wanted.key, wanted.key.profiles[0])
+        profile = wanted.key.profiles[0]
         self._misses.clear()
         visit = threading.Lock()
         try:
-            with visit, self.runtime.use(wanted, choice, visit):
+            with visit, self.runtime.use(wanted, profile, visit):
                 return
         except EngineError:
             if self._config.miss_policy != "build":
                 raise
         self.runtime.build(wanted)
-        with visit, self.runtime.use(wanted, choice, visit):
+        with visit, self.runtime.use(wanted, profile, visit):
             return

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,12 @@ from qwen_vae_accel.model.topology import METHODS
 from qwen_vae_accel.plan import MIN_SIDE, Size
 from qwen_vae_accel.plugin.compiled import Traced
 from qwen_vae_accel.plugin.dispatch import Dispatcher, Request
+from qwen_vae_accel.plugin.methods import PATCHED, VAE, OwnMethods, handle_of, pack
 from qwen_vae_accel.plugin.parking import Parking
-from qwen_vae_accel.plugin.patch import OwnMethods, handle_of, install, pack, patched_since, remove
-from qwen_vae_accel.plugin.plain import not_plain
+from qwen_vae_accel.plugin.plain import not_image, not_plain
 from qwen_vae_accel.plugin.processing import PostProcessing, PreProcessing, Replacement, processors_of
 from qwen_vae_accel.progress import progress_bar
 from qwen_vae_accel.visits import Visits, fork_safe_lock
-
-logger = logging.getLogger(__name__)
 
 _REQUESTS = 256  # kinds of calls remembered
 _TRIES = 2  # to compute over weights that do not change meanwhile
@@ -107,9 +105,10 @@ class Handle:
         self._requests: dict[tuple[Any, ...], Request] = {}
         self._one_original = fork_safe_lock()
         self._traced = Traced.of(self, self._source.topology)
-        remove(vae, {})  # what a copy of an accelerated VAE may carry
+        VAE.remove(vae, PATCHED, {})  # what a copy of an accelerated VAE may carry
         self._custom = {method: custom_method(vae, method) for method in METHODS}
-        self._before = install(vae, self)
+        self._before: Mapping[str, Any]
+        VAE.install(vae, self, PATCHED)
         self._original = OwnMethods(vae, self._before)
         self._parking = Parking(vae)
         self._park()
@@ -135,6 +134,10 @@ class Handle:
     def _keep(self, replacement: Replacement | None) -> None:
         if replacement is not None:
             self._replacements.append(replacement)
+
+    def _is_of(self, vae: Any) -> bool:
+        """Whether it serves ``vae``, and not a VAE that ``vae`` was copied from."""
+        return vae is self.vae
 
     # A copy or a pickle of an accelerated VAE is a plain VAE: its patched methods find no handle of their own.
 
@@ -166,7 +169,7 @@ class Handle:
                 "restore() inside a call of the VAE (from a hook or a signal handler) would wait for itself; call it later"
             )
         if self._active:
-            patched = patched_since(self.vae)
+            patched = VAE.patched_since(self.vae, PATCHED)
             if patched:
                 raise HandleError(f"{patched}; undo that first, or the other patch would be lost")
             for replacement in self._replacements:
@@ -175,7 +178,7 @@ class Handle:
         while self._replacements:
             self._replacements[0].remove()
             del self._replacements[0]
-        remove(self.vae, self._before)
+        VAE.remove(self.vae, PATCHED, self._before)
         self._callers.wait()
         self._dispatcher.forget()
         with self._one_original:
@@ -185,7 +188,7 @@ class Handle:
         self._restored = True
 
     def report(self) -> Report:
-        """What happened since :func:`accelerate`: a table when printed with rich, values through ``.as_dict()``."""
+        """Tell what happened since :func:`accelerate`: a table when printed with rich, values through ``.as_dict()``."""
         runtime = self._dispatcher.runtime
         resident = runtime.resident() if runtime is not None else []
         return self._journal.report(self.config.backend, resident, self._note(), self._parking.nbytes)
@@ -247,7 +250,7 @@ class Handle:
             if output is not None:
                 return pack(method, output.unsqueeze(2), return_dict)
             reason = reason or "its weights were written while it computed"
-        self._note_call(method, ORIGINAL, reason)
+        self._journal.served(method, ORIGINAL, reason)
         return self._run_original(method, x, return_dict)
 
     def _serve_ahead(self, method: str, x: Tensor) -> Tensor | None:
@@ -280,19 +283,13 @@ class Handle:
         if not (looked or self._source.generation(job.method) == request.generation) or not same():
             return None
         for part in served:
-            self._note_call(job.method, part.backend, "; ".join(part.reasons))
+            self._journal.served(job.method, part.backend, "; ".join(part.reasons))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     def _run_original(self, method: str, x: Tensor, return_dict: bool) -> Any:
         with self._one_original:  # diffusers keeps the state of a call in the VAE itself
             self._unpark()
             return self._original[method](x, return_dict=return_dict)
-
-    def _note_call(self, method: str, backend: str, reason: str = "") -> None:
-        """Count a call that ``backend`` served, and the reason if it was not what the configuration asks for."""
-        self._journal.call(method, backend)
-        if reason and self._journal.fallback(method, backend, reason):
-            logger.warning("%s is served by %s: %s", method, backend, reason)
 
     def _look(self, method: str, x: Tensor) -> Request | str:
         """The request of a call, after a look at the VAE as it is now; or why the call is diffusers' own to serve."""
@@ -359,13 +356,7 @@ class Handle:
 
     def _original_reason(self, request: Request, x: Tensor) -> str:
         """Why this call of a request is diffusers' own, by what is no part of the request; empty if it is not."""
-        if x.shape[2] != 1:
-            return f"{x.shape[2]} frames: only single images are accelerated"
-        if torch.is_grad_enabled() and (x.requires_grad or self._source.requires_grad(request.job.method)):
-            return "gradients are asked for; call it under torch.no_grad() or torch.inference_mode() to have it fast"
-        if torch.is_autocast_enabled(request.job.device.type):
-            return "autocast is on, which chooses dtypes itself"
-        return ""
+        return not_image(x, request.job.device, partial(self._source.requires_grad, request.job.method))
 
     def _moved(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._dispatcher.forget()

@@ -274,7 +274,7 @@ def test_an_engine_is_compared_with_the_vae(
     trt: StandIn, source: ModelSource, method: str, channels: tuple[int, int], frames: bool, says: list[str]
 ) -> None:
     run = program(trt, engine_file(method, STATIC, channels=channels, frames=frames))
-    found = run.facts.differences(job_of(source, method))
+    found = run.engine.differences(job_of(source, method))
     assert len(found) == len(says) and all(text.startswith(start) for text, start in zip(found, says, strict=True))
 
 
@@ -284,7 +284,7 @@ def test_profiles_are_compared_with_the_plan_in_their_order(trt: StandIn, source
     job = job_of(source, "decode")
 
     def differences(profiles: list[tuple[tuple[int, int], ...]]) -> list[str]:
-        return program(trt, engine_file("decode", profiles)).facts.range_differences(job, key)  # type: ignore[arg-type]
+        return program(trt, engine_file("decode", profiles)).engine.range_differences(job, key)  # type: ignore[arg-type]
 
     assert differences(good) == []
     assert differences(good[:1]) == ["it has 1 optimization profiles, the plan 2"]
@@ -296,7 +296,7 @@ def test_sizes_are_read_back_as_the_plan_writes_them(trt: StandIn, source: Model
     guide = key_of("decode", "1_1_1024,16_9_1080p", multi_profile=True)
     job = job_of(source, "decode")
     ranges = [tuple(map(job.input_hw, (p.minimum, p.optimum, p.maximum))) for p in guide.profiles]
-    sizes = program(trt, engine_file("decode", ranges)).facts.sizes("decode", 8)  # type: ignore[arg-type]
+    sizes = program(trt, engine_file("decode", ranges)).engine.sizes("decode", 8)  # type: ignore[arg-type]
     assert [p.name for p in sizes] == ["1_1_1024", "16_9_1080p"]
     assert [p.optimum for p in sizes] == [p.optimum for p in guide.profiles]
 

@@ -267,7 +267,7 @@ def _configure(
             f"TensorRT took {config.num_optimization_profiles} of {profiles} optimization profiles: {recorder.take()}"
         )
     if settings.version_compatible:
-        # The plan carries the lean runtime that later releases load it with; Torch-TensorRT leaves it out.
+        # The engine carries the lean runtime that later releases load it with; Torch-TensorRT leaves it out.
         config.clear_flag(trt.BuilderFlag.EXCLUDE_LEAN_RUNTIME)
     if targets:
         config.num_compute_capabilities = len(targets)
