@@ -20,7 +20,7 @@ from qwen_vae_accel.backends import registry
 from qwen_vae_accel.backends.eager import EagerBackend
 from qwen_vae_accel.engines.expected import Expected
 from qwen_vae_accel.engines.inspect import Inspector
-from qwen_vae_accel.engines.store import EngineStore
+from qwen_vae_accel.engines.store import EngineStore, hash_file
 from qwen_vae_accel.errors import AccelError, EngineMissingError, EngineRefusedError
 from qwen_vae_accel.plan import EngineKey, Profile, Size
 from tests.conftest import random_vae
@@ -223,6 +223,34 @@ def build_own(root: Path, name: str, seconds: float) -> dict[str, int]:
             EngineStore(root).find(engine)
         except AccelError:
             counts["lost"] += 1
+    return dict(counts)
+
+
+def kill_builders(root: Path, seed: int, seconds: float) -> dict[str, int]:
+    """Kill processes that build at random moments; whatever they did, one engine is whole and the next build works."""
+    chance, counts, end = random.Random(seed), Counter[str](), time.monotonic() + seconds
+    store = EngineStore(root)
+    start = wanted("a", "start")
+    store.build(start, maker(start))
+    while time.monotonic() < end:
+        child = os.fork()
+        if child == 0:
+            try:
+                build_own(root, "a", 60)
+            finally:
+                os._exit(1)
+        time.sleep(chance.uniform(0.001, 0.05))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        counts["kills"] += 1
+        records = store.manifest().engines["a/vae_decoder.fake"]
+        whole = [record for record in records if record.sha256 == hash_file(root / "a" / "vae_decoder.fake")]
+        counts["lost"] += len(whole) != 1
+        if counts["kills"] % 10 == 0:
+            again = wanted("a", f"again {counts['kills']}")
+            store.build(again, maker(again))
+            store.find(again)
+            counts["left behind"] += len(store.leftovers())
     return dict(counts)
 
 

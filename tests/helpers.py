@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import io
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -45,6 +47,12 @@ def photo(name: str = "coffee", width: int = 256, height: int = 256) -> Tensor:
     left, top = (image.width - width) // 2, (image.height - height) // 2
     pixels = np.asarray(image.crop((left, top, left + width, top + height)))
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None, :, None].float() / 127.5 - 1
+
+
+def as_if_on(monkeypatch: pytest.MonkeyPatch, *half: str) -> None:
+    """Have the CPU pass for one with instructions for the dtypes named ``half``, and for no other 16-bit dtype."""
+    here = dataclasses.replace(Environment.detect(CPU), half_dtypes=half)
+    monkeypatch.setattr(Environment, "detect", lambda device: here)
 
 
 def moments(vae: nn.Module, x: Tensor) -> Tensor:

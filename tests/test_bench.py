@@ -94,6 +94,7 @@ def test_the_plugin_adds_little() -> None:
     measured = overhead(CPU, calls=30)
     assert 0 < measured["overhead_us"] < 500
     assert measured["overhead_us"] < measured["overhead_cold_us"] + 500
+    assert set(measured) == {"overhead_us", "overhead_cold_us", "overhead_latency_us"}
 
 
 ROW = Row("diffusers", "bf16", "decode", Size(768, 1024), 50.0, 49.0, 52.0, 20, 1.0, 4000.0, 500.0, 10.0, 1e-2, 0.1, 45.0)

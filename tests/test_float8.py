@@ -25,7 +25,7 @@ from qwen_vae_accel.kernels.float8 import calibrated_layers, input_scales, simul
 from qwen_vae_accel.kernels.network import published
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.plan import Size
-from tests.helpers import CPU, TINY_VAE, FakeBackend, decoded, latents, randn
+from tests.helpers import CPU, TINY_VAE, FakeBackend, as_if_on, decoded, latents, randn
 
 if TYPE_CHECKING:
     from tests.fixtures_cli import Cli
@@ -124,6 +124,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> Simulated:
     backend = Simulated()
     others = [other for other in registry._BACKENDS if other.name != "fused"]
     monkeypatch.setattr(registry, "_BACKENDS", (*others[:-1], backend, others[-1]))
+    as_if_on(monkeypatch, "bfloat16", "float16")
     monkeypatch.setattr(calibration, "_SIZE", Size(64, 64))
     return backend
 

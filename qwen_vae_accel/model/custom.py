@@ -31,6 +31,8 @@ SETTINGS = frozenset(
      "tile_sample_stride_height", "tile_sample_stride_width")
 )  # fmt: skip
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+# Wrappers of a method around one another.
+_DEEPEST = 32
 _STORAGE_HOOKS = {"diffusers.hooks.layerwise_casting": ("LayerwiseCastingHook",)}
 # Hooks that move weights, inputs and outputs, or store weights in another dtype, and do nothing else.
 _HARMLESS_HOOKS = {
@@ -143,7 +145,7 @@ def _other_parameters(path: str, module: nn.Module, expected: nn.Module) -> str:
 
 def _is_own(module: nn.Module, name: str, value: Any) -> bool:
     """Whether ``value``, found in ``module`` itself, comes down to the method of its class: compiled, or under known hooks."""
-    while True:
+    for _ in range(_DEEPEST):
         space = getattr(getattr(value, "func", value), "__globals__", {}).get("__name__", "")
         if isinstance(value, MethodType):
             expected = getattr(type(module), "_call_impl" if name == "_compiled_call_impl" else name, None)
@@ -162,6 +164,7 @@ def _is_own(module: nn.Module, name: str, value: Any) -> bool:
             value = reference.forward
         else:
             return False
+    return False
 
 
 def _is_harmless(hook: Any, kinds: Mapping[str, tuple[str, ...]] = _HARMLESS_HOOKS) -> bool:

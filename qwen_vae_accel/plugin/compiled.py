@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_vae_accel.errors import HandleError
+from qwen_vae_accel.journal import ORIGINAL
 from qwen_vae_accel.model.topology import PARTS, Topology
 
 _numbers = itertools.count()
@@ -90,7 +91,7 @@ def note(number: int, method: str, reason: str) -> None:
     """Count a call that became part of a trace; compiled code does not tell how often it runs it."""
     handle = _handles.get(number)
     if handle is not None:
-        handle._note_original(method, f"{reason} (compiled into the code around it)")
+        handle._note_call(method, ORIGINAL, f"{reason} (compiled into the code around it)")
 
 
 note._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo calls it once, while it traces

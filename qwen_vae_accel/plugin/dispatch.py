@@ -36,15 +36,25 @@ _LAST_RESORT_ROWS = 128
 class Request:
     """One call, as far as it decides who serves it.
 
-    ``generation`` is that of the weights at the call; ``tile_pixels`` is 0 where the image is computed in one piece. With a
-    ``reason`` it is diffusers' own to serve.
+    ``dtype`` is that of the output, which the job may compute in another; ``generation`` is that of the weights at the call;
+    ``tile_pixels`` is 0 where the image is computed in one piece. With a ``reason`` it is diffusers' own to serve.
     """
 
     job: Job
     size: Size
+    dtype: torch.dtype
     generation: int
     tile_pixels: int = 0
     reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """The output of one request, who computed it, and why nobody did who was to come before."""
+
+    output: Tensor
+    backend: str
+    reasons: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +199,7 @@ class Dispatcher:
 
     # Serving.
 
-    def run(self, request: Request, x: Tensor) -> Tensor:
+    def run(self, request: Request, x: Tensor) -> Served:
         """Run the network of ``request`` over ``x [B, C, H, W]`` in the compute dtype.
 
         Raises:
@@ -200,7 +210,7 @@ class Dispatcher:
         for backend in () if request.job.float8 else self._engines:  # no engine computes in float8
             served = _unless_out_of_memory(partial(self._run_engine, backend, request, x, reasons), x.device)
             if isinstance(served, Tensor):
-                return served
+                return Served(served, backend.name)
             if served is OUT_OF_MEMORY:
                 spent.append(backend.name)
         if reasons and self._config.miss_policy == "error":
@@ -221,15 +231,8 @@ class Dispatcher:
                 spent.append(f"{route.backend.name} in one piece")
             else:
                 spent.append(route.backend.name)
-        self._journal.call(request.job.method, route.backend.name)
         reasons += [*route.refused, *(f"{name}: out of memory at {request.size}" for name in spent)]
-        if reasons:
-            self._fell_back(request.job.method, route.backend.name, "; ".join(dict.fromkeys(reasons)))
-        return output
-
-    def _fell_back(self, method: str, backend: str, reason: str) -> None:
-        if self._journal.fallback(method, backend, reason):
-            logger.warning("%s is served by %s: %s", method, backend, reason)
+        return Served(output, route.backend.name, tuple(dict.fromkeys(reasons)))
 
     def _run_engine(self, backend: EngineBackend, request: Request, x: Tensor, reasons: list[str]) -> Tensor | None:
         """The engine's output; None, with the reason added to ``reasons``, where no engine of ``backend`` serves."""
@@ -256,7 +259,6 @@ class Dispatcher:
                 self._misses[memory] = store.stamp(), text
             reasons.append(text)
             return None
-        self._journal.call(request.job.method, backend.name)
         return output
 
     def _plan(self, backend: EngineBackend, method: str) -> Plan:
@@ -354,7 +356,7 @@ class Dispatcher:
                     steps.append((wanted.path, partial(self._warm, wanted)))
                 break
             else:
-                request = Request(job, Size(0, 0), self._source.generation(method))
+                request = Request(job, Size(0, 0), job.dtype, self._source.generation(method))
                 steps.append((f"{method} network", partial(self._route, request)))
         return steps
 

@@ -32,6 +32,7 @@ from qwen_vae_accel.visits import Visits, fork_safe_lock
 logger = logging.getLogger(__name__)
 
 _REQUESTS = 256  # kinds of calls remembered
+_TRIES = 2  # to compute over weights that do not change meanwhile
 
 
 def accelerate(target: Any, config: AccelConfig | Mapping[str, Any] | str | Path | None = None, **overrides: Any) -> Handle:
@@ -235,51 +236,94 @@ class Handle:
         reason = not_plain(x) or self._custom[method]
         if not reason:
             run_pre_forward(self.vae)
-            generation, placement = self._source.glance(method)
-            reason = self._source.custom(method)
-        if not reason:
-            request = self._request(method, x, generation, placement)
-            reason = request.reason or self._original_reason(method, x, placement)
-        if reason:
-            self._note_original(method, reason)
-            return self._run_original(method, x, return_dict)
-        same = self._source.compare(method)
-        job, dtype = request.job, placement.dtype
+            output = self._serve_ahead(method, x)
+            for _ in range(_TRIES):
+                if output is None and not reason:
+                    request = self._look(method, x)
+                    if isinstance(request, str):
+                        reason = request
+                    else:
+                        output = self._compute(request, x)
+            if output is not None:
+                return pack(method, output.unsqueeze(2), return_dict)
+            reason = reason or "its weights were written while it computed"
+        self._note_call(method, ORIGINAL, reason)
+        return self._run_original(method, x, return_dict)
+
+    def _serve_ahead(self, method: str, x: Tensor) -> Tensor | None:
+        """The output of a network on a GPU, begun before the look at the VAE, which the GPU's work then hides.
+
+        None where that may not be, or the look found something new: the output is worth nothing then.
+        """
+        known = self._source.last(method)
+        if known is None or known[1].device.type != "cuda" or known[1].hooked or not isinstance(x, Tensor):
+            return None
+        generation, placement = known
+        request = self._requests.get(self._key(method, x, placement))
+        if request is None or request.generation != generation or request.reason or self._original_reason(request, x):
+            return None
+        try:
+            return self._compute(request, x, looked=False)
+        except Exception:
+            if self._source.generation(method) == generation:
+                raise
+            return None
+
+    def _compute(self, request: Request, x: Tensor, looked: bool = True) -> Tensor | None:
+        """The output ``[B, C, H, W]``; None if the weights turn out to be others than those of ``request``."""
+        job = request.job
+        same = self._source.compare(job.method, request.generation)
         image = x[:, :, 0].to(job.device, job.dtype).resolve_neg()
-        if self.vae.use_slicing and len(image) > 1:
-            output = torch.cat([self._dispatcher.run(request, one).to(dtype) for one in image.split(1)])
-        else:
-            output = self._dispatcher.run(request, image).to(dtype)
-        if not same():  # weights were written without a mark: once more, with the new ones
-            return self._serve(method, x, return_dict)
-        return pack(method, output.unsqueeze(2), return_dict)
+        parts = image.split(1) if self.vae.use_slicing and len(image) > 1 else (image,)
+        served = [self._dispatcher.run(request, part) for part in parts]
+        outputs = [part.output.to(request.dtype) for part in served]
+        if not (looked or self._source.generation(job.method) == request.generation) or not same():
+            return None
+        for part in served:
+            self._note_call(job.method, part.backend, "; ".join(part.reasons))
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     def _run_original(self, method: str, x: Tensor, return_dict: bool) -> Any:
         with self._one_original:  # diffusers keeps the state of a call in the VAE itself
             self._unpark()
             return self._original[method](x, return_dict=return_dict)
 
-    def _note_original(self, method: str, reason: str) -> None:
-        self._journal.call(method, ORIGINAL)
-        if self._journal.fallback(method, ORIGINAL, reason):
-            logger.warning("%s is not accelerated: %s", method, reason)
+    def _note_call(self, method: str, backend: str, reason: str = "") -> None:
+        """Count a call that ``backend`` served, and the reason if it was not what the configuration asks for."""
+        self._journal.call(method, backend)
+        if reason and self._journal.fallback(method, backend, reason):
+            logger.warning("%s is served by %s: %s", method, backend, reason)
+
+    def _look(self, method: str, x: Tensor) -> Request | str:
+        """The request of a call, after a look at the VAE as it is now; or why the call is diffusers' own to serve."""
+        generation, placement = self._source.glance(method)
+        reason = self._source.custom(method)
+        if reason:
+            return reason
+        request = self._request(method, x, generation, placement)
+        return request.reason or self._original_reason(request, x) or request
+
+    def _key(self, method: str, x: Tensor, placement: Placement) -> tuple[Any, ...]:
+        """All that a request depends on beside the weights."""
+        vae: Any = self.vae
+        limits = (vae.tile_sample_min_height, vae.tile_sample_min_width) if vae.use_tiling else None
+        return (method, x.shape, x.dtype, x.device, placement, limits)
 
     def _request(self, method: str, x: Tensor, generation: int, placement: Placement) -> Request:
         """The request of a call that is like one seen before, or a new one after a look at the input."""
-        vae: Any = self.vae
-        limits = (vae.tile_sample_min_height, vae.tile_sample_min_width) if vae.use_tiling else None
         if not isinstance(x, Tensor):
             self._check_input(method, x)
-        key = (method, x.shape, x.dtype, x.device, placement, limits)
+        key = self._key(method, x, placement)
         request = self._requests.get(key)
         if request is None or request.generation != generation:
             self._check_input(method, x)
             job = self._dispatcher.job(method, placement)
             scale = 1 if method == "encode" else job.topology.scale
             size = Size(x.shape[4] * scale, x.shape[3] * scale)
+            limits = key[-1]
             large = limits is not None and (size.height > limits[0] or size.width > limits[1])
             elsewhere = self._elsewhere(method, x, placement)
-            request = Request(job, size, generation, limits[0] if limits and large else 0, elsewhere)
+            request = Request(job, size, placement.dtype, generation, limits[0] if limits and large else 0, elsewhere)
             if len(self._requests) >= _REQUESTS:
                 self._requests.clear()
             self._requests[key] = request
@@ -313,12 +357,13 @@ class Handle:
                 f"encode takes {what} with sides that are multiples of {multiple} pixels, was given {shape}"
             )
 
-    def _original_reason(self, method: str, x: Tensor, placement: Placement) -> str:
+    def _original_reason(self, request: Request, x: Tensor) -> str:
+        """Why this call of a request is diffusers' own, by what is no part of the request; empty if it is not."""
         if x.shape[2] != 1:
             return f"{x.shape[2]} frames: only single images are accelerated"
-        if torch.is_grad_enabled() and (x.requires_grad or self._source.requires_grad(method)):
+        if torch.is_grad_enabled() and (x.requires_grad or self._source.requires_grad(request.job.method)):
             return "gradients are asked for; call it under torch.no_grad() or torch.inference_mode() to have it fast"
-        if torch.is_autocast_enabled(placement.device.type):
+        if torch.is_autocast_enabled(request.job.device.type):
             return "autocast is on, which chooses dtypes itself"
         return ""
 

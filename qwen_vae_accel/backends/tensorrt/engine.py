@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from qwen_vae_accel.backends.base import Job
-from qwen_vae_accel.backends.tensorrt.logs import make_logger, make_recorder
+from qwen_vae_accel.backends.tensorrt.logs import collector_paused, make_logger, make_recorder
 from qwen_vae_accel.errors import EngineError
 from qwen_vae_accel.plan import GUIDE_PROFILES, EngineKey, Profile, Size
 
@@ -132,6 +132,7 @@ class LoadedEngine:
     facts: EngineFacts
 
 
+@collector_paused()
 def deserialize(trt: ModuleType, data: bytes, what: str) -> LoadedEngine:
     """Bring the engine ``data`` into the memory of the current device. The caller trusts whoever made it.
 
