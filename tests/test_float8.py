@@ -263,7 +263,7 @@ def test_verify_reports_the_psnr_of_float8(cli: Cli, simulated: Simulated, tmp_p
 def test_verify_needs_something_to_verify(cli: Cli, micro_folder: Path, tmp_path: Path) -> None:
     for arguments, message in (
         ((), "give --engine-dir"),
-        (("--engine-dir", tmp_path, "--decode-dtype", "fp8"), "go with --backend"),
+        (("--engine-dir", tmp_path, "--decode-dtype", "fp8"), "are for --backend"),
         (("--backend", "inductor"), "fused and eager do"),
     ):
         result = cli("verify", "--vae", micro_folder, *arguments, "--json")

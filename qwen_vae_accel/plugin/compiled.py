@@ -44,7 +44,7 @@ def run(x: Tensor, number: int, method: str, channels: int, height: int, width: 
     """``encode`` or ``decode`` by handle ``number``: ``x [B, C, 1, h, w]`` to ``[B, channels, 1, height, width]``."""
     handle = _handles.get(number)
     if handle is None:
-        raise HandleError("the compiled code belongs to an accelerated VAE that is gone; compile it anew")
+        raise HandleError("the compiled code belongs to an accelerated VAE that is gone; compile it again")
     output: Tensor = handle._call(method, x, False)[0]
     if method == "encode":
         output = output.parameters  # type: ignore[attr-defined]
@@ -61,7 +61,7 @@ def why_traced(vae: nn.Module, method: str, x: Tensor) -> str:
     if torch.compiler.is_exporting():
         return "torch.export traces the call"
     if type(x) is not Tensor and type(x) is not nn.Parameter:
-        return "its input is no plain tensor"
+        return "its input is not a plain tensor"
     if x.dim() != 5 or x.shape[2] != 1:
         return "only single images are accelerated"
     if torch.is_autocast_enabled(x.device.type):
