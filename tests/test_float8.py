@@ -264,7 +264,7 @@ def test_verify_needs_something_to_verify(cli: Cli, micro_folder: Path, tmp_path
     for arguments, message in (
         ((), "give --engine-dir"),
         (("--engine-dir", tmp_path, "--decode-dtype", "fp8"), "are for --backend"),
-        (("--backend", "inductor"), "fused and eager do"),
+        (("--backend", "inductor"), "is for fused and eager"),
     ):
         result = cli("verify", "--vae", micro_folder, *arguments, "--json")
         assert result.code == 2
