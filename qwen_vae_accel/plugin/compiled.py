@@ -58,7 +58,7 @@ def _(x: Tensor, number: int, method: str, channels: int, height: int, width: in
 
 def why_traced(vae: nn.Module, method: str, x: Tensor) -> str:
     """Why the trace goes through diffusers' own code, as without us; empty where the operator stands for the call."""
-    if torch.compiler.is_exporting():
+    if _is_exporting():
         return "torch.export traces the call"
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         return "its input is not a plain tensor"
@@ -71,6 +71,14 @@ def why_traced(vae: nn.Module, method: str, x: Tensor) -> str:
     if torch.is_grad_enabled() and (x.requires_grad or _requires_grad(vae, method)):
         return "gradients are asked for"
     return ""
+
+
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting()
+
+
+# Called while Dynamo traces, and not traced: before PyTorch 2.12 (pull request 176499) Dynamo takes it for true in any trace.
+_is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _weight(vae: nn.Module, method: str) -> Tensor:
