@@ -57,8 +57,8 @@ def test_float8_is_a_decode_dtype(given: object) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"dtype": "fp8"}, "for decode_dtype alone"),
-        ({"encode_dtype": FLOAT8}, "for decode_dtype alone"),
+        ({"dtype": "fp8"}, "for decode_dtype only"),
+        ({"encode_dtype": FLOAT8}, "for decode_dtype only"),
         ({"decode_dtype": FLOAT8, "backend": "eager"}, "for backend fused or auto, not 'eager'"),
         ({"decode_dtype": FLOAT8, "backend": "tensorrt"}, "for backend fused or auto"),
         ({"decode_dtype": FLOAT8, "dtype": "float32"}, "bfloat16 or float16, not 'float32'"),
