@@ -149,7 +149,7 @@ def test_errors_are_those_of_plain_calls(micro):
 
 
 def test_an_operator_whose_vae_is_gone_says_so():
-    with pytest.raises(HandleError, match="compile it anew"):
+    with pytest.raises(HandleError, match="compile it again"):
         torch.ops.qwen_vae_accel.run(randn(1, 4, 1, 2, 2), -1, "decode", 3, 16, 16, torch.float32)
 
 

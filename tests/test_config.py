@@ -1,4 +1,4 @@
-"""The configuration: JSON there and back, the guide's documents, and errors for what cannot be meant."""
+"""The configuration: JSON there and back, the guide's documents, and errors for invalid ones."""
 
 from __future__ import annotations
 

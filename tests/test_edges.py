@@ -188,7 +188,7 @@ def test_no_path_ends_in_a_traceback(cli: Cli, path: str, tmp_path: Path, monkey
     ],
     ids=lambda value: ascii(value)[:40],
 )
-def test_command_lines_that_cannot_be_meant(cli: Cli, arguments: tuple[str, ...], message: str) -> None:
+def test_invalid_command_lines(cli: Cli, arguments: tuple[str, ...], message: str) -> None:
     result = cli(*arguments)
     assert result.code == 2
     assert message in " ".join(result.stderr.split())
@@ -519,11 +519,11 @@ def test_a_page_replaces_a_file_and_nothing_else(cli: Cli, demo: Path, tmp_path:
     for output in (pipe, link):
         result = cli("report", demo, "-o", output, "--json")
         assert result.code == 2
-        assert "it is no regular file, and is not replaced" in strict(result)["error"]["message"]
+        assert "it is not a regular file, and is not replaced" in strict(result)["error"]["message"]
     assert pipe.is_fifo() and link.is_symlink()
     (tmp_path / "bench.md").symlink_to(pipe)
     document = json.loads(BENCH.read_text())
-    with pytest.raises(OSError, match="no regular file"):
+    with pytest.raises(OSError, match="not a regular file"):
         results.write(document, make_sheet(document), tmp_path, "bench")
 
 

@@ -57,8 +57,8 @@ def test_float8_is_a_decode_dtype(given: object) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"dtype": "fp8"}, "for decode_dtype alone"),
-        ({"encode_dtype": FLOAT8}, "for decode_dtype alone"),
+        ({"dtype": "fp8"}, "for decode_dtype only"),
+        ({"encode_dtype": FLOAT8}, "for decode_dtype only"),
         ({"decode_dtype": FLOAT8, "backend": "eager"}, "for backend fused or auto, not 'eager'"),
         ({"decode_dtype": FLOAT8, "backend": "tensorrt"}, "for backend fused or auto"),
         ({"decode_dtype": FLOAT8, "dtype": "float32"}, "bfloat16 or float16, not 'float32'"),
@@ -263,8 +263,8 @@ def test_verify_reports_the_psnr_of_float8(cli: Cli, simulated: Simulated, tmp_p
 def test_verify_needs_something_to_verify(cli: Cli, micro_folder: Path, tmp_path: Path) -> None:
     for arguments, message in (
         ((), "give --engine-dir"),
-        (("--engine-dir", tmp_path, "--decode-dtype", "fp8"), "go with --backend"),
-        (("--backend", "inductor"), "fused and eager do"),
+        (("--engine-dir", tmp_path, "--decode-dtype", "fp8"), "are for --backend"),
+        (("--backend", "inductor"), "is for fused and eager"),
     ):
         result = cli("verify", "--vae", micro_folder, *arguments, "--json")
         assert result.code == 2

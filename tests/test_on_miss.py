@@ -112,7 +112,7 @@ def other_weights(path: Path) -> None:
     ("spoil", "reason"),
     [
         (damage, "damaged"),
-        (forget, "manifest does not know it"),
+        (forget, "manifest has no record of it"),
         (foreign, "device_name: built for another GPU, here fake"),
         (other_weights, "weights: built from 000000000000"),
     ],

@@ -89,7 +89,7 @@ def test_tensors_that_are_not_plain(micro, plain, kind):
     assert same(outcome(lambda: decoded(micro, x)), outcome(lambda: decoded(plain, x)))
     assert calls(handle)["decode"] == {"diffusers": 1}
     (fallback,) = handle.report().as_dict()["fallbacks"]
-    assert "no plain tensor" in fallback["reason"] and kind in fallback["reason"]
+    assert "not a plain tensor" in fallback["reason"] and kind in fallback["reason"]
 
 
 VIEWS = {

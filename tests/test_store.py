@@ -392,7 +392,7 @@ def test_a_file_without_a_record_is_refused_with_the_command_that_adopts_it(root
     (root / NAME).unlink()
     with pytest.raises(EngineRefusedError, match=r"qwen-vae-accel adopt --trust --engine-dir") as caught:
         find(root)
-    assert "the manifest does not know it" in caught.value.differences[0]
+    assert "the manifest has no record of it" in caught.value.differences[0]
     assert EngineStore(root).unknown_files((".fake",)) == [PATH]
     store = EngineStore(root)
     made = dataclasses.replace(processes.record(expected()), sha256=hash_file(root / PATH), size=1, origin="adopted")

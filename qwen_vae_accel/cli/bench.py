@@ -45,11 +45,11 @@ def bench(
     methods: Methods = None,
     task: Annotated[str, typer.Option(help="encode, decode or both.")] = "both",
     dtype: Annotated[
-        str | None, typer.Option(help="Of methods that name none. Default: bf16 on the GPU, fp32 on the CPU.")
+        str | None, typer.Option(help="Dtype of methods that name none. Default: bf16 on the GPU, fp32 on the CPU.")
     ] = None,
     device: common.Device = None,
-    iters: Annotated[int | None, typer.Option(min=3, max=10**6, help="Samples per trial at most.")] = None,
-    seconds: Annotated[float | None, typer.Option(min=0.0, help="Seconds of sampling per trial at most.")] = None,
+    iters: Annotated[int | None, typer.Option(min=3, max=10**6, help="At most this many samples per trial.")] = None,
+    seconds: Annotated[float | None, typer.Option(min=0.0, help="At most this many seconds of sampling per trial.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the JSON, Markdown and PNG.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of those files. Default: bench_DEVICE.")] = None,
     kernels: Annotated[

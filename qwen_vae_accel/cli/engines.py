@@ -55,8 +55,8 @@ def build(
         str | None,
         typer.Option(
             help="Build TensorRT-RTX engines for GPUs of this compute capability, such as 8.9 or 8.6,8.9,12.0; needs no GPU. "
-            "Here, what TensorRT is given is checked, on the CPU (minutes for large sizes); the engines are checked where they "
-            "are first loaded."
+            "The network that TensorRT gets is checked here, on the CPU (minutes for large sizes); the engines are checked "
+            "where they are first loaded."
         ),
     ] = None,
     setting: Annotated[
@@ -192,7 +192,7 @@ def prune(
     sizes: common.Sizes = None,
     multi_profile: common.MultiProfile = None,
     device: common.Device = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Delete. Without it, only say what would go.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete. Without it, only show what would be removed.")] = False,
     as_json: common.Json = False,
     verbose: common.Verbose = False,
 ) -> None:

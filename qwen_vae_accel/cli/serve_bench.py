@@ -51,7 +51,7 @@ def serve_bench(
         str | None, typer.Option(help="Names or WxH, comma-separated; of the input images for i2i. Default: the guide's.")
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, max=10**6, help="Requests per size after the first.")] = 3,
-    backend: Annotated[str, typer.Option(help="Of the accelerated pipeline.")] = "auto",
+    backend: Annotated[str, typer.Option(help="Backend of the accelerated pipeline.")] = "auto",
     engine_dir: Annotated[Path | None, typer.Option(help="Folder of the engines; missing ones are built first.")] = None,
     offload_reference: Annotated[
         bool, typer.Option("--offload-reference", help="Keep the VAE's own weights in CPU memory while accelerated.")

@@ -34,7 +34,7 @@ def open_photo(path: Path, area: int) -> Image.Image:
     size = Size(int(photo.width * scale), int(photo.height * scale)).floor(STATIC_MULTIPLE)
     if min(size.width, size.height) < STATIC_MULTIPLE:
         raise InvalidInputError(
-            f"the image {path} is {photo.width}x{photo.height}; it must have {STATIC_MULTIPLE} pixels a side"
+            f"the image {path} is {photo.width}x{photo.height}; it must have at least {STATIC_MULTIPLE} pixels a side"
         )
     return ImageOps.fit(photo, (size.width, size.height), Image.Resampling.LANCZOS)
 

@@ -59,7 +59,10 @@ def fetch_model(model: str) -> Path:
     except AccelError:
         raise
     except Exception as error:  # its client's own, and those of the network below it
-        reasons = ["there is no such folder", f"the Hub could not give it: {type(error).__name__}: {error}".splitlines()[0]]
+        reasons = [
+            "there is no such folder",
+            f"it could not be loaded from the Hub: {type(error).__name__}: {error}".splitlines()[0],
+        ]
         raise UnsupportedVAEError(model, reasons) from error
 
 
@@ -110,7 +113,7 @@ def build(
     source = ModelSource(load_vae(instructions.model, device, getattr(torch, instructions.dtype)))
     scale = source.topology.scale
     if scale != LATENT_SCALE:
-        reason = f"the demo is for {LATENT_SCALE} pixels per latent pixel, and this VAE has {scale}; accelerate() takes it"
+        reason = f"the demo is for {LATENT_SCALE} pixels per latent pixel, and this VAE has {scale}; accelerate() serves it"
         raise UnsupportedVAEError(type(source.vae).__name__, [reason])
     builder = Builder(config, source, device)
     results = builder.run(lambda wanted, result: report(len(builder.wanted), wanted, result))

@@ -132,7 +132,7 @@ class Inspector:
         """Every engine file and every record, compared with this machine and, where given, with the VAE."""
         known = [self._status(path, records[-1]) for path, records in sorted(self.store.manifest().engines.items()) if records]
         unknown = [
-            EngineStatus(path, self.store.size(path), None, ("the manifest does not know it: adopt --trust takes it in",))
+            EngineStatus(path, self.store.size(path), None, ("the manifest has no record of it: adopt --trust takes it in",))
             for path in self.store.unknown_files(self._suffixes())
         ]
         return known + unknown
@@ -237,7 +237,7 @@ class Inspector:
             with locks.take(self.store.root, removal.engine, wait=False):
                 records = self.store.manifest().engines.get(removal.engine)
                 if records and removal.planned and self._status(removal.engine, records[-1]).current:
-                    return "it was built anew since it was looked at, and would be run here"
+                    return "it was built again meanwhile, and would be run here"
                 self.store.delete(removal.engine)
                 return ""
         except LockedError:

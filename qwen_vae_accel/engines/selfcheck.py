@@ -63,7 +63,7 @@ def published_error(source: ModelSource, job: Job) -> Error:
         theirs = published_network(source.vae, job.method, job.dtype, job.device)
         found = measure(theirs(x), exact_output(source, job, x))
         if not found.relative <= ROUNDING[job.dtype]:
-            reason = f"in {job.dtype} diffusers is {found.relative:.1e} away from the exact network, and that is no rounding"
+            reason = f"in {job.dtype} diffusers is {found.relative:.1e} away from the exact network: more than rounding"
             raise UnsupportedVAEError(type(source.vae).__name__, [reason])
         _yardsticks[key] = found
     return _yardsticks[key]

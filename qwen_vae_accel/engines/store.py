@@ -143,7 +143,7 @@ class EngineStore:
         if not records:
             raise EngineRefusedError(
                 str(path),
-                ["the manifest does not know it, so nobody says what it was made from, and loading it runs its code"],
+                ["the manifest has no record of it, so it is not known what it was made from, and loading it runs its code"],
                 f"If you trust whoever made it: {adopt_command(self.root)}",
             )
         return records
@@ -164,7 +164,7 @@ class EngineStore:
             with contextlib.suppress(FileNotFoundError):  # taken for a leftover by the second holder
                 if write_atomically(self.root / NAME, manifest.dumps(), unless):
                     return sync(self.root)
-        raise EngineError(f"the manifest of {self.root} is written by others without end")
+        raise EngineError(f"other processes keep writing the manifest of {self.root}")
 
     def _has_changed(self, before: tuple[int, int, int] | None) -> bool:
         return self.stamp() != before
@@ -293,7 +293,7 @@ class EngineStore:
                 with contextlib.suppress(OSError):  # the other network's engine is in there
                     path.parent.rmdir()
         if outside is not None:
-            raise EngineError(f"{path} is not deleted: a link leads there, out of the engine directory; only its record is")
+            raise EngineError(f"{path} is not deleted, because a link leads out of the engine directory; only its record is")
         return freed
 
     def remove_leftover(self, path: Path) -> int:

@@ -132,7 +132,7 @@ def _other_parameters(path: str, module: nn.Module, expected: nn.Module) -> str:
             if ours is not theirs:
                 return f"{path}.{name} is {'not there' if ours is None else 'an added parameter'}"
         elif not is_plain(ours):
-            return f"{path}.{name} is no plain tensor ({type(ours).__name__}, {ours.layout})"
+            return f"{path}.{name} is not a plain tensor ({type(ours).__name__}, {ours.layout})"
         elif ours.shape != theirs.shape:
             return f"{path}.{name} has shape {tuple(ours.shape)}, in diffusers {tuple(theirs.shape)}"
         elif ours.dtype not in FLOAT_DTYPES and not any(map(_stores, _hooks(module))):

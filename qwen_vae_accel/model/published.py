@@ -117,7 +117,7 @@ def _foreign_layer(twin: nn.Module) -> str:
 
 def _another_class(vae: object) -> str:
     kind = type(vae)
-    text = f"it is a {kind.__module__}.{kind.__qualname__}, none of diffusers' {', '.join(CLASSES)}"
+    text = f"it is a {kind.__module__}.{kind.__qualname__}, not one of diffusers' {', '.join(CLASSES)}"
     if hasattr(vae, "_orig_mod"):
         text += "; torch.compile has wrapped it: accelerate the VAE inside, vae._orig_mod"
     return text

@@ -64,7 +64,7 @@ def run(x: Tensor, number: int, method: str, channels: int, height: int, width: 
     """``encode`` or ``decode`` by handle ``number``: ``x [B, C, 1, h, w]`` to ``[B, channels, 1, height, width]``."""
     handle = _handles.get(number)
     if handle is None:
-        raise HandleError("the compiled code belongs to an accelerated VAE that is gone; compile it anew")
+        raise HandleError("the compiled code belongs to an accelerated VAE that is gone; compile it again")
     output: Tensor = handle._call(method, x, False)[0]
     if method == "encode":
         output = output.parameters  # type: ignore[attr-defined]
@@ -81,7 +81,7 @@ def not_opaque(vae: nn.Module, method: str, x: Tensor) -> str:
     if _is_exporting():
         return "torch.export traces the call"
     if type(x) is not Tensor and type(x) is not nn.Parameter:
-        return "its input is no plain tensor"
+        return "its input is not a plain tensor"
     if x.dim() != 5:
         return f"its input has {x.dim()} dimensions, not 5"
     if _weight(vae, method).dtype not in (torch.float32, torch.bfloat16, torch.float16):

@@ -45,7 +45,7 @@ def accelerate(target: Any, config: AccelConfig | Mapping[str, Any] | str | Path
         The handle: a report, a warm-up, and the way back. Calling again with an equal config returns the same handle.
 
     Raises:
-        ConfigError: if ``config`` or ``overrides`` cannot be meant.
+        ConfigError: if ``config`` or ``overrides`` are invalid.
         UnsupportedVAEError: if ``target`` holds no VAE of Qwen-Image, Qwen-Image 2.1 or Wan 2.1.
         BackendUnavailableError: if a backend asked for by name cannot run here.
         EngineError: if the engine directory cannot be one.
@@ -219,7 +219,7 @@ class Handle:
             return "this VAE was restored; accelerate() makes a new handle"
         pipelines = [pipeline for reference in self._pipelines if (pipeline := reference()) is not None]
         if any(getattr(pipeline, "vae", None) is not self.vae for pipeline in pipelines):
-            return "the pipeline's VAE was replaced after accelerate(); the new one is not accelerated: accelerate it anew"
+            return "the pipeline's VAE was replaced after accelerate(); the new one is not accelerated: call accelerate() again"
         return ""
 
     # What the patched methods do.

@@ -24,7 +24,7 @@ def not_plain(x: Any) -> str:
         return "torch.fx traces the call" if isinstance(x, torch.fx.Proxy) else ""
     if not is_plain(x):
         kind = type(x).__name__ if type(x) is not Tensor else "nested" if x.is_nested else str(x.layout)
-        return f"its input is no plain tensor ({kind})"
+        return f"its input is not a plain tensor ({kind})"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit traces the call"
     if torch._C._functorch.peek_interpreter_stack() is not None:

@@ -58,7 +58,7 @@ def _read(path: Path, fingerprint: str) -> dict[str, float] | None:
         if document["version"] == _VERSION and document["weights"] == fingerprint:
             peaks = {name: float(peak) for name, peak in document["peaks"].items()}
             if not all(0 <= peak < math.inf for peak in peaks.values()):
-                raise ValueError("a peak is no finite number")
+                raise ValueError("a peak is not a finite number")
             return peaks
     except FileNotFoundError:
         return None

@@ -55,7 +55,7 @@ class PostProcessing(Replacement):
             if pixels is not None:
                 self._journal.served(self.METHOD, DEVICE)
                 return to_pil(pixels)
-            reason = "values outside [0, 1], or NaN: what their cast to uint8 gives is up to numpy"
+            reason = "values outside [0, 1], or NaN: numpy decides what their cast to uint8 gives"
         return self.fall_back(original, reason)
 
     def _unusual(self, processor: Any, image: Any, output_type: str) -> str:

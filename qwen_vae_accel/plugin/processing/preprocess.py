@@ -83,7 +83,7 @@ class PreProcessing(Replacement):
                     self._journal.served(self.METHOD, DEVICE)
                     return values
             else:
-                reason = "images without pixels, of different shapes, or of other values than bytes"
+                reason = "images without pixels, of different shapes, or with values other than bytes"
         return self.fall_back(original, reason)
 
     def _unusual(self, processor: Any, image: Any, resize_mode: str, crops_coords: Any, device: torch.device) -> str:
