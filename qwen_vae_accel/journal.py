@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from qwen_vae_accel.config import dtype_name
-from qwen_vae_accel.terminal import plain
+from qwen_vae_accel.terminal import plain, visible
 from qwen_vae_accel.visits import fork_safe_lock
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class Journal:
             self._fallbacks[key] += 1
             if self._fallbacks[key] > 1:
                 return
-        logger.warning("%s is served by %s: %s", method, backend, reason)
+        logger.warning("%s", visible(f"{method} is served by {backend}: {reason}"))
 
     def load(self, event: EngineLoad) -> None:
         """An engine was loaded."""

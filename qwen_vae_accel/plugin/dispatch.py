@@ -286,8 +286,10 @@ class Dispatcher:
             visit = threading.Lock()
             with visit, self.runtime.use(wanted, profile, visit) as program:
                 # Engines hold batch one, unless they say otherwise; more images go one after another.
-                step = getattr(program, "max_batch", {}).get(index, 1)
-                return torch.cat([program(part, index) for part in x.split(step)]) if len(x) > step else program(x, index)
+                parts = x.split(getattr(program, "max_batch", {}).get(index, 1))
+                outputs = [program(part, index) for part in parts]
+                del program  # after the block it may be released, to make room for another
+            return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
         unavailable = wanted.backend.reasons(wanted.environment, job)
         if unavailable:
