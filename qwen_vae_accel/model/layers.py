@@ -171,8 +171,8 @@ class Attention(nn.Module):
         self.proj = Conv(under(state, "proj"))
 
     def forward(self, x: Tensor) -> Tensor:
-        # [B, 3C, h, w] -> [B, 1, N, 3C]; flatten and unflatten, unlike reshape, put no guard on dynamic sizes.
         """Mix the pixels of ``x [B, C, h, w]``; the shape stays."""
+        # [B, 3C, h, w] -> [B, 1, N, 3C]; flatten and unflatten, unlike reshape, put no guard on dynamic sizes.
         qkv = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1)
         q, k, v = qkv.chunk(3, dim=-1)
         mixed = _attend(q, k, v).squeeze(1)

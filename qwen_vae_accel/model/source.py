@@ -119,12 +119,15 @@ class ModelSource:
         return self.generation(method), self._seen[method].placement
 
     def last(self, method: str) -> tuple[int, Placement] | None:
-        """:meth:`glance` as it was at the last look.
+        """:meth:`glance` as it was at the last look, where the network may begin before the next one: on a GPU, without hooks.
 
-        None if there was none, or the VAE was not the published one then, or the memory of its weights is another by now.
+        None if not, or there was no look, or the VAE was not the published one then, or the memory of its weights is another by
+        now.
         """
         seen = self._seen.get(method)
-        if seen is None or seen.reason or seen.placement.reason or not seen.in_place():
+        if seen is None or seen.reason or seen.placement.reason:
+            return None
+        if seen.placement.device.type != "cuda" or seen.placement.hooked or not seen.in_place():
             return None
         return self._generation[method], seen.placement
 
