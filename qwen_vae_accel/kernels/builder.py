@@ -32,7 +32,10 @@ from qwen_vae_accel.kernels.triton.conv3x3 import conv
 from qwen_vae_accel.kernels.triton.conv_in import conv_in
 from qwen_vae_accel.kernels.triton.conv_out import conv_out, head_products, sum_taps
 from qwen_vae_accel.kernels.triton.downsample_conv import downsample_conv
+from qwen_vae_accel.kernels.triton.flatten import flatten
+from qwen_vae_accel.kernels.triton.pool import pool
 from qwen_vae_accel.kernels.triton.upsample_conv import upsample_conv
+from qwen_vae_accel.kernels.triton.wide_attention import TILE, chunk_of, tiles_of, wide_attention
 from qwen_vae_accel.kernels.tuning.keys import KernelKey
 from qwen_vae_accel.kernels.tuning.selection import Tuning
 from qwen_vae_accel.kernels.weights import (
@@ -147,22 +150,29 @@ class LaunchBuilder:
 
     def overlap(
         self, layer: Conv3x3, grid: Grid, after: Grid, a: Slot | None, others: Iterable[Slot | None],
-        outputs: Iterable[Slot | None],
+        outputs: Iterable[Slot | None], beside: Grid | None = None,
     ) -> Overlap:  # fmt: skip
-        """Describe what a convolution reads, ``a`` and ``others`` on ``grid``, and what it writes, ``outputs`` on ``after``."""
+        """Describe what a convolution reads, ``a`` on ``grid`` and ``others`` there or ``beside``, and what it writes, ``outputs``
+        on ``after``."""
         if a is None:
             raise ValueError("a launch reads a matrix that nothing wrote")
 
         def on(grid: Grid, slots: Iterable[Slot | None]) -> tuple[Matrix, ...]:
             return tuple(Matrix(slot, grid) for slot in slots if slot is not None)
 
-        return Overlap(layer, Matrix(a, grid), on(grid, others), on(after, outputs))
+        return Overlap(layer, Matrix(a, grid), on(beside or grid, others), on(after, outputs))
 
-    def conv_in(self, weights: SmallConvWeights, grid: Grid, norm: Norm) -> Activations:
-        """List the first convolution, of the input image; ``norm`` is the first one behind it."""
+    def conv_in(self, weights: SmallConvWeights | ConvWeights, grid: Grid, norm: Norm) -> Activations:
+        """List the first convolution, of the input image or latent; ``norm`` is the first one behind it."""
         out = weights.out_channels
         x, normed = self.take(grid, out), self.take(grid, out, norm.scale)
         gpu = self.gpu
+        if isinstance(weights, ConvWeights):
+            flat = self.take(grid, weights.in_channels)
+            self.add(f"flatten {weights.in_channels}", grid, 0, lambda m: flatten(m.image, m[flat]))
+            self.conv(Activations(grid, None, flat), flat, weights, x=x, normed=normed, norm=norm)
+            self.arena.give(flat)
+            return Activations(grid, x, normed)
         key = KernelKey.of(Kind.IN, weights)
         config = self.tuning.conv(key, grid, gpu)
 
@@ -180,6 +190,8 @@ class LaunchBuilder:
         norm: Norm | None,
         *,
         keep_x: bool = True,
+        keep_input: bool = False,
+        adds: Slot | None = None,
         x_scale: float | None = None,
     ) -> Activations:
         """List a residual block as two convolutions.
@@ -187,13 +199,15 @@ class LaunchBuilder:
         Args:
             norm: the one behind the block; without it no normed matrix is written.
             keep_x: whether anything will read the sum itself.
+            keep_input: whether anything will read what the block was given; it is the caller's to give back.
+            adds: what is added to the sum beside the block's input, through the identity in ``block.conv2``.
             x_scale: x is float8, times this.
         """
         out = block.conv1.out_channels
         hidden = self.take(level.grid, out, block.norm2.scale)
         self.conv(level, level.normed, block.conv1, normed=hidden, norm=block.norm2)
-        same_width = block.conv2.shortcut == 0
-        in_place = same_width and x_scale is None
+        same_width = block.conv1.in_channels == out
+        in_place = same_width and x_scale is None and not keep_input
         x = (level.x if in_place else self.take(level.grid, out, x_scale)) if keep_x else None
         normed = None
         if same_width and norm is not None and level.normed is not None and level.normed.dtype == norm.dtype(self.dtype):
@@ -203,10 +217,10 @@ class LaunchBuilder:
             normed = None if norm is None else self.take(level.grid, out, norm.scale)
         self.conv(
             level, hidden, block.conv2, x=x, norm=norm, normed=normed, x_scale=x_scale,
-            residual=level.x if same_width else None, shortcut=None if same_width else level.x,
+            residual=level.x if same_width else None, shortcut=adds if same_width else level.x,
         )  # fmt: skip
         self.arena.give(hidden)
-        if x is not level.x:
+        if x is not level.x and not keep_input:
             self.arena.give(level.x)
         return replace(level, x=x, normed=normed)
 
@@ -240,6 +254,10 @@ class LaunchBuilder:
         key = KernelKey(Kind.ATTENTION, channels, channels)
         config = tuning.attention_on(key, gpu)
         count = grid.height * grid.width
+        if channels > 384:
+            self.add(f"qkv {channels}->{3 * channels}", grid, block.qkv.flops(grid.pixels),
+                     lambda m: qkv(m[level.normed], grid, block.qkv, m[tokens], config=qkv_config, gpu=gpu), qkv_key, grid)
+            return self._wide_attention(level, block, norm, tokens)
         splits = tuning.attention_splits(key, grid, gpu)
         partial = tops = None
         if splits > 1:
@@ -259,13 +277,44 @@ class LaunchBuilder:
         flops = 4 * grid.batch * count * count * channels
         self.add(f"attention {channels}", grid, flops, launch_attention, key, grid)
         self.arena.give(tokens, partial, tops)
-        normed = self.take(grid, channels)
+        return self._projection(level, block, norm)
+
+    def _wide_attention(self, level: Activations, block: AttentionWeights, norm: Norm, tokens: Slot) -> Activations:
+        """List the attention of ``tokens`` where a tile cannot hold its channels, and the projection."""
+        grid, gpu, channels = level.grid, self.gpu, block.proj.in_channels
+        chunk, tiles, count = chunk_of(grid), tiles_of(grid), grid.height * grid.width
+        weights = self.arena.take(grid.batch * chunk, tiles * TILE, self.dtype)
+        tops, sums = (self.arena.take(grid.batch * chunk, tiles, torch.float32) for _ in range(2))
+        self.add(
+            f"attention {channels}", grid, 4 * grid.batch * count * count * channels,
+            lambda m: wide_attention(
+                m[tokens], grid, m[level.normed], weights=m[weights], tops=m[tops], sums=m[sums], gpu=gpu
+            ),
+        )  # fmt: skip
+        self.arena.give(tokens, weights, tops, sums)
+        return self._projection(level, block, norm)
+
+    def _projection(self, level: Activations, block: AttentionWeights, norm: Norm) -> Activations:
+        normed = self.take(level.grid, block.proj.out_channels)
         self.conv(level, level.normed, block.proj, x=level.x, normed=normed, norm=norm, residual=level.x)
         self.arena.give(level.normed)
         return replace(level, normed=normed)
 
-    def resample(self, level: Activations, weights: ConvWeights, norm: Norm, kind: Kind) -> Activations:
-        """List a step to another resolution: ``kind`` is UP or DOWN, ``norm`` the first one of the next level."""
+    def pool(self, level: Activations) -> Slot:
+        """List the means of 2x2 pixels of ``level.x``."""
+        assert level.x is not None
+        after = level.grid.halved()
+        pooled = self.arena.take(after.rows, level.x.columns, self.dtype)
+        self.add(f"pool {level.x.columns}", after, 0, lambda m: pool(m[level.x], level.grid, m[pooled]))
+        return pooled
+
+    def resample(
+        self, level: Activations, weights: ConvWeights, norm: Norm, kind: Kind, residual: Slot | None = None, lower: int = 0
+    ) -> Activations:  # fmt: skip
+        """List a step to another resolution: ``kind`` is UP or DOWN, ``norm`` the first one of the next level.
+
+        ``residual`` and ``lower``: a shortcut around the level, as ``kernels/shortcuts.py`` describes it.
+        """
         up, grid, gpu = kind is Kind.UP, level.grid, self.gpu
         after = grid.doubled() if up else grid.halved()
         x, normed = self.take(after, weights.out_channels), self.take(after, weights.out_channels, norm.scale)
@@ -273,21 +322,23 @@ class LaunchBuilder:
         config = self.tuning.conv(KernelKey.of(kind, weights), tiled, gpu)
         function = upsample_conv if up else downsample_conv
         layer = self.layer(weights, kind)
-        overlap = None if layer is None else self.overlap(layer, grid, after, level.x, (), (x, normed))
+        overlap = None
+        if layer is not None:
+            overlap = self.overlap(layer, grid, after, level.x, (residual,), (x, normed), tiled)
 
         def launch(m: Memory) -> None:
             if overlap is not None:
                 overlap.layer(
                     m[level.x], grid, x=m[x], normed=m[normed], gamma=norm.gamma, silu=norm.silu, n_scale=norm.scale,
-                    **overlap.arguments(m),
+                    residual=m.get(residual), lower=lower, **overlap.arguments(m),
                 )  # fmt: skip
                 return
             function(m[level.x], grid, weights, x=m[x], normed=m[normed], norm=norm, config=config, gpu=gpu)
 
-        name = f"{kind}sample {_widths(weights)}"
+        name = f"{kind}sample {_widths(weights)}" + (" residual" if residual is not None else "")
         key = KernelKey.of(kind, weights, sm90=layer is not None)
         self.add(name, after, weights.flops(tiled.pixels), launch, key, tiled, overlap)
-        self.arena.give(level.x)
+        self.arena.give(level.x, residual)
         return Activations(after, x, normed)
 
     def middle(
@@ -310,11 +361,15 @@ def decoder_launches(weights: NetworkWeights, latent: tuple[int, ...], builder: 
     level = builder.conv_in(weights.conv_in, Grid(batch, height, width), weights.middle[0].norm1)
     level = builder.middle(level, weights.middle, weights.levels[0].blocks[0].norm1, keep_x=True)
     for this, after in zip(weights.levels, (*weights.levels[1:], None), strict=True):
+        entry = level.x if this.shortcut is not None else None
         for block, following in zip(this.blocks[:-1], this.blocks[1:], strict=True):
-            level = builder.residual_block(level, block, following.norm1)
+            level = builder.residual_block(level, block, following.norm1, keep_input=entry is not None and level.x is entry)
         if this.resampling is not None and after is not None:
-            level = builder.residual_block(level, this.blocks[-1], None, x_scale=this.resampling.input_scale)
-            level = builder.resample(level, this.resampling, after.blocks[0].norm1, Kind.UP)
+            lower = 0 if this.shortcut is None else this.shortcut.lower
+            level = builder.residual_block(
+                level, this.blocks[-1], None, x_scale=this.resampling.input_scale, keep_input=entry is not None and level.x is entry
+            )
+            level = builder.resample(level, this.resampling, after.blocks[0].norm1, Kind.UP, entry, lower)
         else:
             products = builder.last_block(level, this.blocks[-1], weights.norm_out, head, 9 * channels)
     grid = level.grid
@@ -331,13 +386,22 @@ def encoder_launches(weights: NetworkWeights, image: tuple[int, ...], builder: L
     batch, _, height, width = image
     level = builder.conv_in(weights.conv_in, Grid(batch, height, width), weights.levels[0].blocks[0].norm1)
     for this, after in zip(weights.levels, (*weights.levels[1:], None), strict=True):
+        pooled = entry = None
+        if this.shortcut is not None:
+            if this.shortcut.pooled:
+                pooled = builder.pool(level)
+            else:
+                entry = level.x
         for block, following in zip(this.blocks[:-1], this.blocks[1:], strict=True):
-            level = builder.residual_block(level, block, following.norm1)
+            level = builder.residual_block(level, block, following.norm1, keep_input=entry is not None and level.x is entry)
         if this.resampling is not None and after is not None:
             level = builder.residual_block(level, this.blocks[-1], None)
-            level = builder.resample(level, this.resampling, after.blocks[0].norm1, Kind.DOWN)
+            level = builder.resample(level, this.resampling, after.blocks[0].norm1, Kind.DOWN, pooled)
         else:
-            level = builder.residual_block(level, this.blocks[-1], weights.middle[0].norm1)
+            level = builder.residual_block(
+                level, this.blocks[-1], weights.middle[0].norm1, keep_input=entry is not None and level.x is entry, adds=entry
+            )
+            builder.arena.give(entry)
     level = builder.middle(level, weights.middle, weights.norm_out, keep_x=False)
     normed, grid, out, gpu = level.normed, level.grid, weights.conv_out, builder.gpu
     builder.add(

@@ -100,17 +100,17 @@ class _FusedNetwork:
         Raises:
             ValueError: there are no kernels for a network with these weights; the message says why.
         """
-        reasons = state_reasons(state)
-        if reasons:
-            raise ValueError(f"{type(self).__name__} cannot run this model: " + "; ".join(reasons))
-        self.description = network_of(state)
-        if self.description.method != self._method:
-            raise ValueError(f"{type(self).__name__} was given the weights of a network that {self.description.method}s")
         self.dtype, self.device = dtype, torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.config = config or FusedConfig()
         self._gpu = self.config.gpu or describe_gpu(self.device)
+        reasons = state_reasons(state, sm90=self._gpu.sm90 and self.config.tuning.sm90)
+        if reasons:
+            raise ValueError(f"{type(self).__name__} cannot run this model: " + "; ".join(reasons))
+        self.description = network_of(state)
+        if self.description.method != self._method:
+            raise ValueError(f"{type(self).__name__} was given the weights of a network that {self.description.method}s")
         self.float8 = bool(float8)
         segments = OwnSegments(self.device)
         weights = pack_network(Packer(state, dtype, self.device, float8 or {}), self.description)
@@ -243,7 +243,10 @@ class _FusedNetwork:
 
 
 class FusedDecoder(_FusedNetwork):
-    """``[B, 16, h, w]`` latents -> ``[B, C, 8h, 8w]`` images, clamped to [-1, 1]. Safe to call from several threads."""
+    """``[B, Z, h, w]`` latents -> ``[B, C, s * h, s * w]`` images, clamped to [-1, 1]. Safe to call from several threads.
+
+    ``Z`` and ``s`` are 16 and 8, or 64 and 16 (Qwen-Image 2.1).
+    """
 
     _method = "decode"
 
@@ -254,8 +257,8 @@ class FusedDecoder(_FusedNetwork):
 
 
 class FusedEncoder(_FusedNetwork):
-    """``[B, C, H, W]`` images -> ``[B, 32, H // 8, W // 8]`` mean and log-variance, quant_conv applied.
-    Safe to call from several threads."""
+    """``[B, C, H, W]`` images -> ``[B, 2 * Z, H // s, W // s]`` mean and log-variance, quant_conv applied; ``Z`` and ``s`` as in
+    :class:`FusedDecoder`. Safe to call from several threads."""
 
     _method = "encode"
 

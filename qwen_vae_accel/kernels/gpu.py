@@ -26,9 +26,14 @@ class Gpu:
     sm90: bool = False
 
 
+def runs_sm90(capability: tuple[int, int] | None) -> bool:
+    """Whether the kernels of ``sm90/`` run on a GPU of this compute capability; None: there is no GPU."""
+    return capability == (9, 0) and nvrtc.library() is not None
+
+
 def describe_gpu(device: torch.device) -> Gpu:
     """Ask PyTorch about ``device``, which must be a CUDA device."""
     properties = torch.cuda.get_device_properties(device)
     shared = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
-    sm90 = properties.major == 9 and nvrtc.library() is not None
+    sm90 = runs_sm90((properties.major, properties.minor))
     return Gpu(properties.multi_processor_count, shared, properties.major >= 9, sm90)

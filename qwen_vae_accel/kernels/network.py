@@ -21,6 +21,11 @@ from qwen_vae_accel.model.topology import Topology
 Shape = tuple[int, ...]
 
 
+def stored_channels(channels: int) -> int:
+    """Channels of an image or latent in the flat layout: its own, one of ones, and zeros up to a multiple of 16."""
+    return channels // 16 * 16 + 16
+
+
 class Kind(str, Enum):
     """What a layer computes; each has kernels of its own."""
 

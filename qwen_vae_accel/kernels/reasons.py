@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qwen_vae_accel.kernels.network import Network, network_of
+from qwen_vae_accel.kernels.shortcuts import level_orders, stored_shortcut
 from qwen_vae_accel.kernels.tuning.tables import has_kernel
 
 MIN_CAPABILITY = (8, 0)
@@ -17,29 +18,38 @@ FLOAT8_CAPABILITY = (8, 9)
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-def network_reasons(network: Network) -> list[str]:
-    """Name the layers of ``network`` that have no kernel, kind by kind."""
-    missing = dict.fromkeys(layer for layer in network.kernel_layers() if not has_kernel(layer))
+def network_reasons(network: Network, *, sm90: bool) -> list[str]:
+    """Name the layers of ``network`` that have no kernel, kind by kind.
+
+    Args:
+        network: an encoder or decoder.
+        sm90: whether the kernels of ``sm90/`` run.
+    """
+    missing = dict.fromkeys(layer for layer in network.kernel_layers() if not has_kernel(layer, sm90))
     by_kind = [
         f"{kind}{', '.join(str(layer).removeprefix(kind) for layer in layers)}"
         for kind, layers in groupby(
             sorted(missing, key=lambda layer: layer.kind.value), lambda layer: f"{str(layer).split()[0]} "
         )
     ]
-    reasons = [f"it has no kernels for these layers of the {network.method}r: {'; '.join(by_kind)}"] if by_kind else []
-    around = [level.shortcut for level in network.levels if level.shortcut is not None]
-    if around:
-        what = "copies" if network.decodes else "averages"
-        widths = ", ".join(f"{shortcut.in_channels}->{shortcut.out_channels}" for shortcut in around)
-        reasons.append(f"it has no kernels for the residual shortcuts of {what} around levels: {widths}")
+    where = "" if sm90 or not all(has_kernel(layer, True) for layer in missing) else " on a GPU other than Hopper's (9.0)"
+    reasons = [f"it has no kernels for these layers of the {network.method}r{where}: {'; '.join(by_kind)}"] if by_kind else []
+    try:
+        level_orders(network)
+        for level in network.levels:
+            if level.shortcut is not None:
+                stored_shortcut(level.shortcut, network.decodes)
+    except ValueError as error:
+        reasons.append(f"it has no kernels for the shortcuts around levels of the {network.method}r: {error}")
     return reasons
 
 
-def state_reasons(state: Mapping[str, Tensor]) -> list[str]:
+def state_reasons(state: Mapping[str, Tensor], *, sm90: bool) -> list[str]:
     """Say why the kernels cannot run this encoder or decoder.
 
     Args:
         state: 2-D weights in diffusers' names without ``encoder.`` or ``decoder.`` (``model.source.image_state``).
+        sm90: whether the kernels of ``sm90/`` run.
     """
     try:
         network = network_of(state)
@@ -56,7 +66,7 @@ def state_reasons(state: Mapping[str, Tensor]) -> list[str]:
             reasons.append(f"{name} has shape {list(found)}, the published network has {list(shape)}")
     if len(reasons) > 3:
         reasons[3:] = [f"and {len(reasons) - 3} more differences from the published network"]
-    return reasons or network_reasons(network)
+    return reasons or network_reasons(network, sm90=sm90)
 
 
 def device_reasons(

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from qwen_vae_accel.kernels.float8 import FLOAT8, quantize_weight
-from qwen_vae_accel.kernels.network import AttentionLayer, ConvLayer, Network, ResidualLayer
+from qwen_vae_accel.kernels.network import AttentionLayer, ConvLayer, Level, Network, ResidualLayer, stored_channels
+from qwen_vae_accel.kernels.shortcuts import StoredShortcut, reordered, stored_shortcut
 
 
 def with_each(kind: type, function: Callable[[Any], Any], weights: Any) -> Any:
@@ -124,10 +125,15 @@ class Packer:
     def _layer(self, name: str) -> tuple[Tensor, Tensor]:
         return self.state[f"{name}.weight"].detach(), self.state[f"{name}.bias"].detach()
 
-    def conv(self, name: str, shortcut: str | None = None) -> ConvWeights:
-        """3x3 or 1x1 convolution, optionally with the 1x1 shortcut whose output is added to it."""
+    def conv(self, name: str, shortcut: str | None = None, *, adds: bool = False) -> ConvWeights:
+        """3x3 or 1x1 convolution, optionally with the 1x1 shortcut whose output is added to it.
+
+        With ``adds`` that shortcut is the identity: the product adds a second matrix besides the residual.
+        """
         weight, bias = self._layer(name)
         matrix, total, extra = _taps_last(weight), bias.float(), None
+        if adds:
+            extra = torch.eye(weight.shape[0], device=weight.device)
         if shortcut is not None:
             shortcut_weight, shortcut_bias = self._layer(shortcut)
             extra = _taps_last(shortcut_weight)
@@ -165,18 +171,31 @@ class Packer:
         ]
         return self._pack(name, torch.cat(parts, 1), bias, weight.shape[1], 16)
 
-    def conv_after_pointwise(self, name: str, pointwise: str | None) -> SmallConvWeights:
-        """3x3 conv of few channels, with a 1x1 convolution before it (post_quant_conv) folded in.
+    def _after_pointwise(self, name: str, pointwise: str | None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Weight ``[O, I, 3, 3]``, weight of a channel of ones ``[O, 9]``, and bias of a 3x3 convolution after a 1x1 one.
 
         conv(P z + p) = (W P) * z + (W p) * 1, where 1 is the indicator of the image: the zero padding comes after P.
         """
         weight, bias = self._layer(name)
         weight = weight.float()
-        ones = None
-        if pointwise is not None:
-            matrix, offset = self._layer(pointwise)
-            ones = torch.einsum("omyx,m->oyx", weight, offset.float()).flatten(1)
-            weight = torch.einsum("omyx,mi->oiyx", weight, matrix.float().flatten(1))
+        if pointwise is None:
+            return weight, None, bias
+        matrix, offset = self._layer(pointwise)
+        ones = torch.einsum("omyx,m->oyx", weight, offset.float()).flatten(1)
+        return torch.einsum("omyx,mi->oiyx", weight, matrix.float().flatten(1)), ones, bias
+
+    def conv_of_latent(self, name: str, pointwise: str) -> ConvWeights:
+        """3x3 convolution of many latent channels in the flat layout, post_quant_conv folded in; their ``stored_channels``."""
+        weight, ones, bias = self._after_pointwise(name, pointwise)
+        assert ones is not None
+        wide = torch.cat([weight, ones.view(-1, 1, 3, 3)], 1)
+        channels = stored_channels(weight.shape[1])
+        wide = torch.nn.functional.pad(wide, (0, 0, 0, 0, 0, channels - wide.shape[1]))
+        return ConvWeights(_round(_taps_last(wide), self.dtype, self.device), _bias(bias, self.device), channels, 9)
+
+    def conv_after_pointwise(self, name: str, pointwise: str | None) -> SmallConvWeights:
+        """3x3 convolution of few channels, with a 1x1 convolution before it (post_quant_conv) folded in."""
+        weight, ones, bias = self._after_pointwise(name, pointwise)
         packed = _taps_last(weight)
         if ones is not None:
             packed = torch.cat([packed, ones], 1)
@@ -236,8 +255,9 @@ class AttentionWeights:
 class LevelWeights:
     """Weights of one resolution."""
 
-    blocks: tuple[ResidualWeights, ...]
+    blocks: tuple[ResidualWeights, ...]  # the last one's conv2 adds the level's input, if the shortcut is nothing else
     resampling: ConvWeights | None
+    shortcut: StoredShortcut | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +272,7 @@ class HeadWeights:
 class NetworkWeights:
     """Weights of a whole encoder or decoder."""
 
-    conv_in: SmallConvWeights
+    conv_in: SmallConvWeights | ConvWeights  # of few channels, of many
     levels: tuple[LevelWeights, ...]
     middle: tuple[ResidualWeights, AttentionWeights, ResidualWeights]
     norm_out: Norm
@@ -264,15 +284,17 @@ def pack_network(pack: Packer, network: Network) -> NetworkWeights:
 
     Raises:
         KeyError: ``pack.state`` lacks one.
+        ValueError: the shortcuts around its levels are none that ``kernels/shortcuts.py`` knows.
     """
+    pack = replace(pack, state=reordered(pack.state, network))
 
-    def block(layer: ResidualLayer) -> ResidualWeights:
+    def block(layer: ResidualLayer, adds: bool = False) -> ResidualWeights:
         shortcut = None if layer.shortcut is None else layer.shortcut.name
         return ResidualWeights(
             Norm(pack.gamma(f"{layer.name}.norm1"), scale=pack.float8.get(layer.conv1.name)),
             pack.conv(layer.conv1.name),
             Norm(pack.gamma(f"{layer.name}.norm2"), scale=pack.float8.get(layer.conv2.name)),
-            pack.conv(layer.conv2.name, shortcut),
+            pack.conv(layer.conv2.name, shortcut, adds=adds),
         )
 
     def attention(layer: AttentionLayer) -> AttentionWeights:
@@ -282,14 +304,19 @@ def pack_network(pack: Packer, network: Network) -> NetworkWeights:
     def resampling(layer: ConvLayer) -> ConvWeights:
         return pack.upsample(layer.name) if network.decodes else pack.conv(layer.name)
 
-    levels = tuple(
-        LevelWeights(tuple(map(block, level.blocks)), None if level.resampling is None else resampling(level.resampling))
-        for level in network.levels
-    )
+    def level_weights(level: Level) -> LevelWeights:
+        shortcut = None if level.shortcut is None else stored_shortcut(level.shortcut, network.decodes)
+        adds = shortcut is not None and level.resampling is None
+        *first, last = level.blocks
+        blocks = (*map(block, first), block(last, adds))
+        return LevelWeights(blocks, None if level.resampling is None else resampling(level.resampling), shortcut)
+
+    levels = tuple(map(level_weights, network.levels))
     middle = block(network.middle.first), attention(network.middle.attention), block(network.middle.last)
     before, after = (network.pointwise.name, None) if network.decodes else (None, network.pointwise.name)
-    last = network.conv_out.name
+    first, last = network.conv_in, network.conv_out.name
+    many = before is not None and first.in_channels > 16
     return NetworkWeights(
-        pack.conv_after_pointwise(network.conv_in.name, before), levels, middle, Norm(pack.gamma("norm_out")),
+        pack.conv_of_latent(first.name, before) if before is not None and many else pack.conv_after_pointwise(first.name, before), levels, middle, Norm(pack.gamma("norm_out")),
         HeadWeights(*pack.head(last)) if network.decodes else pack.conv_before_pointwise(last, after),
     )  # fmt: skip

@@ -50,8 +50,10 @@ def random_layer(name: str, out: int, inp: int, side: int, seed: int = 1) -> dic
     }
 
 
-def folded_upsample(a: torch.Tensor, grid: Grid, weights: ConvWeights, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp32 ``(x, normed)`` of an upsampling by the weights as they are packed and rounded."""
+def folded_upsample(
+    a: torch.Tensor, grid: Grid, weights: ConvWeights, norm: Norm, residual: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 ``(x, normed)`` of an upsampling by the weights as they are packed and rounded; ``residual`` is of the output."""
     matrix = weights.weight.float() * (1.0 if weights.rescale is None else weights.rescale[:, None])
     kernels = matrix.view(weights.out_channels, 2, 2, 2, 2, -1).permute(1, 2, 0, 5, 3, 4)  # parities first
     large, padded = grid.doubled(), F.pad(from_flat(a.float(), grid), (1, 1, 1, 1))
@@ -60,7 +62,7 @@ def folded_upsample(a: torch.Tensor, grid: Grid, weights: ConvWeights, norm: Nor
         for px in (0, 1):
             part = F.conv2d(padded, kernels[py, px], weights.bias)
             image[:, :, py::2, px::2] = part[:, :, py : py + grid.height, px : px + grid.width]
-    x = to_flat(image)
+    x = to_flat(image) + (0 if residual is None else residual)
     return x, rms_norm_reference(x, norm.gamma, norm.silu) * (norm.scale or 1.0)
 
 

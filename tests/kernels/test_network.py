@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import random
 import subprocess
 import sys
@@ -10,34 +11,51 @@ import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder, compiling, device_reasons, state_reasons
 from qwen_vae_accel.kernels.float8 import FLOAT8, quantize
 from qwen_vae_accel.kernels.gpu import Gpu
 from qwen_vae_accel.kernels.launches import Traffic
-from qwen_vae_accel.kernels.layout import Grid
+from qwen_vae_accel.kernels.layout import Grid, from_flat, to_flat
 from qwen_vae_accel.kernels.memory import Arena
-from qwen_vae_accel.kernels.network import Kind, published
+from qwen_vae_accel.kernels.network import QWEN_IMAGE_21, Kind, describe, published
 from qwen_vae_accel.kernels.sm90.layers import Sm90Layers
 from qwen_vae_accel.kernels.sm90.schedules import FLOAT8_SCHEDULES, SCHEDULES, Mode, choose_schedule, ends_early, lines_of
 from qwen_vae_accel.kernels.triton.conv3x3 import conv_reference
 from qwen_vae_accel.kernels.triton.downsample_conv import downsample_conv_reference
-from qwen_vae_accel.kernels.triton.upsample_conv import upsample_conv
 from qwen_vae_accel.kernels.tuning.keys import KernelKey
 from qwen_vae_accel.kernels.tuning.selection import Tuning
 from qwen_vae_accel.kernels.tuning.tables import ATTENTION_KEY
 from qwen_vae_accel.kernels.weights import Norm
 from qwen_vae_accel.model import ModelSource
+from qwen_vae_accel.model.image_vae import ImageDecoder, ImageEncoder
 from tests.helpers import Reference
-from tests.kernels.cases import CONFIG, NO_TMA, SMALL_TUNING, TMA, image_state, random_vae
+from tests.kernels.cases import NO_TMA, SMALL_TUNING, TMA, folded_upsample, image_state, random_vae
 
+TMA_SM90 = dataclasses.replace(TMA, sm90=True)
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreter tests; the GPU has test_gpu.py")
 
 
-def meta(method, image_channels=3):
+def meta(method, image_channels=3, latents=16):
     """Weights of a published network without values."""
     shapes = published(method, image_channels).parameters()
+    if latents == 64:
+        shapes = describe(dataclasses.replace(QWEN_IMAGE_21, image_channels=image_channels), method).parameters()
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def random_state(network):
+    """Random weights of a described network."""
+    draw = torch.Generator().manual_seed(3)
+
+    def values(name, shape):
+        if name.endswith("gamma"):
+            return 1 + 0.1 * torch.randn(shape, generator=draw)
+        scale = 0.1 if name.endswith("bias") else torch.tensor(shape[1:]).prod() ** -0.5
+        return torch.randn(shape, generator=draw) * scale
+
+    return {name: values(name, shape) for name, shape in network.parameters().items()}
 
 
 def reference(vae, part, image):
@@ -61,6 +79,14 @@ def run_poisoned(network, image):
     return memory.output
 
 
+def copied(residual, grid, channels, lower):
+    """What an upsampling adds to its four outputs of every pixel: [doubled rows, channels], fp32."""
+    image = from_flat(residual.float(), grid)
+    large = image.repeat_interleave(2, 2).repeat_interleave(2, 3)[:, :channels].clone()
+    large[:, :, 1::2] = image[:, lower : lower + channels].repeat_interleave(2, 3)
+    return to_flat(large)
+
+
 class StandIn:
     """A layer of sm90/ by the references and the folded upsample kernel, with its signature."""
 
@@ -72,7 +98,8 @@ class StandIn:
     def schedule(self, grid):
         tiled = grid.halved() if self.mode is Mode.DOWNSAMPLE else grid
         place = tiled.batch, tiled.height, tiled.width, self.multiprocessors
-        return choose_schedule(self.mode, self.weights.in_channels, self.weights.out_channels, *place), place
+        known = (self.mode, self.weights.in_channels, self.weights.out_channels)
+        return choose_schedule(*(known if known in SCHEDULES else (Mode.CONV, 192, 192)), *place), place
 
     def lines(self, grid):
         schedule, (_, height, width, _) = self.schedule(grid)
@@ -84,7 +111,7 @@ class StandIn:
 
     def __call__(
         self, a, grid, *, x=None, normed=None, gamma=None, silu=True, residual=None, shortcut=None, x_scale=None, n_scale=None,
-        done=None, ready=None,
+        lower=0, done=None, ready=None,
     ):  # fmt: skip
         self.calls += 1
         if ready is not None:  # the launch before has counted all of its tiles there, and nobody else
@@ -96,10 +123,12 @@ class StandIn:
             done += self.lines(grid).finished
         norm = None if gamma is None else Norm(gamma, silu, n_scale)
         if self.mode is Mode.UPSAMPLE:
-            upsample_conv(a, grid, self.weights, x=x, normed=normed, norm=norm, config=CONFIG, gpu=TMA)
-            return
-        if self.mode is Mode.DOWNSAMPLE:
-            results = downsample_conv_reference(a, grid, self.weights, norm)
+            copies = None if residual is None else copied(residual, grid, self.weights.out_channels, lower)
+            results = folded_upsample(a, grid, self.weights, norm, copies)
+        elif self.mode is Mode.DOWNSAMPLE:
+            if residual is not None:
+                residual = F.pad(residual, (0, self.weights.out_channels - residual.shape[1]))
+            results = downsample_conv_reference(a, grid, self.weights, norm, residual)
         else:
             results = conv_reference(a, grid, self.weights, norm=norm, residual=residual, shortcut=shortcut, x_scale=x_scale)
         for target, value in zip((x, normed), results, strict=False):
@@ -110,10 +139,13 @@ class StandIn:
 class StandInLayers(Sm90Layers):
     """Layers of sm90/ that need no GPU: stand-ins of the widths that it has."""
 
-    def __init__(self, device, tuning):
+    def __init__(self, device, tuning, every=False):
         super().__init__(device, tuning, StandIn)
+        self.every = every
 
     def _reasons(self, mode, channels, out, dtype):
+        if self.every:
+            return []
         return [] if (mode, channels, out) in (FLOAT8_SCHEDULES if dtype == FLOAT8 else SCHEDULES) else ["no kernel"]
 
 
@@ -132,6 +164,34 @@ def test_network_with_sm90_layers(part, shape):
     reference(vae, part, image).check(out)
     layers = [layer for _, layer in network._sm90._layers.values()]
     assert len(layers) == (31 if part == "decoder" else 23)
+    assert all(layer.calls == 1 for layer in layers)
+
+
+# Qwen-Image 2.1 with a decoder of 4/9 of its widths.
+NARROW_21 = dataclasses.replace(
+    QWEN_IMAGE_21, decoder_widths=tuple(width * 4 // 9 for width in QWEN_IMAGE_21.decoder_widths)
+)
+
+
+@interpreted
+@pytest.mark.parametrize(("method", "shape"), [("decode", (2, 64, 2, 3)), ("encode", (1, 4, 48, 32))])
+def test_shortcuts_around_levels(method, shape, monkeypatch):
+    """Of the residual networks: orders of channels, copies and averages, the wide attention, the first and last convolutions."""
+    described = describe(NARROW_21, method)
+    state = random_state(described)
+    monkeypatch.setattr("qwen_vae_accel.kernels.fused.network_of", lambda state: described)
+    monkeypatch.setattr("qwen_vae_accel.kernels.fused.state_reasons", lambda state, sm90: [])
+    network = (FusedDecoder if method == "decode" else FusedEncoder)(
+        state, dtype=torch.float16, device=torch.device("cpu"), config=FusedConfig(tuning=SMALL_TUNING, gpu=TMA)
+    )
+    network._sm90 = StandInLayers(torch.device("cpu"), SMALL_TUNING, every=True)
+    image = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    exact = (ImageDecoder if method == "decode" else ImageEncoder)({name: value.double() for name, value in state.items()})
+    expected = exact(image.half().double())
+    error = (run_poisoned(network, image.half()).double() - expected).norm() / expected.norm()
+    assert error < 2e-3  # every number between kernels is rounded to 2^-11
+    layers = [layer for _, layer in network._sm90._layers.values()]
+    assert len(layers) == (40 if method == "decode" else 29)
     assert all(layer.calls == 1 for layer in layers)
 
 
@@ -248,12 +308,13 @@ def test_arena_never_overlaps_what_lives_together():
 
 
 def test_reasons_for_other_topologies():
-    assert state_reasons(meta("decode", 4)) == []
-    assert state_reasons(meta("encode")) == []
-    assert state_reasons(meta("decode", 7)) == ["it has no kernels for these layers of the decoder: conv_out 96->7"]
+    assert state_reasons(meta("decode", 4), sm90=False) == []
+    assert state_reasons(meta("encode"), sm90=False) == []
+    assert state_reasons(meta("decode", 4, 64), sm90=True) == state_reasons(meta("encode", 3, 64), sm90=True) == []
+    assert state_reasons(meta("decode", 7), sm90=True) == ["it has no kernels for these layers of the decoder: conv_out 96->7"]
     narrow = {name: torch.empty([max(s // 6, 3) for s in value.shape], device="meta") for name, value in meta("decode").items()}
-    assert state_reasons({**meta("decode"), "norm_out.gamma": torch.empty(16, device="meta")})
-    assert len(state_reasons(narrow | {"conv_out.weight": torch.empty(3, 16, 3, 3)})) == 4  # three and a count
+    assert state_reasons({**meta("decode"), "norm_out.gamma": torch.empty(16, device="meta")}, sm90=True)
+    assert len(state_reasons(narrow | {"conv_out.weight": torch.empty(3, 16, 3, 3)}, sm90=True)) == 4  # three and a count
     with pytest.raises(ValueError, match="cannot run this model"):
         FusedDecoder({}, dtype=torch.float16, device=torch.device("cpu"))
     with pytest.raises(ValueError, match="FusedDecoder was given the weights of a network that encodes"):
@@ -280,6 +341,6 @@ def test_smaller_gpus_get_smaller_tiles():
 
 
 def test_import_needs_no_triton():
-    code = "import sys; sys.modules['triton'] = None; import qwen_vae_accel.kernels as k; print(k.state_reasons({}))"
+    code = "import sys; sys.modules['triton'] = None; import qwen_vae_accel.kernels as k; print(k.state_reasons({}, sm90=False))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -15,7 +15,7 @@ from qwen_vae_accel.backends.fused.calibration import calibrated_peaks, measured
 from qwen_vae_accel.errors import BackendUnavailableError
 from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder, device_reasons, network_reasons
 from qwen_vae_accel.kernels.float8 import input_scales
-from qwen_vae_accel.kernels.gpu import describe_gpu
+from qwen_vae_accel.kernels.gpu import describe_gpu, runs_sm90
 from qwen_vae_accel.kernels.network import describe
 from qwen_vae_accel.kernels.tuning.selection import Tuning
 from qwen_vae_accel.kernels.tuning.stored import Machine, read_tuned
@@ -59,7 +59,7 @@ class FusedBackend(DirectBackend):
         device = torch.device(environment.device_type)
         reasons = device_reasons(device, job.dtype, environment.capability, float8=job.float8)
         try:
-            reasons += network_reasons(describe(job.topology, job.method))
+            reasons += network_reasons(describe(job.topology, job.method), sm90=runs_sm90(environment.capability))
         except ValueError as error:
             reasons.append(f"it does not know this {job.method}r: {error}")
         return reasons

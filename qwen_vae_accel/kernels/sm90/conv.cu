@@ -15,6 +15,7 @@
 // MODE 0  3x3, stride 1, zero padding 1; SHORTCUT > 0: plus a 1x1 convolution of a second input of that many channels
 // MODE 1  nearest 2x upsampling and 3x3, folded: one 2x2 convolution for each parity of the output; tiles of the input
 // MODE 2  3x3, stride 2, zero padding (0, 1, 0, 1); the input is read as its four parity planes
+// MODE 3  1x1
 //
 // A kernel starts while the one before it runs its last tiles. If that one counts its finished tiles ("reports"), a tile
 // here waits for the lines of tiles that its input and the input's halo lie in, instead of for the whole kernel.

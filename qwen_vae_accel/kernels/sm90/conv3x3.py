@@ -119,6 +119,7 @@ class _Call(NamedTuple):
     shortcut: Tensor | None
     done: Tensor | None
     ready: tuple[Tensor, Lines] | None
+    lower: int
     grid: Grid
     silu: bool
     x_scale: float | None
@@ -213,6 +214,7 @@ class Conv3x3:
         shortcut: Tensor | None = None,
         x_scale: float | None = None,
         n_scale: float | None = None,
+        lower: int = 0,
         done: Tensor | None = None,
         ready: tuple[Tensor, Lines] | None = None,
     ) -> None:
@@ -222,9 +224,11 @@ class Conv3x3:
             a: input ``[rows, C]`` on ``grid``.
             x, normed: outputs ``[rows, N]`` on the output's grid; at least one. Neither may overlap ``a``.
             gamma: fp32 ``[N]``, sqrt(N) included; with ``normed``.
-            residual: ``[rows, N]``; may be ``x``.
+            residual: ``[rows, N]``; may be ``x``. UPSAMPLE: ``[rows, R]`` on ``grid``, each row added to four pixels. DOWNSAMPLE:
+                ``[rows, R]`` on the output's grid, added to the first R channels.
             shortcut: ``[rows, S]``, if the weights have a shortcut.
             x_scale, n_scale: ``x``, ``normed`` are float8, times this and clamped.
+            lower: UPSAMPLE: odd rows of the output take the residual's channels from this one on, even ones the first.
             done: int32 ``[1, batch * lines]``; counts the finished tiles of every line (:meth:`lines`) from what it holds.
             ready: ``done`` and the lines of the launch before this one on the stream, for whose tiles this one's wait instead
                 of for all of it. The caller has made sure that they may overlap (overlap.py).
@@ -232,7 +236,7 @@ class Conv3x3:
         Raises:
             ValueError: a tensor of the wrong shape, dtype or device, or a combination that has no meaning.
         """
-        call = _Call(a, x, normed, gamma, residual, shortcut, done, ready, grid, silu, x_scale, n_scale)
+        call = _Call(a, x, normed, gamma, residual, shortcut, done, ready, lower, grid, silu, x_scale, n_scale)
         tasks = listed()
         if tasks is not None:
             kernel = self._wanted(call)
@@ -240,7 +244,7 @@ class Conv3x3:
             return
         counters, lines = ready or (None, None)
         tensors = (a, x, normed, gamma, residual, shortcut, done, counters)
-        where = (grid.batch, grid.height, grid.width, silu, x_scale, n_scale, lines)
+        where = (grid.batch, grid.height, grid.width, silu, x_scale, n_scale, lower, lines)
         key = (where, *(None if t is None else t.data_ptr() for t in tensors))
         launch = self._prepared.get(key)
         if launch is None:
@@ -256,8 +260,8 @@ class Conv3x3:
         norm = 0 if call.normed is None else 2 if call.silu else 1
         variant = Variant(
             self.mode, self.channels, self.out, self.shortcut, call.residual is not None, call.x is not None, norm,
-            self._schedule(call.grid), self.dtype == FLOAT8, call.x_scale is not None, call.n_scale is not None,
-        )  # fmt: skip
+            self._schedule(call.grid), self.dtype == FLOAT8, call.x_scale is not None, call.n_scale is not None, call.lower,
+        ).fitted()  # fmt: skip
         return variant, self._plain(call), self._index, self._cache
 
     def _prepare(self, call: _Call) -> driver.PreparedLaunch:
@@ -293,11 +297,22 @@ class Conv3x3:
         box = (schedule.kc, columns + variant.halo, rows + variant.halo)
         a = self._map(call.a, grid, self.channels, box, 2 if self.mode == Mode.DOWNSAMPLE else 1)
         second = a if call.shortcut is None else self._map(call.shortcut, grid, self.shortcut, box)
-        addend = a if call.residual is None else self._map(call.residual, after, self.out, (32, columns, 8))
+        addend = a if call.residual is None else self._map(
+            call.residual, grid if self.mode == Mode.UPSAMPLE else after, call.residual.shape[1], (32, columns, 8)
+        )  # fmt: skip
         with torch.cuda.device(self._index):
             kernel = _kernel(*wanted)
         blocks = grid_blocks(schedule, self.mode, tiles, self._multiprocessors)
         return driver.PreparedLaunch(kernel, (blocks, 1, 1), schedule.threads, (a, second, addend, args), (packed, gamma))
+
+    def _residual_channels(self, call: _Call) -> int:
+        """How many channels the residual must have."""
+        assert call.residual is not None
+        found = call.residual.shape[1]
+        if self.mode == Mode.UPSAMPLE:
+            return max(found, self.out + call.lower)
+        # With resident weights every pixel is read from global memory at the output's stride.
+        return min(found, self.out) if self.mode == Mode.DOWNSAMPLE and not self._schedule(call.grid).resident else self.out
 
     def _plain(self, call: _Call) -> torch.dtype:
         """The 16-bit dtype of a call: that of any such matrix; where all are float8 it makes no difference."""
@@ -329,13 +344,14 @@ class Conv3x3:
             raise ValueError("nothing to write: give x, normed or both")
         if (call.shortcut is not None) != (self.shortcut > 0):
             raise ValueError("a shortcut's input is needed with, and only with, weights packed with a shortcut")
-        if call.residual is not None and self.mode != Mode.CONV:
-            raise ValueError(f"{self.mode.name.lower()} takes no residual")
+        before, residual = call.grid, None
+        if call.residual is not None:
+            residual = ((before if self.mode == Mode.UPSAMPLE else after).rows, self._residual_channels(call))
         gamma = call.gamma
         if call.normed is not None and (gamma is None or gamma.dtype != torch.float32 or gamma.shape != (self.out,)):
             raise ValueError(f"normed needs gamma: fp32 [{self.out}]")
         plain = self._plain(call)
-        before, own = call.grid, self.lines(call.grid)
+        own = self.lines(before)
         counters, lines = call.ready or (None, own)
 
         wanted = (
@@ -343,7 +359,7 @@ class Conv3x3:
             ("shortcut", call.shortcut, plain, (before.rows, self.shortcut)),
             ("x", call.x, plain if call.x_scale is None else FLOAT8, (after.rows, self.out)),
             ("normed", call.normed, plain if call.n_scale is None else FLOAT8, (after.rows, self.out)),
-            ("residual", call.residual, plain, (after.rows, self.out)),
+            ("residual", call.residual, plain, residual),
             ("done", call.done, torch.int32, (1, before.batch * own.per_image)),
             ("ready", counters, torch.int32, (1, before.batch * lines.per_image)),
         )

@@ -2,8 +2,9 @@
 #pragma once
 #include "conv_tile.cuh"
 
+DEVICE int residual_channel(const Tile& tile, u32 rank, int g) { return rank * NB + 32 * g + tile.parity / 2 * LOWER; }
 DEVICE void prefetch_residual(const TensorMap* map, const Tile& tile, int y, u32 rank) {
-  for (int g = 0; g < GROUPS; ++g) tma_prefetch_4d(map, rank * NB + 32 * g, tile.x, y, tile.image);
+  for (int g = 0; g < GROUPS; ++g) tma_prefetch_4d(map, residual_channel(tile, rank, g), tile.x, y, tile.image);
 }
 
 constexpr int EVERY_LINE = 0x7fffffff;
@@ -86,7 +87,7 @@ DEVICE void feed_residual(const Shared& s, const TensorMap* map, const Args& arg
     const int y = tile.y + 8 * wg;
     if (g == 0) prefetch_residual(map, tile, y, rank);
     mbar_expect(s.r_full(buffer), R_BYTES);
-    tma_load_4d(s.r(buffer), map, s.r_full(buffer), rank * NB + 32 * g, tile.x, y, tile.image);
+    tma_load_4d(s.r(buffer), map, s.r_full(buffer), residual_channel(tile, rank, g), tile.x, y, tile.image);
     ring.advance<R_STAGES>();
     if (++g == GROUPS) { g = 0; t += tile_step(); }
   }

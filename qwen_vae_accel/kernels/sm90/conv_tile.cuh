@@ -1,11 +1,11 @@
 // What a block of the convolution works on: compile-time parameters, the kernel's arguments, tiles, and shared memory.
 //
-// Compile-time parameters (-D): MODE, CIN, COUT, SHORTCUT, RESIDUAL, WRITE_X, NORM (0, 1: norm, 2: norm and SiLU), SPLIT,
-// KC, MB (8x8 pixel blocks per warpgroup), WARPGROUPS (computing), A_STAGES, B_STAGES, R_STAGES, RESIDENT, STAGGER, BF16,
+// Compile-time parameters (-D): MODE, CIN, COUT, SHORTCUT, RESIDUAL, LOWER (channels of the residual that odd output rows skip,
+// MODE 1), WRITE_X, NORM (0, 1: norm, 2: norm and SiLU), SPLIT, KC, MB (8x8 pixel blocks per warpgroup), WARPGROUPS (computing), A_STAGES, B_STAGES, R_STAGES, RESIDENT, STAGGER, BF16,
 // SHARED_BYTES, ARGS_BYTES; and what is float8 (e4m3) instead of 16 bits: A8 the input and its weights, X8 x, N8 the norm.
 //
-// With A8 a chunk has twice the channels in the same bytes, so nothing in shared memory changes; the last chunk may reach
-// past CIN, where the input reads as zero and no product is issued.
+// With A8 a chunk has twice the channels in the same bytes, so nothing in shared memory changes. The last chunk may reach past
+// CIN, where input and weights are zeros; instructions that would see nothing else are not issued.
 #pragma once
 #include "ptx.cuh"
 
@@ -15,6 +15,7 @@
 #define COUT 192
 #define SHORTCUT 0
 #define RESIDUAL 1
+#define LOWER 0
 #define WRITE_X 1
 #define NORM 2
 #define SPLIT 2
@@ -33,18 +34,18 @@
 #define ARGS_BYTES sizeof(Args)
 #endif
 
-constexpr int CONV = 0, UPSAMPLE = 1, DOWNSAMPLE = 2;
+constexpr int CONV = 0, UPSAMPLE = 1, DOWNSAMPLE = 2, POINTWISE = 3;
 constexpr int PASSES = MODE == DOWNSAMPLE ? 4 : SHORTCUT ? 2 : 1;  // inputs, or parity planes of the input
 constexpr int PARITIES = MODE == UPSAMPLE ? 4 : 1;
 HOST_DEVICE constexpr int chunks_of(int pass) { return ((MODE == CONV && pass ? SHORTCUT : CIN) + KC - 1) / KC; }
 HOST_DEVICE constexpr int taps_of(int pass) {
-  return MODE == DOWNSAMPLE ? (2 - pass / 2) * (2 - pass % 2) : MODE == UPSAMPLE ? 4 : pass ? 1 : 9;
+  return MODE == DOWNSAMPLE ? (2 - pass / 2) * (2 - pass % 2) : MODE == UPSAMPLE ? 4 : MODE == POINTWISE || pass ? 1 : 9;
 }
 HOST_DEVICE constexpr int tap_row(int pass, int tap) {
-  return MODE == DOWNSAMPLE ? tap / (2 - pass % 2) : MODE == UPSAMPLE ? tap / 2 : pass ? 1 : tap / 3;
+  return MODE == DOWNSAMPLE ? tap / (2 - pass % 2) : MODE == UPSAMPLE ? tap / 2 : MODE == POINTWISE || pass ? 1 : tap / 3;
 }
 HOST_DEVICE constexpr int tap_column(int pass, int tap) {
-  return MODE == DOWNSAMPLE ? tap % (2 - pass % 2) : MODE == UPSAMPLE ? tap % 2 : pass ? 1 : tap % 3;
+  return MODE == DOWNSAMPLE ? tap % (2 - pass % 2) : MODE == UPSAMPLE ? tap % 2 : MODE == POINTWISE || pass ? 1 : tap % 3;
 }
 HOST_DEVICE constexpr int steps_before(int pass) {
   int steps = 0;
@@ -71,7 +72,8 @@ constexpr int A_LOAD = (TILE_H + HALO) * PITCH * PIXEL_BYTES;
 constexpr int A_BYTES = (A_LOAD + 1023) / 1024 * 1024;
 constexpr int B_BYTES = NB * PIXEL_BYTES;
 constexpr int R_BYTES = 8 * TILE_W * 64;       // residual: 32 channels of a warpgroup's pixels
-constexpr int GROUPS = NB / 32;                // a thread owns eight consecutive channels in each group of 32
+constexpr int GROUPS = (NB + 31) / 32;         // a thread owns eight consecutive channels in each group of 32,
+HOST_DEVICE constexpr bool half_group(int g) { return NB - 32 * g < 32; }  // four in a last one of 16
 constexpr bool R_RING = RESIDUAL && !RESIDENT;
 constexpr int R_BUFFERS = R_RING ? R_STAGES * WARPGROUPS : 0;  // a ring for each: neither waits for the other
 constexpr bool R_EARLY = RESIDUAL && RESIDENT && WARPGROUPS == 2;  // residual in registers, loaded before the products
@@ -88,16 +90,16 @@ constexpr int COUNT_OFFSET = BARRIER_OFFSET + BARRIERS * 8;  // 32-bit: warps do
 constexpr int SMEM_BYTES = COUNT_OFFSET + WARPGROUPS * 4;
 static_assert(SMEM_BYTES <= 232448, "shared memory of one block");
 static_assert(SMEM_BYTES == SHARED_BYTES, "Variant.shared_bytes() in schedules.py must agree");
-static_assert(NB % 32 == 0 && CIN % 32 == 0 && KC % DEPTH == 0 && (A8 || CIN % KC == 0), "shapes");
+static_assert(NB % 16 == 0 && CIN % 16 == 0 && SHORTCUT % KC == 0 && KC % DEPTH == 0, "shapes");
 static_assert(!(A8 && SHORTCUT) && !(A8 && MODE == DOWNSAMPLE), "no float8 for these");
-static_assert(STAGGER < B_STAGES && !(RESIDUAL && MODE != CONV), "schedule");
+static_assert(STAGGER < B_STAGES && !(RESIDUAL && RESIDENT && MODE == UPSAMPLE), "schedule");
 
 struct Args {
   const void* weights;   // [PARITIES][STEPS][COUT][KC], swizzled, rows permuted: see packing.py
   const float* bias;     // [COUT]
   const float* gamma;    // [COUT], already times sqrt(COUT)
   const float* rescale;  // [COUT], A8: what the sums of products are multiplied by
-  const void* residual;  // [B, H, W, COUT]
+  const void* residual;  // [B, H, W, COUT]; MODE 1: of the tiled grid; in a ring it may have other channels, missing ones are 0
   void* x;               // [B, H, W, COUT]: the sum; may be the residual itself
   void* n;               // [B, H, W, COUT]: its norm
   i64 residual_row, residual_image, x_row, x_image, n_row, n_image;  // strides in elements; pixels are dense

@@ -14,7 +14,7 @@ struct Position {  // of a warpgroup in the rings, and the buffers whose readers
 template <int Pass>
 DEVICE void multiply_pass(float (&acc)[MB][NB / 2], const Shared& s, Position& at, int wg, u32 origin) {
   constexpr int TAPS = taps_of(Pass);
-  constexpr int PARTIAL = Pass == 0 && CIN % KC != 0;  // then unrolled, so that the last chunk's products are known
+  constexpr bool PARTIAL = (Pass == 0 || MODE == DOWNSAMPLE) && CIN % KC != 0;  // unrolled: the last chunk's products are known
   const bool leader = s.lane == 0;
 #pragma unroll (PARTIAL ? CHUNKS : 1)
   for (int c = 0; c < chunks_of(Pass); ++c) {

@@ -18,26 +18,35 @@ def channel_order(columns: int) -> Tensor:
     """Output channel that each matrix column of a block computes.
 
     A thread holds columns 8 j + 2 q + {0, 1} (q: its place in a group of four). Permuted so, they are the eight
-    consecutive channels 8 q .. 8 q + 7 of every 32: its loads and stores are 16 bytes wide with no exchange.
+    consecutive channels 8 q .. 8 q + 7 of every 32: its loads and stores are 16 bytes wide with no exchange. A block's share of
+    a number that 144 divides is 144.
     """
     n = torch.arange(columns, device="cpu")
-    return n // 32 * 32 + n % 8 // 2 * 8 + n // 8 % 4 * 2 + n % 2
+    if columns % 144 == 0:  # blocks of 144: four groups of 32, and one of 16, of which a thread holds four channels
+        block, n = n // 144 * 144, n % 144
+        return block + torch.where(n < 128, _in_groups(n, 32), 128 + _in_groups(n - 128, 16))
+    return _in_groups(n, 32)
+
+
+def _in_groups(n: Tensor, channels: int) -> Tensor:
+    width = channels // 4  # neighbouring channels of a thread
+    return n // channels * channels + n % 8 // 2 * width + n // 8 % (channels // 8) * 2 + n % 2
 
 
 def _steps(matrix: Tensor, mode: Mode, channels: int, kc: int) -> Tensor:
     """``[N, parities, steps, kc]`` in the order in which the kernel consumes weight blocks."""
     out, chunks = matrix.shape[0], -(-channels // kc)
-    count = 16 if mode == Mode.UPSAMPLE else 9
+    count = {Mode.UPSAMPLE: 16, Mode.POINTWISE: 1}.get(mode, 9)
     taps = F.pad(matrix[:, : count * channels].reshape(out, count, channels), (0, chunks * kc - channels))
     if mode == Mode.UPSAMPLE:
         return taps.reshape(out, 4, 4, chunks, kc).transpose(2, 3).reshape(out, 4, -1, kc)
-    taps = taps.reshape(out, 3, 3, chunks, kc)
+    taps = taps.reshape(out, count, chunks, kc)
+    planes = [taps]
     if mode == Mode.DOWNSAMPLE:  # tap (ty, tx) reads the plane of rows = ty, columns = tx modulo 2
-        planes = [taps[:, py::2, px::2].reshape(out, -1, chunks, kc) for py in (0, 1) for px in (0, 1)]
-    else:
-        planes = [taps.reshape(out, 9, chunks, kc)]
+        square = taps.unflatten(1, (3, 3))
+        planes = [square[:, py::2, px::2].reshape(out, -1, chunks, kc) for py in (0, 1) for px in (0, 1)]
     blocks = torch.cat([plane.transpose(1, 2).reshape(out, -1, kc) for plane in planes], 1)
-    shortcut = matrix[:, 9 * channels :]
+    shortcut = matrix[:, count * channels :]
     if shortcut.shape[1]:
         shortcut = F.pad(shortcut, (0, -shortcut.shape[1] % kc)).reshape(out, -1, kc)
         blocks = torch.cat([blocks, shortcut], 1)

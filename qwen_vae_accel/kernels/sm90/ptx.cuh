@@ -238,6 +238,11 @@ DEVICE uint4 load_shared_16(u32 address) {
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
   return v;
 }
+DEVICE uint2 load_shared_8(u32 address) {
+  uint2 v;
+  asm volatile("ld.shared::cta.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
+  return v;
+}
 // Predicated instead of branched around, so that the compiler can interleave neighbouring accesses.
 DEVICE uint4 load_stream(const void* p, bool valid) {  // read once: keep it out of L1 (.nc would need it unchanged from launch on)
   uint4 v = {0, 0, 0, 0};
@@ -253,4 +258,7 @@ DEVICE void store_16(void* p, uint4 v, bool valid = true) {
 DEVICE void store_8_bytes(void* p, uint2 v, bool valid) {
   asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0;\n@p st.global.v2.u32 [%0], {%1, %2}; }"
                ::"l"(p), "r"(v.x), "r"(v.y), "r"(int(valid)) : "memory");
+}
+DEVICE void store_4_bytes(void* p, u32 v, bool valid) {
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0;\n@p st.global.u32 [%0], %1; }" ::"l"(p), "r"(v), "r"(int(valid)) : "memory");
 }

@@ -17,9 +17,11 @@ class Mode(IntEnum):
     CONV = 0
     UPSAMPLE = 1
     DOWNSAMPLE = 2
+    POINTWISE = 3
 
 
-MODES = {Kind.CONV: Mode.CONV, Kind.UP: Mode.UPSAMPLE, Kind.DOWN: Mode.DOWNSAMPLE}
+MODES = {Kind.CONV: Mode.CONV, Kind.UP: Mode.UPSAMPLE, Kind.DOWN: Mode.DOWNSAMPLE, Kind.PROJ: Mode.POINTWISE}
+_TAPS = {Mode.CONV: 9, Mode.UPSAMPLE: 4, Mode.DOWNSAMPLE: 9, Mode.POINTWISE: 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,7 @@ class Variant:
     a8: bool = False  # float8 instead of 16 bits: the input and its weights,
     x8: bool = False  # x,
     n8: bool = False  # the norm
+    lower: int = 0  # UPSAMPLE: channels of the residual that odd output rows skip
 
     @property
     def columns(self) -> int:
@@ -85,8 +88,7 @@ class Variant:
 
     def steps(self) -> int:
         """Weight blocks (a tap of a chunk) of one tile."""
-        taps = 4 if self.mode == Mode.UPSAMPLE else 9
-        return -(-self.channels // self.schedule.kc) * taps + -(-self.shortcut // self.schedule.kc)
+        return -(-self.channels // self.schedule.kc) * _TAPS[self.mode] + -(-self.shortcut // self.schedule.kc)
 
     def shared_bytes(self) -> int:
         """Bytes of shared memory of one block, as conv_tile.cuh lays it out."""
@@ -101,12 +103,21 @@ class Variant:
         buffers = s.a_stages * a + (self.steps() if s.resident else b_stages) * b + r_stages * 8 * width * 64
         return buffers + (12 if self.a8 else 8) * self.columns + sums + 8 * barriers + 4 * s.warpgroups
 
+    def fitted(self) -> Variant:
+        """The same with as many buffers of weights as there is room for, at most those of its schedule."""
+        stages = self.schedule.b_stages
+        excess = self.shared_bytes() - SHARED_LIMIT
+        if excess <= 0 or self.schedule.resident:
+            return self
+        fewer = stages - -(-excess // (self.columns * self.pixel_bytes + 16))  # a buffer and its barriers
+        return replace(self, schedule=replace(self.schedule, b_stages=fewer))
+
     def defines(self) -> dict[str, int]:
         """The compile-time parameters, but for the dtype's and the size of the arguments."""
         s = self.schedule
         return {
             "MODE": int(self.mode), "CIN": self.channels, "COUT": self.out, "SHORTCUT": self.shortcut,
-            "RESIDUAL": int(self.residual), "WRITE_X": int(self.write_x), "NORM": self.norm,
+            "RESIDUAL": int(self.residual), "LOWER": self.lower, "WRITE_X": int(self.write_x), "NORM": self.norm,
             "SPLIT": s.split, "KC": s.kc, "MB": s.mb, "A_STAGES": s.a_stages, "B_STAGES": s.b_stages,
             "R_STAGES": s.r_stages, "RESIDENT": int(s.resident), "WARPGROUPS": s.warpgroups, "STAGGER": s.stagger,
             "A8": int(self.a8), "X8": int(self.x8), "N8": int(self.n8), "SHARED_BYTES": self.shared_bytes(),
@@ -121,6 +132,22 @@ _PAIR = Schedule(split=2, kc=32, mb=2, a_stages=3, b_stages=9, r_stages=3, stagg
 # weights from one packing.
 _SMALL_192 = Schedule(split=2, kc=32, mb=1, a_stages=4, b_stages=16, r_stages=3, cost=1.25)
 _SMALL_384 = Schedule(split=4, kc=32, mb=1, a_stages=4, b_stages=16, r_stages=3, cost=1.25)
+
+
+def _of_144(split: int) -> tuple[Schedule, Schedule]:
+    """For Qwen-Image 2.1's decoder, whose widths are 144 times a power of two: blocks of 144 channels in a large and a small tile."""
+    large = Schedule(split=split, kc=32, mb=2, a_stages=3, b_stages=12, r_stages=3, stagger=8)
+    return large, replace(large, mb=1, a_stages=4, b_stages=16, cost=1.25)
+
+
+def _of_768() -> tuple[Schedule, Schedule]:
+    """For its encoder's widest levels: blocks of 192 channels."""
+    return replace(_PAIR, split=4), replace(_SMALL_384, split=8)
+
+
+def _unstaggered(schedules: tuple[Schedule, ...]) -> tuple[Schedule, ...]:
+    return tuple(replace(schedule, stagger=0) for schedule in schedules)
+
 
 # (mode, input channels, output channels) -> candidates, the fastest on a full GPU first. Measured on one NVIDIA H200, partly
 # by ``qwen-vae-accel tune`` (benchmarks/results/h200_tune.json). The small tiles of 384 channels were measured with chunks of
@@ -140,6 +167,23 @@ SCHEDULES: dict[tuple[Mode, int, int], tuple[Schedule, ...]] = {
     (Mode.DOWNSAMPLE, 384, 384): (
         replace(_PAIR, b_stages=13, stagger=0), replace(_SMALL_384, cost=1.76),
     ),
+    # Qwen-Image 2.1
+    (Mode.CONV, 80, 1152): _of_144(8),
+    (Mode.CONV, 1152, 1152): _of_144(8),
+    (Mode.CONV, 1152, 576): _of_144(4),
+    (Mode.CONV, 576, 576): _of_144(4),
+    (Mode.CONV, 576, 288): _of_144(2),
+    (Mode.CONV, 288, 288): _of_144(2),
+    (Mode.CONV, 288, 144): _of_144(1),
+    (Mode.CONV, 144, 144): _of_144(1),
+    (Mode.CONV, 384, 768): _of_768(),
+    (Mode.CONV, 768, 768): _of_768(),
+    (Mode.UPSAMPLE, 1152, 1152): _of_144(8),
+    (Mode.UPSAMPLE, 576, 576): _of_144(4),
+    (Mode.UPSAMPLE, 288, 288): _of_144(2),
+    (Mode.DOWNSAMPLE, 768, 768): _unstaggered(_of_768()),
+    (Mode.POINTWISE, 1152, 1152): _unstaggered(_of_144(8)),
+    (Mode.POINTWISE, 768, 768): _unstaggered(_of_768()),
 }  # fmt: skip
 
 
@@ -156,6 +200,16 @@ FLOAT8_SCHEDULES: dict[tuple[Mode, int, int], tuple[Schedule, ...]] = {
     (Mode.CONV, 384, 384): _float8(_DEEP_PAIR, replace(_SMALL_384, cost=1.9)),
     (Mode.UPSAMPLE, 384, 192): _float8(replace(_WIDE, a_stages=4, b_stages=11), _SMALL_192),
     (Mode.UPSAMPLE, 192, 96): _float8(replace(_RESIDENT, a_stages=4)),
+    (Mode.CONV, 1152, 1152): _float8(*_of_144(8)),
+    (Mode.CONV, 1152, 576): _float8(*_of_144(4)),
+    (Mode.CONV, 576, 576): _float8(*_of_144(4)),
+    (Mode.CONV, 576, 288): _float8(*_of_144(2)),
+    (Mode.CONV, 288, 288): _float8(*_of_144(2)),
+    (Mode.CONV, 288, 144): _float8(*_of_144(1)),
+    (Mode.CONV, 144, 144): _float8(*_of_144(1)),
+    (Mode.UPSAMPLE, 1152, 1152): _float8(*_of_144(8)),
+    (Mode.UPSAMPLE, 576, 576): _float8(*_of_144(4)),
+    (Mode.UPSAMPLE, 288, 288): _float8(*_of_144(2)),
 }
 
 
@@ -183,7 +237,7 @@ def lines_of(schedule: Schedule, mode: Mode, height: int, width: int) -> Lines:
 
 def grid_blocks(schedule: Schedule, mode: Mode, tiles: int, multiprocessors: int) -> int:
     """Blocks to launch. Resident weights belong to one parity: then every parity has as many blocks."""
-    clusters = min(tiles, multiprocessors // schedule.split)
+    clusters = min(tiles, max(1, multiprocessors // schedule.split))
     if schedule.resident and mode == Mode.UPSAMPLE:
         clusters = clusters // 4 * 4
     return clusters * schedule.split

@@ -23,6 +23,10 @@
   WGMMA_16 ", " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define WGMMA_72 \
+  WGMMA_48 ", " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
+  "%64, %65, %66, %67, %68, %69, %70, %71"
 #define WGMMA_96 \
   WGMMA_48 ", " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
@@ -32,6 +36,7 @@
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define WGMMA_OUT_16(d, i) WGMMA_OUT_8(d, i), WGMMA_OUT_8(d, i + 8)
 #define WGMMA_OUT_48(d, i) WGMMA_OUT_16(d, i), WGMMA_OUT_16(d, i + 16), WGMMA_OUT_16(d, i + 32)
+#define WGMMA_OUT_72(d, i) WGMMA_OUT_48(d, i), WGMMA_OUT_16(d, i + 48), WGMMA_OUT_8(d, i + 64)
 #define WGMMA_OUT_96(d, i) WGMMA_OUT_48(d, i), WGMMA_OUT_48(d, i + 48)
 
 // The strings A, B and PREDICATE are the places of the operands behind the sums.
@@ -48,6 +53,10 @@ DEVICE void wgmma(float (&d)[16], u64 a, u64 b, int accumulate) {
 DEVICE void wgmma(float (&d)[48], u64 a, u64 b, int accumulate) {
   asm volatile(WGMMA("96", WGMMA_48, "%48", "%49", "%50", WGMMA_ORDER)
                : WGMMA_OUT_48(d, 0) : "l"(a), "l"(b), "r"(accumulate));
+}
+DEVICE void wgmma(float (&d)[72], u64 a, u64 b, int accumulate) {
+  asm volatile(WGMMA("144", WGMMA_72, "%72", "%73", "%74", WGMMA_ORDER)
+               : WGMMA_OUT_72(d, 0) : "l"(a), "l"(b), "r"(accumulate));
 }
 DEVICE void wgmma(float (&d)[96], u64 a, u64 b, int accumulate) {
   asm volatile(WGMMA("192", WGMMA_96, "%96", "%97", "%98", WGMMA_ORDER)

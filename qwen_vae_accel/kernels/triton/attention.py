@@ -1,4 +1,4 @@
-"""Single-head attention over all pixels of an image, head dim = channels = 384, at 1/8 size.
+"""Single-head attention over all pixels of an image, head dim = channels = 384, at 1/8 size (wide_attention.py: of more).
 
 Three steps: ``qkv`` (1x1 convolution of the normed input; tokens leave the haloed layout and lie densely), ``attention``
 (online softmax, nothing of size tokens x tokens is stored; the result goes back to the flat layout), and the projection
@@ -36,7 +36,7 @@ def _qkv_kernel(
     C: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BM
-    n = tl.program_id(1) * C
+    n = tl.program_id(1) * (N0 + N1)
     acc0 = tl.zeros([BM, N0], tl.float32)
     acc1 = tl.zeros([BM, N1], tl.float32)
     for k in tl.range(0, C, BK):
@@ -61,9 +61,9 @@ def qkv(
     channels = weights.in_channels
     check_flat(a, grid.rows, channels, weights.weight.dtype, "input")
     check_flat(tokens, grid.pixels, 3 * channels, a.dtype, "tokens")
-    n0, n1 = split_channels(channels)
+    n0, n1 = split_channels(min(channels, 384))
     block, block_k = config.block_rows, config.block_k
-    _qkv_kernel[(triton.cdiv(grid.rows, block), 3)](
+    _qkv_kernel[(triton.cdiv(grid.rows, block), 3 * channels // (n0 + n1))](
         tile(a, block, block_k, gpu),
         tile(weights.weight, n0, block_k, gpu), tile(weights.weight, n1, block_k, gpu),
         weights.bias, tokens, grid.rows, grid.height + 1, grid.pitch,
@@ -155,13 +155,13 @@ def _attention_kernel(
         tl.store(partial + to + n1, acc1, mask=mask)
         tl.store(tops + row, top + tl.log2(total), mask=token < count)
     else:
-        to = _flat_row(token, b, count, width).to(tl.int64)[:, None] * C
+        to = flat_row(token, b, count, width).to(tl.int64)[:, None] * C
         tl.store(out + to + n0, acc0.to(out.dtype.element_ty), mask=mask)
         tl.store(out + to + n1, acc1.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _flat_row(token, b, count, width):
+def flat_row(token, b, count, width):
     """Row of the flat layout where pixel ``token`` of image ``b`` lies."""
     return (b * (count // width + 1) + token // width + 1) * (width + 1) + token % width + 1
 
@@ -189,7 +189,7 @@ def _merge_kernel(
         total += weight
         part = tl.load(partial + row.to(tl.int64)[:, None] * C + column, mask=mask[:, None], other=0.0)
         acc += weight[:, None] * part
-    to = _flat_row(token % count, token // count, count, width).to(tl.int64)[:, None] * C
+    to = flat_row(token % count, token // count, count, width).to(tl.int64)[:, None] * C
     tl.store(out + to + column, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask[:, None])
 
 

@@ -46,9 +46,10 @@ def head_products(a: Tensor, head: Tensor, products: Tensor, *, gpu: Gpu, block_
     """``a`` [rows, C] @ ``head`` [C, J] -> ``products`` [<= J, rows] fp32, where no epilogue has done it."""
     rows, channels = a.shape
     check_flat(a, rows, head.shape[0], head.dtype, "input")
+    depth = 16 if channels % 32 else 32
     _head_kernel[(triton.cdiv(rows, block_rows),)](
-        tile(a, block_rows, 32, gpu), head, products, rows, products.shape[0],
-        C=channels, J=head.shape[1], BM=block_rows, BK=32, TMA=gpu.bulk_copies, num_warps=4, num_stages=3,
+        tile(a, block_rows, depth, gpu), head, products, rows, products.shape[0],
+        C=channels, J=head.shape[1], BM=block_rows, BK=depth, TMA=gpu.bulk_copies, num_warps=4, num_stages=3,
     )  # fmt: skip
 
 

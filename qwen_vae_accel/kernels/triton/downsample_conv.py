@@ -101,9 +101,11 @@ def downsample_conv(
     )  # fmt: skip
 
 
-def downsample_conv_reference(a: Tensor, grid: Grid, weights: ConvWeights, norm: Norm) -> tuple[Tensor, Tensor]:
-    """fp32 ``(x, normed)``."""
+def downsample_conv_reference(
+    a: Tensor, grid: Grid, weights: ConvWeights, norm: Norm, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """fp32 ``(x, normed)``; ``residual`` [rows, N]."""
     kernel = weights.weight.float().reshape(-1, 3, 3, weights.in_channels).permute(0, 3, 1, 2)
     image = F.pad(from_flat(a, grid).float(), (0, 1, 0, 1))
-    x = to_flat(F.conv2d(image, kernel, weights.bias, stride=2))
+    x = to_flat(F.conv2d(image, kernel, weights.bias, stride=2)) + (0 if residual is None else residual.float())
     return x, rms_norm_reference(x, norm.gamma, norm.silu)

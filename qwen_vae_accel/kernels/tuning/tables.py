@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from qwen_vae_accel.kernels.network import KernelLayer, Kind
+from qwen_vae_accel.kernels.network import KernelLayer, Kind, stored_channels
+from qwen_vae_accel.kernels.sm90.schedules import MODES, SCHEDULES, Mode
 from qwen_vae_accel.kernels.tuning.configs import AttentionConfig, ConvConfig
 from qwen_vae_accel.kernels.tuning.keys import KernelKey
 
@@ -40,11 +41,23 @@ H200_CONVS: dict[KernelKey, tuple[ConvConfig, ...]] = {
 ATTENTION_KEY = KernelKey(Kind.ATTENTION, 384, 384)
 H200_ATTENTION = AttentionConfig(128, 32, 8, 2, sm90=True, rate=615e12)
 
-# The last convolutions have no configuration to choose.
-_LAST = {(Kind.OUT, 384, 32), (Kind.OUT, 96, 3), (Kind.OUT, 96, 4)}
-_ALL = {(key.kind, key.in_channels, key.out_channels) for key in (*H200_CONVS, ATTENTION_KEY)} | _LAST
+# The last convolutions have no configuration to choose, nor has the attention of many channels.
+_UNTUNED = {
+    (Kind.OUT, 384, 32), (Kind.OUT, 768, 128), (Kind.OUT, 96, 3), (Kind.OUT, 96, 4), (Kind.OUT, 144, 3), (Kind.OUT, 144, 4),
+    (Kind.QKV, 768, 2304), (Kind.QKV, 1152, 3456), (Kind.ATTENTION, 768, 768), (Kind.ATTENTION, 1152, 1152),
+}  # fmt: skip
+_EVERYWHERE = {(key.kind, key.in_channels, key.out_channels) for key in (*H200_CONVS, ATTENTION_KEY)} | _UNTUNED
 
 
-def has_kernel(layer: KernelLayer) -> bool:
-    """Whether there is a kernel for a layer. Shortcuts of any width that is a multiple of 32 come with the convolution."""
-    return (layer.kind, layer.in_channels, layer.out_channels) in _ALL and layer.shortcut % 32 == 0
+def has_kernel(layer: KernelLayer, sm90: bool) -> bool:
+    """Whether there is a kernel for a layer, those of ``sm90/`` included if they run.
+
+    Shortcuts of any width that is a multiple of 32 come with the convolution.
+    """
+    kind, taken, given, shortcut = layer
+    found = (kind, taken, given) in _EVERYWHERE
+    if sm90 and kind is Kind.IN:
+        found = found or (Mode.CONV, stored_channels(taken), given) in SCHEDULES
+    elif sm90 and kind in MODES:
+        found = found or (MODES[kind], taken, given) in SCHEDULES
+    return found and shortcut % 32 == 0

@@ -1,0 +1,141 @@
+"""Single-head attention of more channels than a tile can sum up: 768 or 1152, at 1/16 size.
+
+The scores of a chunk of queries are stored, as what the softmax makes of them but for its denominators:
+
+    weights[q, k] = exp2(scores[q, k] - top[q, tile of k])     16 bits, a tile of keys at a time
+    out[q] = sum over tiles of exp2(top[q, tile] - max of top[q]) * (weights[q, tile] @ values[tile]), divided by
+             the same sum over ``sums``
+
+So the numbers that are rounded lie in [0, 1], as in an attention that stores nothing. Chunks keep the memory small.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qwen_vae_accel.kernels.compiling import TritonKernel
+from qwen_vae_accel.kernels.gpu import Gpu
+from qwen_vae_accel.kernels.layout import Grid
+from qwen_vae_accel.kernels.triton.attention import flat_row, load_tokens, token_tile
+from qwen_vae_accel.kernels.triton.blocks import check_flat
+
+TILE = 128  # queries and keys of a tile, and channels of a tile of values
+_DEPTH = 64  # channels that a step multiplies
+_CHUNK_BYTES = 64 << 20  # of weights, if that is more than a tile of queries
+
+_LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # below all scores that are numbers, yet finite
+
+
+@TritonKernel
+@triton.jit(do_not_specialize=["count", "chunk", "first", "tiles", "scale"])
+def _scores_kernel(
+    q, k,  # [B, T, 3 * C] tokens, as tiles of TILE tokens
+    weights,  # [B * chunk, tiles * TILE]
+    tops, sums,  # [B * chunk, tiles] fp32
+    count, chunk, first, tiles, scale,
+    C: tl.constexpr, TILE: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    keys = tl.program_id(0)
+    queries = tl.program_id(1) * TILE
+    b = tl.program_id(2)
+    acc = tl.zeros([TILE, TILE], tl.float32)
+    for c in tl.range(0, C, BK):
+        part = load_tokens(q, b, first + queries, c, count, 3 * C, TILE, BK, TMA)
+        acc = tl.dot(part, load_tokens(k, b, keys * TILE, C + c, count, 3 * C, TILE, BK, TMA).T, acc)
+    j = keys * TILE + tl.arange(0, TILE)
+    acc = acc * scale + tl.where(j < count, 0.0, -float("inf"))[None, :]
+    top = tl.maximum(tl.max(acc, 1), _LOWEST)
+    p = tl.exp2(acc - top[:, None])
+    i = queries + tl.arange(0, TILE)
+    row = b * chunk + i
+    mask = i < chunk
+    tl.store(tops + row * tiles + keys, top, mask=mask)
+    tl.store(sums + row * tiles + keys, tl.sum(p, 1), mask=mask)
+    to = row.to(tl.int64)[:, None] * (tiles * TILE) + j[None, :]
+    tl.store(weights + to, p.to(weights.dtype.element_ty), mask=mask[:, None])
+
+
+@TritonKernel
+@triton.jit(do_not_specialize=["count", "width", "chunk", "first", "tiles"])
+def _values_kernel(
+    weights,  # [B * chunk, tiles * TILE], as tiles
+    v,  # [B, T, 3 * C] tokens, as tiles
+    tops, sums,  # [B * chunk, tiles] fp32
+    out,  # [rows, C]
+    count, width, chunk, first, tiles,
+    C: tl.constexpr, TILE: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    column = tl.program_id(0) * TILE
+    queries = tl.program_id(1) * TILE
+    b = tl.program_id(2)
+    i = queries + tl.arange(0, TILE)
+    row = b * chunk + tl.minimum(i, chunk - 1)
+    top = tl.full([TILE], _LOWEST, tl.float32)
+    for t in range(tiles):
+        top = tl.maximum(top, tl.load(tops + row * tiles + t))
+    total = tl.zeros([TILE], tl.float32)
+    acc = tl.zeros([TILE, TILE], tl.float32)
+    for t in tl.range(0, tiles):
+        factor = tl.exp2(tl.load(tops + row * tiles + t) - top)
+        total += factor * tl.load(sums + row * tiles + t)
+        if TMA:
+            p = weights.load([b, queries, t * TILE]).reshape([TILE, TILE])
+        else:
+            p = tl.load(weights + row.to(tl.int64)[:, None] * (tiles * TILE) + (t * TILE + tl.arange(0, TILE))[None, :])
+        value = load_tokens(v, b, t * TILE, 2 * C + column, count, 3 * C, TILE, TILE, TMA)
+        acc += tl.dot(p, value) * factor[:, None]
+    token = first + i
+    to = flat_row(token, b, count, width).to(tl.int64)[:, None] * C + (column + tl.arange(0, TILE))[None, :]
+    written = ((i < chunk) & (token < count))[:, None]
+    tl.store(out + to, (acc / total[:, None]).to(out.dtype.element_ty), mask=written)
+
+
+def tiles_of(grid: Grid) -> int:
+    """Tiles of keys of an image."""
+    return triton.cdiv(grid.height * grid.width, TILE)
+
+
+def chunk_of(grid: Grid) -> int:
+    """Queries of an image whose weights are stored at a time."""
+    tiles = tiles_of(grid)
+    fitting = _CHUNK_BYTES // (2 * grid.batch * tiles * TILE * TILE)
+    return TILE * max(1, min(tiles, fitting))
+
+
+def wide_attention(
+    tokens: Tensor, grid: Grid, out: Tensor, *, weights: Tensor, tops: Tensor, sums: Tensor, gpu: Gpu
+) -> None:
+    """``tokens`` [B * H * W, 3 * C] -> ``out`` [rows, C], pixels only: its halo keeps what it held. C a multiple of 128.
+
+    Args:
+        weights: room for ``[B * chunk_of(grid), tiles_of(grid) * TILE]`` in the dtype of the tokens.
+        tops, sums: room for ``[B * chunk_of(grid), tiles_of(grid)]`` fp32.
+
+    Raises:
+        ValueError: a matrix does not fit ``grid``.
+    """
+    channels = tokens.shape[1] // 3
+    count, chunk, tiles = grid.height * grid.width, chunk_of(grid), tiles_of(grid)
+    check_flat(tokens, grid.pixels, 3 * channels, out.dtype, "tokens")
+    check_flat(out, grid.rows, channels, out.dtype, "out")
+    check_flat(weights, grid.batch * chunk, tiles * TILE, out.dtype, "weights")
+    for name, matrix in (("tops", tops), ("sums", sums)):
+        check_flat(matrix, grid.batch * chunk, tiles, torch.float32, name)
+    part = token_tile(tokens, grid.batch, TILE, _DEPTH, gpu)
+    stages = 3 if gpu.shared_memory >= 150 << 10 else 2
+    for first in range(0, count, chunk):
+        queries = triton.cdiv(min(chunk, count - first), TILE)
+        _scores_kernel[(tiles, queries, grid.batch)](
+            part, part, weights, tops, sums, count, chunk, first, tiles, channels**-0.5 * math.log2(math.e),
+            C=channels, TILE=TILE, BK=_DEPTH, TMA=gpu.bulk_copies, num_warps=8, num_stages=stages,
+        )  # fmt: skip
+        _values_kernel[(channels // TILE, queries, grid.batch)](
+            token_tile(weights, grid.batch, TILE, TILE, gpu), token_tile(tokens, grid.batch, TILE, TILE, gpu), tops, sums, out,
+            count, grid.width, chunk, first, tiles,
+            C=channels, TILE=TILE, TMA=gpu.bulk_copies, num_warps=8, num_stages=stages - 1,
+        )  # fmt: skip
