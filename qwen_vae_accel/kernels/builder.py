@@ -62,6 +62,11 @@ class Activations:
     normed: Slot | None
 
 
+def _is(slot: Slot | None, entry: Slot | None) -> bool:
+    """Whether a block's input is what the shortcut around its level reads."""
+    return entry is not None and slot is entry
+
+
 def _widths(weights: ConvWeights) -> str:
     kind = " float8" if weights.weight.dtype == FLOAT8 else ""
     return f"{weights.in_channels}->{weights.out_channels}{kind}"
@@ -152,8 +157,8 @@ class LaunchBuilder:
         self, layer: Conv3x3, grid: Grid, after: Grid, a: Slot | None, others: Iterable[Slot | None],
         outputs: Iterable[Slot | None], beside: Grid | None = None,
     ) -> Overlap:  # fmt: skip
-        """Describe what a convolution reads, ``a`` on ``grid`` and ``others`` there or ``beside``, and what it writes, ``outputs``
-        on ``after``."""
+        """Describe what a convolution reads, ``a`` on ``grid`` and ``others`` there or on ``beside``, and what it writes:
+        ``outputs`` on ``after``."""
         if a is None:
             raise ValueError("a launch reads a matrix that nothing wrote")
 
@@ -255,8 +260,14 @@ class LaunchBuilder:
         config = tuning.attention_on(key, gpu)
         count = grid.height * grid.width
         if channels > 384:
-            self.add(f"qkv {channels}->{3 * channels}", grid, block.qkv.flops(grid.pixels),
-                     lambda m: qkv(m[level.normed], grid, block.qkv, m[tokens], config=qkv_config, gpu=gpu), qkv_key, grid)
+            self.add(
+                f"qkv {channels}->{3 * channels}",
+                grid,
+                block.qkv.flops(grid.pixels),
+                lambda m: qkv(m[level.normed], grid, block.qkv, m[tokens], config=qkv_config, gpu=gpu),
+                qkv_key,
+                grid,
+            )
             return self._wide_attention(level, block, norm, tokens)
         splits = tuning.attention_splits(key, grid, gpu)
         partial = tops = None
@@ -363,11 +374,15 @@ def decoder_launches(weights: NetworkWeights, latent: tuple[int, ...], builder: 
     for this, after in zip(weights.levels, (*weights.levels[1:], None), strict=True):
         entry = level.x if this.shortcut is not None else None
         for block, following in zip(this.blocks[:-1], this.blocks[1:], strict=True):
-            level = builder.residual_block(level, block, following.norm1, keep_input=entry is not None and level.x is entry)
+            level = builder.residual_block(level, block, following.norm1, keep_input=_is(level.x, entry))
         if this.resampling is not None and after is not None:
             lower = 0 if this.shortcut is None else this.shortcut.lower
             level = builder.residual_block(
-                level, this.blocks[-1], None, x_scale=this.resampling.input_scale, keep_input=entry is not None and level.x is entry
+                level,
+                this.blocks[-1],
+                None,
+                x_scale=this.resampling.input_scale,
+                keep_input=_is(level.x, entry),
             )
             level = builder.resample(level, this.resampling, after.blocks[0].norm1, Kind.UP, entry, lower)
         else:
@@ -393,13 +408,13 @@ def encoder_launches(weights: NetworkWeights, image: tuple[int, ...], builder: L
             else:
                 entry = level.x
         for block, following in zip(this.blocks[:-1], this.blocks[1:], strict=True):
-            level = builder.residual_block(level, block, following.norm1, keep_input=entry is not None and level.x is entry)
+            level = builder.residual_block(level, block, following.norm1, keep_input=_is(level.x, entry))
         if this.resampling is not None and after is not None:
             level = builder.residual_block(level, this.blocks[-1], None)
             level = builder.resample(level, this.resampling, after.blocks[0].norm1, Kind.DOWN, pooled)
         else:
             level = builder.residual_block(
-                level, this.blocks[-1], weights.middle[0].norm1, keep_input=entry is not None and level.x is entry, adds=entry
+                level, this.blocks[-1], weights.middle[0].norm1, keep_input=_is(level.x, entry), adds=entry
             )
             builder.arena.give(entry)
     level = builder.middle(level, weights.middle, weights.norm_out, keep_x=False)

@@ -257,8 +257,10 @@ class FusedDecoder(_FusedNetwork):
 
 
 class FusedEncoder(_FusedNetwork):
-    """``[B, C, H, W]`` images -> ``[B, 2 * Z, H // s, W // s]`` mean and log-variance, quant_conv applied; ``Z`` and ``s`` as in
-    :class:`FusedDecoder`. Safe to call from several threads."""
+    """``[B, C, H, W]`` images -> ``[B, 2 * Z, H // s, W // s]`` mean and log-variance, quant_conv applied.
+
+    ``Z`` and ``s`` as in :class:`FusedDecoder`. Safe to call from several threads.
+    """
 
     _method = "encode"
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from qwen_vae_accel.kernels.sm90 import nvrtc
+from qwen_vae_accel.kernels.sm90.room import room_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,7 @@ class Gpu:
         multiprocessors: how many it has.
         shared_memory: bytes that one block may use.
         bulk_copies: whether its copy engine loads tiles (TMA: compute capability 9.0 and later).
+        clusters: sizes of clusters of blocks and how many of each run at once, where the kernels of ``sm90/`` do.
         sm90: whether the CUDA C++ kernels of ``sm90/`` run (compute capability 9.0 alone, where NVRTC is installed).
     """
 
@@ -24,6 +26,7 @@ class Gpu:
     shared_memory: int
     bulk_copies: bool
     sm90: bool = False
+    clusters: tuple[tuple[int, int], ...] = ()
 
 
 def runs_sm90(capability: tuple[int, int] | None) -> bool:
@@ -36,4 +39,5 @@ def describe_gpu(device: torch.device) -> Gpu:
     properties = torch.cuda.get_device_properties(device)
     shared = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
     sm90 = runs_sm90((properties.major, properties.minor))
-    return Gpu(properties.multi_processor_count, shared, properties.major >= 9, sm90)
+    clusters = room_of(device.index if device.index is not None else torch.cuda.current_device()).clusters if sm90 else ()
+    return Gpu(properties.multi_processor_count, shared, properties.major >= 9, sm90, clusters)

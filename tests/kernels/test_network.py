@@ -21,7 +21,7 @@ from qwen_vae_accel.kernels.layout import Grid, from_flat, to_flat
 from qwen_vae_accel.kernels.memory import Arena
 from qwen_vae_accel.kernels.network import QWEN_IMAGE_21, Kind, describe, published
 from qwen_vae_accel.kernels.sm90.layers import Sm90Layers
-from qwen_vae_accel.kernels.sm90.schedules import FLOAT8_SCHEDULES, SCHEDULES, Mode, choose_schedule, ends_early, lines_of
+from qwen_vae_accel.kernels.sm90.schedules import FLOAT8_SCHEDULES, SCHEDULES, Mode, Room, choose_schedule, ends_early, lines_of
 from qwen_vae_accel.kernels.triton.conv3x3 import conv_reference
 from qwen_vae_accel.kernels.triton.downsample_conv import downsample_conv_reference
 from qwen_vae_accel.kernels.tuning.keys import KernelKey
@@ -90,14 +90,14 @@ def copied(residual, grid, channels, lower):
 class StandIn:
     """A layer of sm90/ by the references and the folded upsample kernel, with its signature."""
 
-    multiprocessors = 4  # few, so that small images have several rounds of tiles
+    room = Room(4)  # so that small images have several rounds of tiles
 
     def __init__(self, weights, mode, device=None, schedules=(), keep=None):
         self.weights, self.mode, self.calls = weights, mode, 0
 
     def schedule(self, grid):
         tiled = grid.halved() if self.mode is Mode.DOWNSAMPLE else grid
-        place = tiled.batch, tiled.height, tiled.width, self.multiprocessors
+        place = tiled.batch, tiled.height, tiled.width, self.room
         known = (self.mode, self.weights.in_channels, self.weights.out_channels)
         return choose_schedule(*(known if known in SCHEDULES else (Mode.CONV, 192, 192)), *place), place
 
@@ -168,9 +168,7 @@ def test_network_with_sm90_layers(part, shape):
 
 
 # Qwen-Image 2.1 with a decoder of 4/9 of its widths.
-NARROW_21 = dataclasses.replace(
-    QWEN_IMAGE_21, decoder_widths=tuple(width * 4 // 9 for width in QWEN_IMAGE_21.decoder_widths)
-)
+NARROW_21 = dataclasses.replace(QWEN_IMAGE_21, decoder_widths=tuple(width * 4 // 9 for width in QWEN_IMAGE_21.decoder_widths))
 
 
 @interpreted
@@ -341,6 +339,8 @@ def test_smaller_gpus_get_smaller_tiles():
 
 
 def test_import_needs_no_triton():
-    code = "import sys; sys.modules['triton'] = None; import qwen_vae_accel.kernels as k; print(k.state_reasons({}, sm90=False))"
+    code = (
+        "import sys; sys.modules['triton'] = None; import qwen_vae_accel.kernels as k; print(k.state_reasons({}, sm90=False))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

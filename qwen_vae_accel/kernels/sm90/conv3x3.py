@@ -28,6 +28,7 @@ from qwen_vae_accel.kernels.float8 import FLOAT8
 from qwen_vae_accel.kernels.layout import Grid
 from qwen_vae_accel.kernels.sm90 import driver, nvrtc
 from qwen_vae_accel.kernels.sm90.packing import pack
+from qwen_vae_accel.kernels.sm90.room import room_of
 from qwen_vae_accel.kernels.sm90.schedules import (
     FLOAT8_SCHEDULES,
     SCHEDULES,
@@ -173,7 +174,7 @@ class Conv3x3:
         self._packed: dict[int, Tensor] = {}  # by channels of a chunk
         self._prepared: dict[tuple, driver.PreparedLaunch] = {}
         self._lock = threading.Lock()
-        self._multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        self._room = room_of(self._index)
 
     @property
     def nbytes(self) -> int:
@@ -188,7 +189,7 @@ class Conv3x3:
     def ends_early(self, grid: Grid) -> bool:
         """Whether blocks of such a call end long enough before others for the next kernel to use that."""
         tiled = self._tiled(grid)
-        place = tiled.batch, tiled.height, tiled.width, self._multiprocessors
+        place = tiled.batch, tiled.height, tiled.width, self._room
         return ends_early(self._schedule(grid), self.mode, *place)
 
     def _tiled(self, grid: Grid) -> Grid:
@@ -197,7 +198,7 @@ class Conv3x3:
     def _schedule(self, grid: Grid) -> Schedule:
         tiled = self._tiled(grid)
         return choose_schedule(
-            self.mode, self.channels, self.out, grid.batch, tiled.height, tiled.width, self._multiprocessors,
+            self.mode, self.channels, self.out, grid.batch, tiled.height, tiled.width, self._room,
             self.dtype == FLOAT8, self._schedules,
         )  # fmt: skip
 
@@ -224,8 +225,8 @@ class Conv3x3:
             a: input ``[rows, C]`` on ``grid``.
             x, normed: outputs ``[rows, N]`` on the output's grid; at least one. Neither may overlap ``a``.
             gamma: fp32 ``[N]``, sqrt(N) included; with ``normed``.
-            residual: ``[rows, N]``; may be ``x``. UPSAMPLE: ``[rows, R]`` on ``grid``, each row added to four pixels. DOWNSAMPLE:
-                ``[rows, R]`` on the output's grid, added to the first R channels.
+            residual: ``[rows, N]``; may be ``x``. UPSAMPLE: ``[rows, R]`` on ``grid``, each row added to four pixels.
+                DOWNSAMPLE: ``[rows, R]`` on the output's grid, added to the first R channels.
             shortcut: ``[rows, S]``, if the weights have a shortcut.
             x_scale, n_scale: ``x``, ``normed`` are float8, times this and clamped.
             lower: UPSAMPLE: odd rows of the output take the residual's channels from this one on, even ones the first.
@@ -302,7 +303,7 @@ class Conv3x3:
         )  # fmt: skip
         with torch.cuda.device(self._index):
             kernel = _kernel(*wanted)
-        blocks = grid_blocks(schedule, self.mode, tiles, self._multiprocessors)
+        blocks = grid_blocks(schedule, self.mode, tiles, self._room)
         return driver.PreparedLaunch(kernel, (blocks, 1, 1), schedule.threads, (a, second, addend, args), (packed, gamma))
 
     def _residual_channels(self, call: _Call) -> int:

@@ -15,6 +15,7 @@ _TYPES = {torch.float8_e4m3fn: 0, torch.float16: 6, torch.bfloat16: 9}  # bytes 
 _SWIZZLES = {64: 2, 128: 3}  # CU_TENSOR_MAP_SWIZZLE_*
 _L2_PROMOTION_256 = 3
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
+_CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
@@ -148,6 +149,17 @@ def _overlaps() -> bool:
     return version.value >= 12030
 
 
+def clusters_at_once(cubin: bytes, name: str, size: int, threads: int, shared_bytes: int, device: int) -> int:
+    """How many clusters of ``size`` blocks of a kernel run at once on ``device``, which must be the current one."""
+    kernel = LoadedKernel(cubin, name, shared_bytes, device)
+    cluster = _LaunchAttribute(_CLUSTER_DIMENSION, value=(ctypes.c_int * 16)(size, 1, 1))
+    config = _LaunchConfig((size, 1, 1), (threads, 1, 1), shared_bytes, None, ctypes.pointer(cluster), 1)
+    count = ctypes.c_int()
+    status = _cuda().cuOccupancyMaxActiveClusters(ctypes.byref(count), kernel.function, ctypes.byref(config))
+    _check(status, f"counting clusters of {size}")
+    return count.value
+
+
 class LoadedKernel:
     """One function of a cubin, loaded on ``device``, which must be the current one.
 
@@ -158,18 +170,18 @@ class LoadedKernel:
 
     def __init__(self, cubin: bytes, name: str, shared_bytes: int, device: int) -> None:
         self.shared_bytes, self.device = shared_bytes, device
-        self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
+        self._module, self.function = ctypes.c_void_p(), ctypes.c_void_p()
         bind_context(device)
         cuda = _cuda()
         _check(cuda.cuModuleLoadData(ctypes.byref(self._module), cubin), f"loading {name}")
-        _check(cuda.cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode()), f"finding {name}")
-        status = cuda.cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED, shared_bytes)
+        _check(cuda.cuModuleGetFunction(ctypes.byref(self.function), self._module, name.encode()), f"finding {name}")
+        status = cuda.cuFuncSetAttribute(self.function, _MAX_DYNAMIC_SHARED, shared_bytes)
         _check(status, f"{name}: {shared_bytes} bytes of shared memory")
 
     def launch(self, grid: tuple[int, int, int], threads: int, arguments: ctypes.Array, stream: int) -> None:
         """``arguments``: array of pointers to the kernel's parameters. The kernel's device must be the current one."""
         config = _LaunchConfig(grid, (threads, 1, 1), self.shared_bytes, stream, _OVERLAPPED, int(_overlaps()))
-        launch = functools.partial(_cuda().cuLaunchKernelEx, ctypes.byref(config), self._function, arguments, None)
+        launch = functools.partial(_cuda().cuLaunchKernelEx, ctypes.byref(config), self.function, arguments, None)
         status = launch()
         if status == _INVALID_CONTEXT:  # a thread that has not used CUDA yet
             bind_context(self.device)

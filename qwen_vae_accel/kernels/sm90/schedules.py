@@ -25,6 +25,24 @@ _TAPS = {Mode.CONV: 9, Mode.UPSAMPLE: 4, Mode.DOWNSAMPLE: 9, Mode.POINTWISE: 1}
 
 
 @dataclass(frozen=True, slots=True)
+class Room:
+    """How many blocks run at once, one on each multiprocessor.
+
+    Attributes:
+        multiprocessors: of the GPU.
+        clusters: ``(blocks of a cluster, clusters that run at once)``: fewer than the multiprocessors would hold, since a
+            cluster lies in one of the GPU's partitions. A size that is not there is as if it lay anywhere.
+    """
+
+    multiprocessors: int
+    clusters: tuple[tuple[int, int], ...] = ()
+
+    def of(self, size: int) -> int:
+        """Clusters of ``size`` blocks that run at once, at least 1."""
+        return max(1, dict(self.clusters).get(size, self.multiprocessors // size))
+
+
+@dataclass(frozen=True, slots=True)
 class Schedule:
     """How a kernel divides its work; the names are those of conv_tile.cuh."""
 
@@ -134,19 +152,16 @@ _SMALL_192 = Schedule(split=2, kc=32, mb=1, a_stages=4, b_stages=16, r_stages=3,
 _SMALL_384 = Schedule(split=4, kc=32, mb=1, a_stages=4, b_stages=16, r_stages=3, cost=1.25)
 
 
-def _of_144(split: int) -> tuple[Schedule, Schedule]:
-    """For Qwen-Image 2.1's decoder, whose widths are 144 times a power of two: blocks of 144 channels in a large and a small tile."""
-    large = Schedule(split=split, kc=32, mb=2, a_stages=3, b_stages=12, r_stages=3, stagger=8)
-    return large, replace(large, mb=1, a_stages=4, b_stages=16, cost=1.25)
-
-
-def _of_768() -> tuple[Schedule, Schedule]:
-    """For its encoder's widest levels: blocks of 192 channels."""
-    return replace(_PAIR, split=4), replace(_SMALL_384, split=8)
-
-
-def _unstaggered(schedules: tuple[Schedule, ...]) -> tuple[Schedule, ...]:
-    return tuple(replace(schedule, stagger=0) for schedule in schedules)
+# Qwen-Image 2.1. Its decoder's widths are 144 times a power of two: blocks of 144 channels. The weights of its widest levels
+# stream through the L2 cache anyway, and clusters of eight are few: there small tiles are no slower, and divide better.
+_LARGE_144 = Schedule(split=1, kc=32, mb=2, a_stages=4, b_stages=16, r_stages=3, stagger=8)
+_SMALL_144 = replace(_LARGE_144, mb=1, a_stages=3, cost=1.02)
+_LARGE_288, _SMALL_288 = replace(_LARGE_144, split=2, a_stages=2), replace(_SMALL_144, split=2, cost=1.03)
+_LARGE_576, _SMALL_576 = replace(_LARGE_144, split=4, a_stages=2), replace(_SMALL_144, split=4, cost=1.05)
+_SMALL_1152 = replace(_SMALL_144, split=8, cost=1.0)
+_SMALL_768 = Schedule(split=8, kc=32, mb=1, a_stages=4, b_stages=16, r_stages=3)
+_UP_288 = replace(_LARGE_288, a_stages=3, stagger=0), replace(_SMALL_288, cost=1.17)
+_UP_576 = replace(_LARGE_576, a_stages=3, stagger=0), replace(_SMALL_576, cost=1.06)
 
 
 # (mode, input channels, output channels) -> candidates, the fastest on a full GPU first. Measured on one NVIDIA H200, partly
@@ -168,22 +183,22 @@ SCHEDULES: dict[tuple[Mode, int, int], tuple[Schedule, ...]] = {
         replace(_PAIR, b_stages=13, stagger=0), replace(_SMALL_384, cost=1.76),
     ),
     # Qwen-Image 2.1
-    (Mode.CONV, 80, 1152): _of_144(8),
-    (Mode.CONV, 1152, 1152): _of_144(8),
-    (Mode.CONV, 1152, 576): _of_144(4),
-    (Mode.CONV, 576, 576): _of_144(4),
-    (Mode.CONV, 576, 288): _of_144(2),
-    (Mode.CONV, 288, 288): _of_144(2),
-    (Mode.CONV, 288, 144): _of_144(1),
-    (Mode.CONV, 144, 144): _of_144(1),
-    (Mode.CONV, 384, 768): _of_768(),
-    (Mode.CONV, 768, 768): _of_768(),
-    (Mode.UPSAMPLE, 1152, 1152): _of_144(8),
-    (Mode.UPSAMPLE, 576, 576): _of_144(4),
-    (Mode.UPSAMPLE, 288, 288): _of_144(2),
-    (Mode.DOWNSAMPLE, 768, 768): _unstaggered(_of_768()),
-    (Mode.POINTWISE, 1152, 1152): _unstaggered(_of_144(8)),
-    (Mode.POINTWISE, 768, 768): _unstaggered(_of_768()),
+    (Mode.CONV, 80, 1152): (_SMALL_1152,),
+    (Mode.CONV, 1152, 1152): (_SMALL_1152,),
+    (Mode.CONV, 1152, 576): (_LARGE_576, _SMALL_576),
+    (Mode.CONV, 576, 576): (_LARGE_576, _SMALL_576),
+    (Mode.CONV, 576, 288): (_LARGE_288, _SMALL_288),
+    (Mode.CONV, 288, 288): (_LARGE_288, _SMALL_288),
+    (Mode.CONV, 288, 144): (_LARGE_144, _SMALL_144),
+    (Mode.CONV, 144, 144): (_LARGE_144, _SMALL_144),
+    (Mode.CONV, 384, 768): (_SMALL_768,),
+    (Mode.CONV, 768, 768): (_SMALL_768,),
+    (Mode.UPSAMPLE, 1152, 1152): (replace(_SMALL_1152, stagger=0),),
+    (Mode.UPSAMPLE, 576, 576): _UP_576,
+    (Mode.UPSAMPLE, 288, 288): _UP_288,
+    (Mode.DOWNSAMPLE, 768, 768): (_SMALL_768,),
+    (Mode.POINTWISE, 1152, 1152): (replace(_SMALL_1152, stagger=0),),
+    (Mode.POINTWISE, 768, 768): (_SMALL_768,),
 }  # fmt: skip
 
 
@@ -200,16 +215,16 @@ FLOAT8_SCHEDULES: dict[tuple[Mode, int, int], tuple[Schedule, ...]] = {
     (Mode.CONV, 384, 384): _float8(_DEEP_PAIR, replace(_SMALL_384, cost=1.9)),
     (Mode.UPSAMPLE, 384, 192): _float8(replace(_WIDE, a_stages=4, b_stages=11), _SMALL_192),
     (Mode.UPSAMPLE, 192, 96): _float8(replace(_RESIDENT, a_stages=4)),
-    (Mode.CONV, 1152, 1152): _float8(*_of_144(8)),
-    (Mode.CONV, 1152, 576): _float8(*_of_144(4)),
-    (Mode.CONV, 576, 576): _float8(*_of_144(4)),
-    (Mode.CONV, 576, 288): _float8(*_of_144(2)),
-    (Mode.CONV, 288, 288): _float8(*_of_144(2)),
-    (Mode.CONV, 288, 144): _float8(*_of_144(1)),
-    (Mode.CONV, 144, 144): _float8(*_of_144(1)),
-    (Mode.UPSAMPLE, 1152, 1152): _float8(*_of_144(8)),
-    (Mode.UPSAMPLE, 576, 576): _float8(*_of_144(4)),
-    (Mode.UPSAMPLE, 288, 288): _float8(*_of_144(2)),
+    (Mode.CONV, 1152, 1152): _float8(_SMALL_1152),
+    (Mode.CONV, 1152, 576): _float8(_LARGE_576, _SMALL_576),
+    (Mode.CONV, 576, 576): _float8(_LARGE_576, _SMALL_576),
+    (Mode.CONV, 576, 288): _float8(_LARGE_288, _SMALL_288),
+    (Mode.CONV, 288, 288): _float8(_LARGE_288, _SMALL_288),
+    (Mode.CONV, 288, 144): _float8(_LARGE_144, _SMALL_144),
+    (Mode.CONV, 144, 144): _float8(_LARGE_144, _SMALL_144),
+    (Mode.UPSAMPLE, 1152, 1152): _float8(replace(_SMALL_1152, stagger=0)),
+    (Mode.UPSAMPLE, 576, 576): _float8(*_UP_576),
+    (Mode.UPSAMPLE, 288, 288): _float8(*_UP_288),
 }
 
 
@@ -235,40 +250,40 @@ def lines_of(schedule: Schedule, mode: Mode, height: int, width: int) -> Lines:
     return Lines(tiles_y, scale * schedule.tile()[0], tiles // tiles_y * schedule.split)
 
 
-def grid_blocks(schedule: Schedule, mode: Mode, tiles: int, multiprocessors: int) -> int:
+def grid_blocks(schedule: Schedule, mode: Mode, tiles: int, room: Room) -> int:
     """Blocks to launch. Resident weights belong to one parity: then every parity has as many blocks."""
-    clusters = min(tiles, max(1, multiprocessors // schedule.split))
+    clusters = min(tiles, room.of(schedule.split))
     if schedule.resident and mode == Mode.UPSAMPLE:
         clusters = clusters // 4 * 4
     return clusters * schedule.split
 
 
-def rounds(schedule: Schedule, mode: Mode, batch: int, height: int, width: int, multiprocessors: int) -> float:
+def rounds(schedule: Schedule, mode: Mode, batch: int, height: int, width: int, room: Room) -> float:
     """Tiles that a block computes on average."""
     tiles = tile_count(schedule, mode, batch, height, width)[2]
-    return tiles * schedule.split / grid_blocks(schedule, mode, tiles, multiprocessors)
+    return tiles * schedule.split / grid_blocks(schedule, mode, tiles, room)
 
 
-def ends_early(schedule: Schedule, mode: Mode, batch: int, height: int, width: int, multiprocessors: int) -> bool:
+def ends_early(schedule: Schedule, mode: Mode, batch: int, height: int, width: int, room: Room) -> bool:
     """Whether blocks end long enough before others for the next kernel to use that.
 
     They do not where each has one tile. With resident weights a tile takes 4 us, no more than the reports do and the
     loading of the next kernel's weights.
     """
-    return not schedule.resident and rounds(schedule, mode, batch, height, width, multiprocessors) > 1
+    return not schedule.resident and rounds(schedule, mode, batch, height, width, room) > 1
 
 
-def load(schedule: Schedule, mode: Mode, batch: int, height: int, width: int, multiprocessors: int) -> float:
+def load(schedule: Schedule, mode: Mode, batch: int, height: int, width: int, room: Room) -> float:
     """Pixels, times its share of the channels, that a block has to do: what is missing from the last round of tiles is the
     next kernel's (kernels/overlap.py)."""
     rows, columns = schedule.tile()
-    return rounds(schedule, mode, batch, height, width, multiprocessors) * rows * columns / schedule.split
+    return rounds(schedule, mode, batch, height, width, room) * rows * columns / schedule.split
 
 
 def choose_schedule(
-    mode: Mode, channels: int, out: int, batch: int, height: int, width: int, multiprocessors: int, float8: bool = False,
+    mode: Mode, channels: int, out: int, batch: int, height: int, width: int, room: Room, float8: bool = False,
     schedules: tuple[Schedule, ...] = (),
 ) -> Schedule:  # fmt: skip
     """The one of ``schedules`` (default: of the table) whose blocks take least."""
     choices = schedules or (FLOAT8_SCHEDULES if float8 else SCHEDULES)[mode, channels, out]
-    return min(choices, key=lambda s: s.cost * load(s, mode, batch, height, width, multiprocessors))
+    return min(choices, key=lambda s: s.cost * load(s, mode, batch, height, width, room))

@@ -107,9 +107,7 @@ def chunk_of(grid: Grid) -> int:
     return TILE * max(1, min(tiles, fitting))
 
 
-def wide_attention(
-    tokens: Tensor, grid: Grid, out: Tensor, *, weights: Tensor, tops: Tensor, sums: Tensor, gpu: Gpu
-) -> None:
+def wide_attention(tokens: Tensor, grid: Grid, out: Tensor, *, weights: Tensor, tops: Tensor, sums: Tensor, gpu: Gpu) -> None:
     """``tokens`` [B * H * W, 3 * C] -> ``out`` [rows, C], pixels only: its halo keeps what it held. C a multiple of 128.
 
     Args:

@@ -9,7 +9,7 @@ from itertools import combinations
 
 from qwen_vae_accel.kernels.gpu import Gpu
 from qwen_vae_accel.kernels.layout import Grid
-from qwen_vae_accel.kernels.sm90.schedules import MODES, Schedule, load
+from qwen_vae_accel.kernels.sm90.schedules import MODES, Room, Schedule, load
 from qwen_vae_accel.kernels.tuning.configs import AttentionConfig, Config, ConvConfig, attention_seconds, conv_waves
 from qwen_vae_accel.kernels.tuning.keys import KernelKey
 from qwen_vae_accel.kernels.tuning.selection import Tuning
@@ -70,7 +70,7 @@ def choose(key: KernelKey, times: Times, gpu: Gpu) -> tuple[Config, ...]:
 def _load(key: KernelKey, config: ConvConfig | Schedule, grid: Grid, gpu: Gpu) -> float:
     if isinstance(config, ConvConfig):
         return conv_waves(config, grid, gpu)
-    return load(config, MODES[key.kind], grid.batch, grid.height, grid.width, gpu.multiprocessors)
+    return load(config, MODES[key.kind], grid.batch, grid.height, grid.width, Room(gpu.multiprocessors, gpu.clusters))
 
 
 def _with_cost(config: ConvConfig | Schedule, ratio: float) -> Config:

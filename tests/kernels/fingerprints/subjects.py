@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -15,6 +14,7 @@ from qwen_vae_accel.kernels.gpu import Gpu
 from qwen_vae_accel.kernels.network import published
 from qwen_vae_accel.kernels.sm90 import conv3x3, driver, layers, nvrtc
 from qwen_vae_accel.kernels.sm90.layers import Sm90Layers
+from qwen_vae_accel.kernels.sm90.schedules import Room
 
 META = torch.device("meta")
 NETWORKS = ("decode", "encode", "decode float8")
@@ -61,7 +61,7 @@ def pretended_gpu() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for target, name, value in (
             (torch.cuda, "current_device", lambda: 0),
-            (torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132)),
+            (conv3x3, "room_of", lambda device: Room(132)),
             (torch.cuda, "device", lambda device: contextlib.nullcontext()),
             (nvrtc, "library", nvrtc.library if nvrtc.library() else object),
             (driver, "library", object),
