@@ -315,8 +315,12 @@ def pack_network(pack: Packer, network: Network) -> NetworkWeights:
     middle = block(network.middle.first), attention(network.middle.attention), block(network.middle.last)
     before, after = (network.pointwise.name, None) if network.decodes else (None, network.pointwise.name)
     first, last = network.conv_in, network.conv_out.name
-    many = before is not None and first.in_channels > 16
+    conv_in: SmallConvWeights | ConvWeights
+    if before is not None and first.in_channels > 16:
+        conv_in = pack.conv_of_latent(first.name, before)
+    else:
+        conv_in = pack.conv_after_pointwise(first.name, before)
     return NetworkWeights(
-        pack.conv_of_latent(first.name, before) if before is not None and many else pack.conv_after_pointwise(first.name, before), levels, middle, Norm(pack.gamma("norm_out")),
+        conv_in, levels, middle, Norm(pack.gamma("norm_out")),
         HeadWeights(*pack.head(last)) if network.decodes else pack.conv_before_pointwise(last, after),
     )  # fmt: skip

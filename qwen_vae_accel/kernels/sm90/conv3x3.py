@@ -345,7 +345,7 @@ class Conv3x3:
             raise ValueError("nothing to write: give x, normed or both")
         if (call.shortcut is not None) != (self.shortcut > 0):
             raise ValueError("a shortcut's input is needed with, and only with, weights packed with a shortcut")
-        before, residual = call.grid, None
+        before, residual = call.grid, (0, 0)
         if call.residual is not None:
             residual = ((before if self.mode == Mode.UPSAMPLE else after).rows, self._residual_channels(call))
         gamma = call.gamma
