@@ -1,18 +1,18 @@
 """Names and shapes: which sizes are served, and which engine serves a request.
 
 Everything here is a pure function of values. Sizes are in pixels, written ``WIDTHxHEIGHT``; the guide's names stand for
-its sizes. Pipelines round a requested size down to whole pairs of latent pixels before they decode (with 8 pixels per latent
-pixel 1472x1140 decodes as 1472x1136, with 16 as 1472x1120), so static sizes are rounded the same way. Optimization profiles
-are ranges of sizes and keep theirs, down to the multiple that the encoder takes: without residual shortcuts it takes
-1620 pixels and gives 202 latent columns, as diffusers does.
+its sizes, and ``NAME=SIZE`` gives a name another one. Pipelines round a requested size down to whole pairs of latent pixels
+before they decode (with 8 pixels per latent pixel 1472x1140 decodes as 1472x1136, with 16 as 1472x1120), so static sizes are
+rounded the same way. Optimization profiles are ranges of sizes and keep theirs, down to the multiple that the encoder takes:
+without residual shortcuts it takes 1620 pixels and gives 202 latent columns, as diffusers does.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 
 from qwen_vae_accel.errors import ConfigError, shown
@@ -62,6 +62,13 @@ class Profile:
         """L1 distance of ``size`` from the optimum, in pixels."""
         return abs(size.width - self.optimum.width) + abs(size.height - self.optimum.height)
 
+    @property
+    def text(self) -> str:
+        """What stands for exactly this profile in a list of sizes."""
+        low, high = self.minimum, self.maximum
+        sizes = str(self.optimum) if low == high else f"{low}:{self.optimum}:{high}"
+        return sizes if self.name == str(self.optimum) else f"{self.name}={sizes}"
+
 
 # The guide's static sizes for text-to-image, one folder each.
 GUIDE_STATIC = {
@@ -83,6 +90,21 @@ GUIDE_PROFILES = {
     "4_3_768p": Size(1024, 768),
     "3_2_1080p": Size(1620, 1088),
 }
+# What the guide's program, LightX2V, looks for by now, in folders and profiles of the same names: its own ``vae_trt.py``.
+LIGHTX2V_STATIC = {
+    "16_9": Size(1664, 928),
+    "9_16": Size(928, 1664),
+    "1_1": Size(1328, 1328),
+    "4_3": Size(1472, 1104),
+    "3_4": Size(1104, 1472),
+    "3_2": Size(1056, 1584),
+    "2_3": Size(1584, 1056),
+}
+LIGHTX2V_PROFILES = {**GUIDE_PROFILES, "16_9_1080p": Size(1920, 1088), "9_16_1080p": Size(1088, 1920)}
+# Whole tables by name: static sizes, and optimization profiles.
+PRESETS = {"guide": (GUIDE_STATIC, GUIDE_PROFILES), "lightx2v": (LIGHTX2V_STATIC, LIGHTX2V_PROFILES)}
+# What a name stands for where nothing else says so: the folders of static engines.
+STATIC_NAMES = {**LIGHTX2V_STATIC, **GUIDE_STATIC}
 # The sizes the Qwen-Image model card recommends, and the pipelines' default.
 MODEL_CARD = (
     Size(1328, 1328),
@@ -100,64 +122,156 @@ _SIZE = re.compile(r"\s*(-?\d+)\s*[xX*]\s*(-?\d+)\s*")
 
 
 def parse_size(text: str) -> Size:
-    """``"1664x928"`` or a name of the guide -> :class:`Size`, as written.
+    """``"1664x928"`` or a name of the tables -> :class:`Size`, as written.
 
     Raises:
         ConfigError: for anything else, and for sides outside 8 to 8192.
     """
-    named = GUIDE_STATIC.get(text) or GUIDE_PROFILES.get(text)
-    if named is not None:
-        return named
+    named = STATIC_NAMES.get(text) or GUIDE_PROFILES.get(text)
+    return named or _pixels(text)
+
+
+def _pixels(text: str) -> Size:
     match = _SIZE.fullmatch(text)
     if match is None:
-        names = [*GUIDE_STATIC, *GUIDE_PROFILES]
-        near = get_close_matches(text[:100], names, n=1)
-        meant = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"size {shown(text)} is neither WIDTHxHEIGHT nor one of {', '.join(names)}.{meant}")
+        raise ConfigError(
+            f"size {shown(text)} is neither WIDTHxHEIGHT nor one of {_names([*STATIC_NAMES, *GUIDE_PROFILES], text)}"
+        )
     width, height = map(float, match.groups())  # int() refuses thousands of digits
     if not all(MIN_SIDE <= side <= MAX_SIDE for side in (width, height)):
         raise ConfigError(f"size {shown(text)}: sides must be between {MIN_SIDE} and {MAX_SIDE} pixels")
     return Size(int(width), int(height))
 
 
-def _default_range(name: str, optimum: Size, least: int) -> Profile:
+def _names(names: Iterable[str], given: str) -> str:
+    """The names for a message, and the nearest to what was given."""
+    names = list(names)
+    near = get_close_matches(given[:100], names, n=1)
+    return f"{', '.join(names)}." + (f" Did you mean {near[0]!r}?" if near else "")
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One text of a list of sizes, ``[NAME=]SIZE`` or ``[NAME=]MIN:OPT:MAX``, taken apart.
+
+    ``name`` is empty where none is given; ``parts`` are the texts of one or three sizes.
+    """
+
+    text: str
+    name: str
+    parts: tuple[str, ...]
+
+    @classmethod
+    def of(cls, text: str) -> _Entry:
+        name, given, rest = text.partition("=")
+        return cls(text, name.strip(), tuple(rest.split(":"))) if given else cls(text, "", tuple(text.split(":")))
+
+    @property
+    def renames(self) -> bool:
+        """Whether it gives a name a size of its own."""
+        return "=" in self.text
+
+    def sizes(self) -> tuple[Size, ...]:
+        """One size, or a range of three that do not decrease. After ``NAME=`` names stand for nothing."""
+        if len(self.parts) not in (1, 3):
+            raise ConfigError(f"range {shown(self.text)} must be MIN:OPT:MAX, three sizes such as 256x256:512x512:1024x1024")
+        sizes = tuple(map(_pixels if self.renames else parse_size, self.parts))
+        for before, after in zip(sizes, sizes[1:], strict=False):
+            if before.width > after.width or before.height > after.height:
+                raise ConfigError(
+                    f"range {shown(self.text)}: minimum, optimum and maximum must not decrease, in width and in height"
+                )
+        return sizes
+
+    def check_name(self, known: Iterable[str], size: Size) -> None:
+        """Raise a ConfigError where a name is given that is neither ``known`` nor the size itself."""
+        if self.renames and self.name not in known and self.name != str(size):
+            raise ConfigError(
+                f"{shown(self.text)}: {shown(self.name)} is neither the size itself nor one of {_names(known, self.name)}"
+            )
+
+
+def _entries(sizes: Iterable[str], multi_profile: bool) -> Iterator[_Entry]:
+    """The texts taken apart, the tables of :data:`PRESETS` written out."""
+    for text in sizes:
+        preset = PRESETS.get(text)
+        if preset is None:
+            yield _Entry.of(text)
+        else:
+            yield from (_Entry.of(f"{name}={size}") for name, size in preset[multi_profile].items())
+
+
+def _default_range(optimum: Size, least: int) -> tuple[Size, Size, Size]:
     """The range of a profile given by its optimum alone: half of it to one and a half, sides from ``least`` up to 1920."""
     limit = max(GUIDE_MAX_SIDE, optimum.width, optimum.height)
     low = Size(max(least, optimum.width // 2), max(least, optimum.height // 2)).floor(LATENT_SCALE)
     high = Size(min(limit, optimum.width * 3 // 2), min(limit, optimum.height * 3 // 2))
-    return Profile(name, low, optimum, high)
+    return low, optimum, high
 
 
-def _ranges(text: str, least: int) -> Profile:
-    parts = text.split(":")
-    if len(parts) == 1:
-        optimum = parse_size(text)
-        return _default_range(text if text in GUIDE_PROFILES else str(optimum), optimum, least)
-    if len(parts) != 3:
-        raise ConfigError(f"range {shown(text)} must be MIN:OPT:MAX, three sizes such as 256x256:512x512:1024x1024")
-    low, optimum, high = map(parse_size, parts)
-    if not (low.width <= optimum.width <= high.width and low.height <= optimum.height <= high.height):
-        raise ConfigError(f"range {shown(text)}: minimum, optimum and maximum must not decrease, in width and in height")
-    return Profile(str(optimum), low, optimum, high)
-
-
-def _profile(text: str, scale: int, multiple: int) -> Profile:
+def _profile(entry: _Entry, scale: int, multiple: int) -> Profile:
     least = 2 * scale  # torch.export tells a side of one latent pixel from all others
-    profile = _ranges(text, least)
-    low, optimum, high = (size.floor(multiple) for size in (profile.minimum, profile.optimum, profile.maximum))
+    sizes = entry.sizes()
+    low, optimum, high = (size.floor(multiple) for size in (sizes if len(sizes) == 3 else _default_range(sizes[0], least)))
     if min(low.width, low.height, optimum.width, optimum.height) < least:
-        raise ConfigError(f"range {shown(text)}: sides must be at least {least} pixels, which are two latent pixels of the VAE")
-    return Profile(profile.name if profile.name in GUIDE_PROFILES else str(optimum), low, optimum, high)
+        raise ConfigError(
+            f"range {shown(entry.text)}: sides must be at least {least} pixels, which are two latent pixels of the VAE"
+        )
+    entry.check_name(GUIDE_PROFILES, optimum)
+    return Profile(entry.name or (entry.text if entry.text in GUIDE_PROFILES else str(optimum)), low, optimum, high)
 
 
-def _static(text: str, scale: int) -> Profile:
-    if ":" in text:
-        raise ConfigError(f"range {shown(text)} needs multi_profile=True; a static engine has one size")
+def profile_name(optimum: Size, factor: int) -> str:
+    """The name of a profile that is tuned for ``optimum``, in steps of ``factor`` pixels, in the tables; else the size."""
+    named = (n for _, profiles in PRESETS.values() for n, size in profiles.items() if size.floor(factor) == optimum)
+    return next(named, str(optimum))
+
+
+def _ranges(entries: Iterable[_Entry], scale: int, multiple: int) -> tuple[Profile, ...]:
+    profiles = tuple(dict.fromkeys(_profile(entry, scale, multiple) for entry in entries))
+    for what, found in (("name", [p.name for p in profiles]), ("optimum", [str(p.optimum) for p in profiles])):
+        doubled = sorted(text for text, count in Counter(found).items() if count > 1)
+        if doubled:
+            raise ConfigError(f"two different ranges have the {what} {', '.join(doubled)}; one is enough")
+    return profiles
+
+
+def _statics(entries: Iterable[_Entry], scale: int, held: Mapping[str, Size]) -> tuple[Profile, ...]:
+    entries = tuple(entries)
+    folders = _folders(scale, held, _given(entries, scale))
+    profiles = []
+    for entry in entries:
+        size = folders[entry.text] if entry.text in STATIC_NAMES else _static_size(entry, scale)
+        profiles.append(Profile.static(entry.text if entry.text in held else _named(size, folders), size))
+    return tuple(dict.fromkeys(profiles))
+
+
+def _given(entries: Iterable[_Entry], scale: int) -> dict[str, Size]:
+    """The sizes that ``NAME=SIZE`` gives to names."""
+    given: dict[str, Size] = {}
+    for entry in entries:
+        size = _static_size(entry, scale)
+        if not entry.renames:
+            continue
+        entry.check_name(STATIC_NAMES, size)
+        if given.setdefault(entry.name, size) != size:
+            raise ConfigError(f"{entry.name} stands for two sizes, {given[entry.name]} and {size}; a folder holds one")
+    for size, count in Counter(given.values()).items():
+        if count > 1:
+            names = " and ".join(name for name, other in given.items() if other == size)
+            raise ConfigError(f"{names} are names for one size, {size}; one is enough")
+    return given
+
+
+def _static_size(entry: _Entry, scale: int) -> Size:
+    sizes = entry.sizes()
+    if len(sizes) > 1:
+        raise ConfigError(f"range {shown(entry.text)} needs multi_profile=True; a static engine has one size")
     multiple = static_multiple(scale)
-    size = parse_size(text).floor(multiple)
+    size = sizes[0].floor(multiple)
     if min(size.width, size.height) < multiple:
-        raise ConfigError(f"size {shown(text)}: pipelines round down to multiples of {multiple}, which leaves nothing")
-    return Profile.static(folder_name(size, scale), size)
+        raise ConfigError(f"size {shown(entry.text)}: pipelines round down to multiples of {multiple}, which leaves nothing")
+    return size
 
 
 def static_multiple(scale: int) -> int:
@@ -165,12 +279,22 @@ def static_multiple(scale: int) -> int:
     return max(STATIC_MULTIPLE, 2 * scale)
 
 
-def folder_name(size: Size, scale: int = LATENT_SCALE) -> str:
-    """The folder of a static size: the guide's name where it has one, else ``WIDTHxHEIGHT``."""
-    for name, guide_size in GUIDE_STATIC.items():
-        if guide_size.floor(static_multiple(scale)) == size:
-            return name
-    return str(size)
+def _folders(scale: int, held: Mapping[str, Size], given: Mapping[str, Size]) -> dict[str, Size]:
+    """The size in each folder: what a directory holds, else what is ``given``, else the tables'; in this order."""
+    tables = {name: size.floor(static_multiple(scale)) for name, size in STATIC_NAMES.items()}
+    folders: dict[str, Size] = {}
+    for source in (held, given, tables):
+        folders |= {name: size for name, size in source.items() if name not in folders}
+    return folders
+
+
+def folder_fits(name: str, size: Size) -> bool:
+    """Whether a folder may hold a static engine of ``size``: a folder that is called like a size holds no other."""
+    return name in STATIC_NAMES or name == str(size)
+
+
+def _named(size: Size, folders: Mapping[str, Size]) -> str:
+    return next((name for name, other in folders.items() if other == size), str(size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,36 +344,54 @@ class Plan:
         multi_profile: whether one engine holds all profiles.
         open: whether a static size that is not listed may get an engine of its own (no sizes were asked for by name).
         scale: pixels per latent pixel and side.
+        held: sizes of the static engines that a directory has already, by folder: they are what their folders' names stand
+            for.
     """
 
     profiles: tuple[Profile, ...]
     multi_profile: bool
     open: bool = False
     scale: int = LATENT_SCALE
+    held: Mapping[str, Size] = field(default_factory=dict)
 
     @classmethod
-    def make(cls, sizes: Iterable[str] | None, multi_profile: bool, scale: int = LATENT_SCALE, multiple: int = 1) -> Plan:
-        """The plan for ``sizes`` (names, WxH, MIN:OPT:MAX), or the guide's own where ``sizes`` is None.
+    def make(
+        cls,
+        sizes: Iterable[str] | None,
+        multi_profile: bool,
+        scale: int = LATENT_SCALE,
+        multiple: int = 1,
+        held: Mapping[str, Size] | None = None,
+    ) -> Plan:
+        """The plan for ``sizes`` (names, WxH, MIN:OPT:MAX, each after ``NAME=`` or not), or the guide's where it is None.
 
-        ``scale`` and ``multiple`` are those of the VAE's topology.
+        ``scale`` and ``multiple`` are those of the VAE's topology. A name of ``sizes`` is a folder, so with ``held`` it stands
+        for the size that is in there. A size that is written out is meant: where its folder holds another one, it gets a
+        folder of its own.
 
         Raises:
-            ConfigError: for a size that cannot be read, an empty list or two profiles of one name.
+            ConfigError: for a size that cannot be read, an unknown name, an empty list, two sizes of one name or two names
+                of one size.
         """
+        held = held or {}
         if sizes is None:
             sizes = GUIDE_PROFILES if multi_profile else GUIDE_STATIC
             opened = not multi_profile
         else:
             opened = False
-        found = (_profile(text, scale, multiple) if multi_profile else _static(text, scale) for text in sizes)
-        profiles = tuple(dict.fromkeys(found))
+        entries = _entries(sizes, multi_profile)
+        profiles = _ranges(entries, scale, multiple) if multi_profile else _statics(entries, scale, held)
         if not profiles:
             raise ConfigError("sizes is empty: name at least one size, or leave it out for the guide's")
-        counts = Counter(profile.name for profile in profiles)
-        doubled = sorted(name for name, count in counts.items() if count > 1)
-        if doubled:
-            raise ConfigError(f"two different ranges have the optimum {', '.join(doubled)}; one is enough")
-        return cls(profiles, multi_profile, opened, scale)
+        return cls(profiles, multi_profile, opened, scale, held)
+
+    def surprises(self, held: Mapping[str, Size]) -> list[str]:
+        """What a directory that holds these static engines has in folders where this plan expects another size."""
+        return [
+            f"folder {p.name} holds an engine for {held[p.name]}, where {p.optimum} was expected"
+            for p in (() if self.multi_profile else self.profiles)
+            if held.get(p.name, p.optimum) != p.optimum
+        ]
 
     def engines(self, method: str) -> tuple[EngineKey, ...]:
         """All engines of the plan for one network."""
@@ -269,6 +411,6 @@ class Plan:
             ranges = ", ".join(f"{p.name} [{p.minimum}..{p.maximum}]" for p in self.profiles)
             return Miss(f"{size} lies in no optimization profile: {ranges}")
         if self.open:
-            profile = Profile.static(folder_name(size, self.scale), size)
+            profile = Profile.static(_named(size, _folders(self.scale, self.held, {})), size)
             return Choice(EngineKey(method, profile.name, (profile,)), profile)
         return Miss(f"{size} is not a static size of the plan: {', '.join(str(p.optimum) for p in self.profiles)}")

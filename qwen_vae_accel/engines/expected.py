@@ -64,11 +64,8 @@ class Expected:
     def build_command(self, root: Path) -> str:
         """The command that builds it into ``root``."""
         key = self.key
-        sizes = key.name
-        if not key.is_static:
-            sizes = ",".join(f"{p.minimum}:{p.optimum}:{p.maximum}" for p in key.profiles)
-        task = "i2i" if key.method == "encode" else "t2i"
-        options = f"--backend {self.backend} --task {task} --dtype {self.dtype} --sizes {sizes}"
+        sizes = ",".join(profile.text for profile in key.profiles)
+        options = f"--backend {self.backend} --method {key.method} --dtype {self.dtype} --sizes {sizes}"
         multi = "" if key.is_static else " --multi-profile"
         return f"qwen-vae-accel build {options}{multi} --engine-dir {shlex.quote(str(root))} --vae PATH"
 

@@ -18,7 +18,7 @@ from typing import Any
 from qwen_vae_accel.documents import read_json
 from qwen_vae_accel.errors import EngineError, shown
 from qwen_vae_accel.files import is_path
-from qwen_vae_accel.plan import EngineKey, Profile, Size
+from qwen_vae_accel.plan import EngineKey, Profile, Size, folder_fits
 
 VERSION = 1
 NAME = "manifest.json"
@@ -148,6 +148,10 @@ class EngineRecord:
         """The engine of a plan that this file is."""
         return EngineKey(self.method, self.name, self.profiles)
 
+    def ranges(self) -> str:
+        """The sizes it takes, in words."""
+        return ", ".join(f"{p.name} [{p.minimum}..{p.optimum}..{p.maximum}]" for p in self.profiles)
+
     def profile_values(self) -> list[dict[str, str]]:
         """The sizes it takes, as plain JSON values."""
         return [{"name": p.name, "min": str(p.minimum), "opt": str(p.optimum), "max": str(p.maximum)} for p in self.profiles]
@@ -194,6 +198,23 @@ class Manifest:
     """All records of a directory, by path relative to it, newest last."""
 
     engines: dict[str, list[EngineRecord]] = field(default_factory=dict)
+
+    def newest(self, path: str) -> EngineRecord | None:
+        """The newest record of the file ``path``."""
+        records = self.engines.get(path)
+        return records[-1] if records else None
+
+    def held(self, method: str, suffix: str) -> dict[str, Size]:
+        """The sizes of the static engines of one network, by folder: what their records say, whatever folders are called."""
+        found = {}
+        for path in self.engines:
+            record = self.newest(path)
+            if record is None or (path, record.method) != (record.key.stem + suffix, method) or not record.key.is_static:
+                continue
+            name, size = record.name, record.profiles[0].optimum
+            if record.profiles == (Profile.static(name, size),) and folder_fits(name, size):
+                found[name] = size
+        return found
 
     def dumps(self) -> str:
         """The text of the file."""

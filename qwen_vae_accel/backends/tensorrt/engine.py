@@ -16,7 +16,7 @@ import torch
 from qwen_vae_accel.backends.base import Job
 from qwen_vae_accel.backends.tensorrt.logs import make_logger, make_recorder
 from qwen_vae_accel.errors import EngineError
-from qwen_vae_accel.plan import GUIDE_PROFILES, EngineKey, Profile, Size
+from qwen_vae_accel.plan import EngineKey, Profile, Size, profile_name
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +85,7 @@ class EngineFacts:
         profiles = []
         for r in self.ranges:
             low, best, high = (Size(w * factor, h * factor) for h, w in (r.minimum, r.optimum, r.maximum))
-            guide = (n for n, s in GUIDE_PROFILES.items() if s.floor(factor) == best and low != high)
-            profiles.append(Profile(next(guide, str(best)), low, best, high))
+            profiles.append(Profile(str(best) if low == high else profile_name(best, factor), low, best, high))
         return tuple(profiles)
 
     def differences(self, job: Job) -> list[str]:
