@@ -128,10 +128,8 @@ def parse_size(text: str) -> Size:
         ConfigError: for anything else, and for sides outside 8 to 8192.
     """
     named = STATIC_NAMES.get(text) or GUIDE_PROFILES.get(text)
-    return named or _pixels(text)
-
-
-def _pixels(text: str) -> Size:
+    if named is not None:
+        return named
     match = _SIZE.fullmatch(text)
     if match is None:
         raise ConfigError(
@@ -172,10 +170,12 @@ class _Entry:
         return "=" in self.text
 
     def sizes(self) -> tuple[Size, ...]:
-        """One size, or a range of three that do not decrease. After ``NAME=`` names stand for nothing."""
+        """One size, or a range of three that do not decrease; after ``NAME=`` a name is none."""
         if len(self.parts) not in (1, 3):
             raise ConfigError(f"range {shown(self.text)} must be MIN:OPT:MAX, three sizes such as 256x256:512x512:1024x1024")
-        sizes = tuple(map(_pixels if self.renames else parse_size, self.parts))
+        if self.renames and not all(map(_SIZE.fullmatch, self.parts)):
+            raise ConfigError(f"{shown(self.text)}: after the name comes its size, WIDTHxHEIGHT, such as 4_3=1472x1104")
+        sizes = tuple(map(parse_size, self.parts))
         for before, after in zip(sizes, sizes[1:], strict=False):
             if before.width > after.width or before.height > after.height:
                 raise ConfigError(

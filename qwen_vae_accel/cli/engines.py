@@ -23,7 +23,6 @@ from qwen_vae_accel.engines.runtime import Wanted
 from qwen_vae_accel.errors import AccelError, ConfigError, EngineError
 from qwen_vae_accel.loading import load_vae
 from qwen_vae_accel.model import ModelSource
-from qwen_vae_accel.model.topology import METHODS
 from qwen_vae_accel.plan import LATENT_SCALE
 from qwen_vae_accel.terminal import plain, stderr
 
@@ -194,6 +193,7 @@ def prune(
     task: common.Task = None,
     sizes: common.Sizes = None,
     multi_profile: common.MultiProfile = None,
+    method: common.Method = None,
     device: common.Device = None,
     yes: Annotated[bool, typer.Option("--yes", help="Delete. Without it, only say what would go.")] = False,
     as_json: common.Json = False,
@@ -201,7 +201,8 @@ def prune(
 ) -> None:
     """Remove leftovers of killed builds and engines that would not be run here; with a plan, also those not in it.
 
-    A plan is given by --config, --sizes or --multi-profile. Engine files without a record are never removed.
+    A plan is given by --config, --sizes or --multi-profile; --method makes it one of one network, as for build. Engine files
+    without a record are never removed.
     """
 
     def work() -> edge.Outcome:
@@ -211,7 +212,7 @@ def prune(
         planned = None
         if config is not None or sizes is not None or multi_profile is not None:
             settings = common.resolve(config, task=task, sizes=sizes, multi_profile=multi_profile)
-            planned = _planned_paths(settings, inspector, source)
+            planned = _planned_paths(settings, common.parse_methods(method), inspector, source)
         removals = inspector.prunable(planned)
         failures, kept = [], {}
         for removal in removals if yes else ():
@@ -242,14 +243,16 @@ def prune(
     edge.run(as_json, verbose, work)
 
 
-def _planned_paths(settings: AccelConfig, inspector: Inspector, source: ModelSource | None) -> set[str]:
-    """The engines of the directory that the plan has, as the directory has it: those of ``build`` without ``--method``."""
+def _planned_paths(
+    settings: AccelConfig, methods: tuple[str, ...], inspector: Inspector, source: ModelSource | None
+) -> set[str]:
+    """The engines of the directory that the plan has, as the directory has it."""
     manifest = inspector.store.manifest()
     scale, multiple = (LATENT_SCALE, 1) if source is None else (source.topology.scale, source.topology.multiple)
     return {
         key.stem + suffix
         for suffix in {Path(path).suffix for path in manifest.engines}
-        for method in METHODS
+        for method in methods
         for key in settings.plan(scale, multiple, manifest.held(method, suffix)).engines(method)
     }
 
