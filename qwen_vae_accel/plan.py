@@ -239,10 +239,11 @@ def _ranges(entries: Iterable[_Entry], scale: int, multiple: int) -> tuple[Profi
 def _statics(entries: Iterable[_Entry], scale: int, held: Mapping[str, Size]) -> tuple[Profile, ...]:
     entries = tuple(entries)
     folders = _folders(scale, held, _given(entries, scale))
+    names = _by_size(folders)
     profiles = []
     for entry in entries:
         size = folders[entry.text] if entry.text in STATIC_NAMES else _static_size(entry, scale)
-        profiles.append(Profile.static(entry.text if entry.text in held else _named(size, folders), size))
+        profiles.append(Profile.static(entry.text if entry.text in held else names.get(size, str(size)), size))
     return tuple(dict.fromkeys(profiles))
 
 
@@ -293,8 +294,9 @@ def folder_fits(name: str, size: Size) -> bool:
     return name in STATIC_NAMES or name == str(size)
 
 
-def _named(size: Size, folders: Mapping[str, Size]) -> str:
-    return next((name for name, other in folders.items() if other == size), str(size))
+def _by_size(folders: Mapping[str, Size]) -> dict[Size, str]:
+    """The first folder of each size."""
+    return {size: name for name, size in reversed(list(folders.items()))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -411,6 +413,7 @@ class Plan:
             ranges = ", ".join(f"{p.name} [{p.minimum}..{p.maximum}]" for p in self.profiles)
             return Miss(f"{size} lies in no optimization profile: {ranges}")
         if self.open:
-            profile = Profile.static(_named(size, _folders(self.scale, self.held, {})), size)
+            names = _by_size(_folders(self.scale, self.held, {}))
+            profile = Profile.static(names.get(size, str(size)), size)
             return Choice(EngineKey(method, profile.name, (profile,)), profile)
         return Miss(f"{size} is not a static size of the plan: {', '.join(str(p.optimum) for p in self.profiles)}")
