@@ -372,7 +372,18 @@ def test_the_command_builds_a_directory_for_another_machine(
 
     monkeypatch.setattr(common, "progress", progress)
     options = ["--vae", str(TINY_VAE), "--engine-dir", str(tmp_path / "engines"), "--sizes", "64x64", "--json"]
-    command = ["build", *options, "--backend", "tensorrt", "--compute-capability", "8.9", "--dtype", "fp16"]
+    command = [
+        "build",
+        *options,
+        "--method",
+        "decode",
+        "--backend",
+        "tensorrt",
+        "--compute-capability",
+        "8.9",
+        "--dtype",
+        "fp16",
+    ]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     assert any(re.search(r" \d+/\d+$", text) for text in shown), "the builder's own steps are shown"

@@ -246,7 +246,7 @@ def command(rtx: Flavour, tmp_path_factory: pytest.TempPathFactory) -> list[str]
     folder = tmp_path_factory.mktemp("vae")
     vae: Any = small_vae("Qwen-Image")
     vae.save_pretrained(folder)
-    place = ["--vae", str(folder), "--sizes", "64x64"]
+    place = ["--vae", str(folder), "--sizes", "64x64", "--method", "decode"]
     return ["build", *place, "--backend", "tensorrt", "--compute-capability", "8.9", "--dtype", "fp32", "--json"]
 
 
