@@ -21,8 +21,11 @@ from qwen_vae_accel.progress import progress_bar
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else there.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens to standard error.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: the GPU where there is one.")]
-Vae = Annotated[Path, typer.Option(help="Folder of a VAE, or of a pipeline that has one in vae/.")]
-OptionalVae = Annotated[Path | None, typer.Option("--vae", help="Folder of a VAE or pipeline: compare weights too.")]
+Vae = Annotated[Path, typer.Option(help="Folder of a VAE, or of a pipeline that has one in vae/; or a .safetensors file.")]
+OptionalVae = Annotated[
+    Path | None,
+    typer.Option("--vae", help="Folder or .safetensors file of a VAE, or folder of a pipeline: compare weights too."),
+]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="JSON configuration; options below override its fields.")]
 EngineDir = Annotated[Path | None, typer.Option(help="Folder of the engines.")]
 Task = Annotated[
