@@ -82,10 +82,12 @@ class EngineFacts:
     def sizes(self, method: str, scale: int) -> tuple[Profile, ...]:
         """Its profiles in pixels of the image, named like a plan's of the same ranges."""
         factor = 1 if method == "encode" else scale
-        profiles = []
+        profiles: list[Profile] = []
         for r in self.ranges:
             low, best, high = (Size(w * factor, h * factor) for h, w in (r.minimum, r.optimum, r.maximum))
-            profiles.append(Profile(str(best) if low == high else profile_name(best, factor), low, best, high))
+            name = str(best) if low == high else profile_name(best, factor)
+            taken = any(name == profile.name for profile in profiles)  # hosts give one name to two sizes
+            profiles.append(Profile(str(best) if taken else name, low, best, high))
         return tuple(profiles)
 
     def differences(self, job: Job) -> list[str]:
