@@ -56,7 +56,7 @@ def main() -> None:
         return
     import torch
 
-    from qwen_vae_accel.bench.report import machine
+    from qwen_vae_accel.bench.machine import machine
 
     found = []
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""A VAE from one file of weights, without a configuration: what it is, its names and shapes say.
+"""A VAE from one file of weights without a configuration: its names and shapes say what it is.
 
 The names are diffusers', or those of the original programs (Wan 2.1's VAE, which Qwen-Image's is too); diffusers' own
 conversion for single files translates these. Only safetensors files are read: loading any other kind would run code.
@@ -84,7 +84,7 @@ def vae_from_weights(weights: Mapping[str, Tensor], what: str) -> nn.Module:
 
     Args:
         weights: of a published topology, in diffusers' names or the original ones.
-        what: they are from, for messages.
+        what: where they are from, for messages.
 
     Raises:
         UnsupportedVAEError: if they are not all the weights of one of the family, and nothing else; with the first names

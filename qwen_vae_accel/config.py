@@ -18,7 +18,8 @@ import torch
 from qwen_vae_accel.documents import parse_json, read_json
 from qwen_vae_accel.errors import ConfigError, shown
 from qwen_vae_accel.files import is_path
-from qwen_vae_accel.plan import LATENT_SCALE, PRESETS, Plan, Size
+from qwen_vae_accel.plan import Plan
+from qwen_vae_accel.sizes import LATENT_SCALE, PRESETS, Size
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def dtype_name(value: str | torch.dtype) -> str:
     name = str(value).removeprefix("torch.")
     name = _DTYPE_ALIASES.get(name, name)
     if str(value) in _FLOAT8_NAMES:
-        raise ConfigError(f"dtype {str(value)!r} is for decode_dtype alone; the others are {', '.join(DTYPES)}")
+        raise ConfigError(f"dtype {str(value)!r} is for decode_dtype only; the others are {', '.join(DTYPES)}")
     if name not in DTYPES:
         raise ConfigError(f"dtype {shown(str(value))} is not one of {', '.join(DTYPES)}")
     return name
@@ -141,7 +142,7 @@ class AccelConfig:
             if not isinstance(self.engine_dir, (str, Path)) or not is_path(str(self.engine_dir)):
                 raise ConfigError(f"engine_dir must be a folder's path, not {shown(self.engine_dir)}")
             if os.path.expanduser(self.engine_dir).startswith("~"):
-                raise ConfigError(f"engine_dir {shown(str(self.engine_dir))}: this machine knows no such home folder")
+                raise ConfigError(f"engine_dir {shown(str(self.engine_dir))}: there is no such home folder on this machine")
             object.__setattr__(self, "engine_dir", str(self.engine_dir))
         limit = self.max_resident
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= 1024):
@@ -220,7 +221,7 @@ class AccelConfig:
         """Read a JSON document: a file's path, or the text itself. Both our schema and the guide's are taken.
 
         Raises:
-            ConfigError: if the file cannot be read, is no JSON object, or has a key or value that cannot be meant.
+            ConfigError: if the file cannot be read, is not JSON object, or has an invalid key or value.
         """
         text = str(path_or_text)
         if text.lstrip("\ufeff \t\r\n").startswith("{"):

@@ -33,7 +33,7 @@ def parse_json(data: str | bytes) -> Any:
     """The document in ``data``, UTF-8 with or without a byte order mark.
 
     Raises:
-        ValueError: it is no JSON (NaN and Infinity are none), names a key twice, is nested more than 32 deep, or has a number
+        ValueError: it is not JSON (NaN and Infinity are none), names a key twice, is nested more than 32 deep, or has a number
             beyond 64 bits or text that is not Unicode. Bytes of file names, as Python escapes them, are let through.
     """
     text = data.decode("utf-8") if isinstance(data, bytes) else data
@@ -46,7 +46,7 @@ def parse_json(data: str | bytes) -> Any:
             object_pairs_hook=_object,
         )
     except RecursionError:
-        raise ValueError(f"it is nested more than {_DEPTH} deep") from None
+        raise ValueError(f"it is nested more than {_DEPTH} levels deep") from None
     _check(document, 0)
     return document
 
@@ -65,7 +65,7 @@ def _float(text: str) -> float:
 
 
 def _constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
         doubled = next(name for name in found if names.count(name) > 1)
-        raise ValueError(f"the key {doubled[:100]!r} is there twice")
+        raise ValueError(f"the key {doubled[:100]!r} occurs twice")
     return found
 
 
@@ -82,7 +82,7 @@ def _check(value: Any, depth: int) -> None:
         value.encode("utf-8", "surrogateescape")
     elif isinstance(value, (dict, list)):
         if depth == _DEPTH:
-            raise ValueError(f"it is nested more than {_DEPTH} deep")
+            raise ValueError(f"it is nested more than {_DEPTH} levels deep")
         for part in value:
             _check(part, depth + 1)
         for part in value.values() if isinstance(value, dict) else ():

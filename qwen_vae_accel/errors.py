@@ -23,7 +23,7 @@ class AccelError(Exception):
 
 
 class ConfigError(AccelError, ValueError):
-    """A configuration that cannot be meant: unknown key, wrong type, absurd value."""
+    """An invalid configuration: an unknown key, a wrong type, a value out of range."""
 
 
 class InvalidInputError(AccelError, ValueError):

@@ -99,7 +99,7 @@ def _require_replaceable(path: Path, look: Callable[[], os.stat_result]) -> None
     except FileNotFoundError:
         return
     if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
-        raise OSError(errno.EEXIST, "it is no regular file, and is not replaced", str(path))
+        raise OSError(errno.EEXIST, "it is not a regular file, and is not replaced", str(path))
 
 
 def write_output(path: Path, data: str | bytes | memoryview) -> None:
@@ -144,7 +144,7 @@ def _no_fsync(folder: Path) -> None:
     device = folder.stat().st_dev
     if device not in _told:
         _told.add(device)
-        logger.warning("%s is on a file system without fsync: after a power failure, what was written last may be lost", folder)
+        logger.warning("%s is on a file system without fsync: a power failure may lose what was written last", folder)
 
 
 @contextmanager

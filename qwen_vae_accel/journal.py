@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from qwen_vae_accel.config import dtype_name
-from qwen_vae_accel.terminal import plain
+from qwen_vae_accel.terminal import plain, visible
 from qwen_vae_accel.visits import fork_safe_lock
 
 logger = logging.getLogger(__name__)
@@ -53,17 +53,21 @@ class Journal:
         self._left_alone: list[str] = []
         self._arithmetic: dict[str, str] = {}
 
-    def call(self, method: str, backend: str) -> None:
-        """A call of ``method`` served by ``backend``."""
+    def served(self, method: str, backend: str, reason: str = "") -> None:
+        """Count a call of ``method`` that ``backend`` (:data:`ORIGINAL`: diffusers' own code) served.
+
+        With a ``reason`` it went another way than the configuration asks for. This is the one place that counts such calls by
+        their reasons, and logs each reason the first time.
+        """
         with self._lock:
             self._calls[method, backend] += 1
-
-    def fallback(self, method: str, backend: str, reason: str) -> bool:
-        """A call that fell back to ``backend``; True the first time this reason is seen."""
-        with self._lock:
+            if not reason:
+                return
             key = Fallback(method, backend, reason)
             self._fallbacks[key] += 1
-            return self._fallbacks[key] == 1
+            if self._fallbacks[key] > 1:
+                return
+        logger.warning("%s", visible(f"{method} is served by {backend}: {reason}"))
 
     def load(self, event: EngineLoad) -> None:
         """An engine was loaded."""

@@ -11,10 +11,26 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-_visits: weakref.WeakSet[Visits] = weakref.WeakSet()
-_locks: weakref.WeakSet[Any] = weakref.WeakSet()
+_T = TypeVar("_T")
+
+
+class Living(Generic[_T]):
+    """Objects that are alive. Unlike a ``WeakSet`` it runs no Python code, which an interrupt would strike, as they die."""
+
+    def __init__(self) -> None:
+        self._references: set[weakref.ref[_T]] = set()
+
+    def add(self, value: _T) -> None:
+        """Have ``value`` among them for as long as it lives."""
+        self._references.add(weakref.ref(value, self._references.discard))
+
+    def __iter__(self) -> Iterator[_T]:
+        for reference in list(self._references):
+            value = reference()
+            if value is not None:
+                yield value
 
 
 class Visits:
@@ -74,6 +90,10 @@ def fork_safe_lock() -> threading.RLock:
     lock = threading.RLock()
     _locks.add(lock)
     return lock
+
+
+_visits: Living[Visits] = Living()
+_locks: Living[Any] = Living()
 
 
 def _forked() -> None:

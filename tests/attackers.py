@@ -18,28 +18,29 @@ import torch
 from qwen_vae_accel import accelerate
 from qwen_vae_accel.backends import registry
 from qwen_vae_accel.backends.eager import EagerBackend
-from qwen_vae_accel.engines.expected import Expected
 from qwen_vae_accel.engines.inspect import Inspector
-from qwen_vae_accel.engines.store import EngineStore
+from qwen_vae_accel.engines.store import EngineStore, hash_file
+from qwen_vae_accel.engines.wanted import Wanted
 from qwen_vae_accel.errors import AccelError, EngineMissingError, EngineRefusedError
-from qwen_vae_accel.plan import EngineKey, Profile, Size
+from qwen_vae_accel.plan import EngineKey
+from qwen_vae_accel.sizes import Profile, Size
 from tests.conftest import random_vae
 from tests.helpers import FakeBackend, decoded, latents
-from tests.processes import drop_privileges, expected, maker
+from tests.processes import IDENTITY, drop_privileges, expected, maker
 
 SIZES = ("32x32", "48x32")
 
 
 def _fake() -> FakeBackend:
     fake = FakeBackend()
-    fake.facts = dict(expected().identity)
+    fake.facts = dict(IDENTITY)
     registry._BACKENDS = (fake, EagerBackend())
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     return fake
 
 
-def wanted(name: str, weights: str) -> Expected:
+def wanted(name: str, weights: str) -> Wanted:
     """A store-level engine in the folder ``name``."""
     return expected(weights, key=EngineKey("decode", name, (Profile.static(name, Size(512, 512)),)))
 
@@ -96,10 +97,11 @@ def interrupted_calls(root: Path, seed: int, seconds: float) -> dict[str, int]:
 def _left(handle: Any) -> list[str]:
     runtime = handle._dispatcher.runtime
     found = ["a caller"] if handle._callers else []
-    found += ["a user" for slot in runtime._slots.values() if slot.users]
-    found += ["a waiting thread"] if runtime._waiting else []
+    residency = runtime._residency
+    found += ["a user" for resident in residency._residents.values() if resident.users]
+    found += ["a waiting thread"] if residency._waiting else []
     locks = {
-        "runtime": runtime._lock,
+        "residency": residency._lock,
         "checking": runtime._checking,
         "dispatcher": handle._dispatcher._lock,
         "source": handle._source._lock,
@@ -223,6 +225,34 @@ def build_own(root: Path, name: str, seconds: float) -> dict[str, int]:
             EngineStore(root).find(engine)
         except AccelError:
             counts["lost"] += 1
+    return dict(counts)
+
+
+def kill_builders(root: Path, seed: int, seconds: float) -> dict[str, int]:
+    """Kill processes that build at random moments; whatever they did, one engine is whole and the next build works."""
+    chance, counts, end = random.Random(seed), Counter[str](), time.monotonic() + seconds
+    store = EngineStore(root)
+    start = wanted("a", "start")
+    store.build(start, maker(start))
+    while time.monotonic() < end:
+        child = os.fork()
+        if child == 0:
+            try:
+                build_own(root, "a", 60)
+            finally:
+                os._exit(1)
+        time.sleep(chance.uniform(0.001, 0.05))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        counts["kills"] += 1
+        records = store.manifest().engines["a/vae_decoder.fake"]
+        whole = [record for record in records if record.sha256 == hash_file(root / "a" / "vae_decoder.fake")]
+        counts["lost"] += len(whole) != 1
+        if counts["kills"] % 10 == 0:
+            again = wanted("a", f"again {counts['kills']}")
+            store.build(again, maker(again))
+            store.find(again)
+            counts["left behind"] += len(store.leftovers())
     return dict(counts)
 
 

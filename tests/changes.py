@@ -380,7 +380,7 @@ def double_precision(vae: Any) -> Iterator[None]:
     vae.to(torch.float32)
 
 
-@_change("is no plain tensor (Labelled, torch.strided)")
+@_change("is not a plain tensor (Labelled, torch.strided)")
 def parameters_of_a_subclass(vae: Any) -> Iterator[None]:
     class Labelled(Tensor):
         pass

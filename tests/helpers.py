@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import io
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from qwen_vae_accel import Handle, accelerate
 from qwen_vae_accel.accuracy import FACTOR, ROUNDING, Error, measure
 from qwen_vae_accel.backends.base import EngineBackend, EngineImage, Environment, Job
 from qwen_vae_accel.plan import EngineKey
+from qwen_vae_accel.plugin.patch import owner_of
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "examples" / "data"
@@ -45,6 +48,12 @@ def photo(name: str = "coffee", width: int = 256, height: int = 256) -> Tensor:
     left, top = (image.width - width) // 2, (image.height - height) // 2
     pixels = np.asarray(image.crop((left, top, left + width, top + height)))
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None, :, None].float() / 127.5 - 1
+
+
+def as_if_on(monkeypatch: pytest.MonkeyPatch, *half: str) -> None:
+    """Have the CPU pass for one with instructions for the dtypes named ``half``, and for no other 16-bit dtype."""
+    here = dataclasses.replace(Environment.detect(CPU), half_dtypes=half)
+    monkeypatch.setattr(Environment, "detect", lambda device: here)
 
 
 def moments(vae: nn.Module, x: Tensor) -> Tensor:
@@ -73,6 +82,16 @@ def exact_vae(vae: nn.Module) -> nn.Module:
         if isinstance(module, nn.Upsample):
             module.forward = functools.partial(nn.Upsample.forward, module)
     return double
+
+
+def replaced_methods(processor: object) -> set[str]:
+    """The methods of an image processor that are served by the plugin now."""
+    return {name for name in ("preprocess", "postprocess") if owner_of(processor, name) is not None}
+
+
+def state(processor: object) -> tuple[type, dict[str, object]]:
+    """All that a trace could be left in: the class of an object, and what it holds."""
+    return type(processor), dict(vars(processor))
 
 
 class Reference:

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ import torch
 
 from qwen_vae_accel import accelerate
 from qwen_vae_accel.backends import registry
+from qwen_vae_accel.backends.base import Environment
 from qwen_vae_accel.backends.eager import EagerBackend
-from qwen_vae_accel.engines.expected import Expected
 from qwen_vae_accel.engines.manifest import EngineRecord
 from qwen_vae_accel.engines.store import EngineStore
-from qwen_vae_accel.plan import EngineKey, Profile, Size
+from qwen_vae_accel.engines.wanted import Wanted
+from qwen_vae_accel.plan import EngineKey
+from qwen_vae_accel.sizes import Profile, Size
 from tests.conftest import random_vae
 from tests.helpers import FakeBackend, Reference, decoded, randn
 
@@ -68,18 +70,31 @@ def _answer(sender: Any, function: Callable[..., Any], *args: Any) -> None:
 # Store level: an "engine" is a few bytes.
 
 
-def expected(weights: str = "new", **changes: Any) -> Expected:
-    """An engine that is wanted."""
+IDENTITY = {"device_name": "GPU A", "package:torch": "2.13.0"}
+
+
+class OtherBackend(FakeBackend):
+    """The fake backend by another name."""
+
+    name = "inductor"
+
+
+def expected(
+    weights: str = "new", identity: Mapping[str, str] = IDENTITY, kind: type[FakeBackend] = FakeBackend, **changes: Any
+) -> Wanted:
+    """An engine that is wanted of a backend whose files are tied to ``identity``."""
+    backend = kind()
+    backend.facts = dict(identity)
     profile = Profile.static("512x512", Size(512, 512))
     values: dict[str, Any] = {
         "key": EngineKey("decode", "512x512", (profile,)),
-        "backend": "tensorrt",
-        "suffix": ".fake",
-        "dtype": "bfloat16",
+        "backend": backend,
+        "dtype": torch.bfloat16,
+        "device": torch.device("cpu"),
         "weights": weights,
-        "identity": {"device_name": "GPU A", "package:torch": "2.13.0"},
+        "environment": Environment("cpu", "a CPU"),
     }
-    return Expected(**{**values, **changes})
+    return Wanted(**{**values, **changes})
 
 
 def content(weights: str) -> bytes:
@@ -87,25 +102,12 @@ def content(weights: str) -> bytes:
     return f"engine of {weights} ".encode() * 100
 
 
-def record(wanted: Expected) -> EngineRecord:
+def record(wanted: Wanted) -> EngineRecord:
     """What a backend would write of a file it made for ``wanted``."""
-    return EngineRecord(
-        sha256="",
-        size=0,
-        backend=wanted.backend,
-        method=wanted.key.method,
-        name=wanted.key.name,
-        profiles=wanted.key.profiles,
-        dtype=wanted.dtype,
-        weights=wanted.weights,
-        identity=dict(wanted.identity),
-        environment={"device": "cpu"},
-        built_at="2026-01-01T00:00:00+00:00",
-        build_seconds=1.0,
-    )
+    return wanted.record(sha256="", size=0, build_seconds=1.0)
 
 
-def maker(wanted: Expected) -> Callable[[Path], EngineRecord]:
+def maker(wanted: Wanted) -> Callable[[Path], EngineRecord]:
     """The ``make`` of :meth:`EngineStore.build`."""
 
     def make(path: Path) -> EngineRecord:

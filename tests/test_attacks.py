@@ -70,6 +70,11 @@ def test_interrupts_of_builds_leave_no_lock_behind(tmp_path):
     assert not [name for name in counts if name.startswith("left")], counts
 
 
+def test_builders_killed_at_random_moments_lose_and_leave_nothing(tmp_path):
+    (counts,) = together((attackers.kill_builders, tmp_path, 7, SECONDS))
+    assert counts["kills"] > 5 * SECONDS and not counts["lost"] and not counts.get("left behind")
+
+
 def test_two_services_of_different_weights_in_one_directory_give_no_wrong_image(tmp_path):
     for counts in together(*((attackers.serve, tmp_path, factor, SECONDS) for factor in (1.0, 1.3))):
         assert counts["wrong"] == 0 and counts["loads"] > 1

@@ -1,4 +1,4 @@
-"""The benchmark: every case gives a row, the baseline is what it says, the report says what was measured."""
+"""The benchmark: every trial gives a row, the baseline is what it says, the report says what was measured."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -15,16 +15,20 @@ from torch import nn
 from qwen_vae_accel import accelerate
 from qwen_vae_accel.accuracy import FACTOR
 from qwen_vae_accel.backends.base import Job
-from qwen_vae_accel.bench import kernels
-from qwen_vae_accel.bench.cases import BenchError, Case, parse_method, parse_sizes
-from qwen_vae_accel.bench.harness import Effort, Harness, Row, geometric_mean, make_cases, run_all
+from qwen_vae_accel.bench import kernel_sheet, kernels
+from qwen_vae_accel.bench.harness import Effort, Harness, Row, geometric_mean, make_trials, run_all
+from qwen_vae_accel.bench.methods import BenchError, Trial, parse_method, parse_sizes
 from qwen_vae_accel.bench.overhead import overhead
-from qwen_vae_accel.bench.report import BenchReport
+from qwen_vae_accel.bench.result import write
+from qwen_vae_accel.bench.vae_sheet import make_document, make_sheet
 from qwen_vae_accel.engines.selfcheck import published_error
 from qwen_vae_accel.errors import ConfigError
 from qwen_vae_accel.kernels.fused import KernelTime
 from qwen_vae_accel.model import ModelSource
-from qwen_vae_accel.plan import Size
+from qwen_vae_accel.page.charts import png
+from qwen_vae_accel.page.markdown import to_markdown
+from qwen_vae_accel.page.sheet import Chart
+from qwen_vae_accel.sizes import Size
 from tests.helpers import CPU, FakeBackend
 
 if TYPE_CHECKING:
@@ -38,11 +42,11 @@ QUICK = Effort(iterations=3, seconds=1.0, warmup=0)
 def rows(vae: nn.Module, folder: Path, *methods: str, tasks: tuple[str, ...] = ("decode", "encode")) -> dict[tuple, Row]:
     """Measure ``vae`` at 32x32."""
     harness = Harness(vae, CPU, QUICK, folder)
-    cases = make_cases([parse_method(text, torch.float32) for text in methods], [Size(32, 32)], tasks)
-    return {(row.label, row.task): row for row in map(harness.run, cases)}
+    trials = make_trials([parse_method(text, torch.float32) for text in methods], [Size(32, 32)], tasks)
+    return {(row.label, row.task): row for row in map(harness.run, trials)}
 
 
-def test_every_case_has_a_row_with_its_error_against_float32(micro: nn.Module, fake: FakeBackend, tmp_path: Path) -> None:
+def test_every_trial_has_a_row_with_its_error_against_float32(micro: nn.Module, fake: FakeBackend, tmp_path: Path) -> None:
     found = rows(micro, tmp_path, "diffusers", "eager", "eager:bf16", "tensorrt")
     assert len(found) == 8
     assert all(row.median_ms and row.p10_ms <= row.median_ms <= row.p90_ms and row.samples == 3 for row in found.values())
@@ -73,8 +77,8 @@ def test_a_failure_is_a_row(micro: nn.Module, fake: FakeBackend, tmp_path: Path)
 
 
 def test_a_patched_baseline_is_refused(micro: nn.Module, tmp_path: Path) -> None:
-    case = make_cases([parse_method("diffusers", torch.float32)], [Size(32, 32)], ["decode"])[0]
-    with accelerate(micro), pytest.raises(BenchError, match="patched"), case.method.prepare(micro, case, tmp_path):
+    trial = make_trials([parse_method("diffusers", torch.float32)], [Size(32, 32)], ["decode"])[0]
+    with accelerate(micro), pytest.raises(BenchError, match="patched"), trial.method.prepare(micro, trial, tmp_path):
         pass
 
 
@@ -94,14 +98,20 @@ def test_the_plugin_adds_little() -> None:
     measured = overhead(CPU, calls=30)
     assert 0 < measured["overhead_us"] < 500
     assert measured["overhead_us"] < measured["overhead_cold_us"] + 500
+    assert set(measured) == {"overhead_us", "overhead_cold_us", "overhead_latency_us"}
 
 
 ROW = Row("diffusers", "bf16", "decode", Size(768, 1024), 50.0, 49.0, 52.0, 20, 1.0, 4000.0, 500.0, 10.0, 1e-2, 0.1, 45.0)
 
 
-def report(*found: Row, device: str = "cuda") -> BenchReport:
+def document_of(*found: Row, device: str = "cuda", kernel_times: dict[str, Any] | None = None) -> dict[str, Any]:
     facts = {"device": device, "device_name": "Some GPU", "cpu": "Some CPU", "package:torch": "2.13.0"}
-    return BenchReport(found, facts, {"dtype": "bf16", "weights": "random"}, None, "qwen-vae-accel bench")
+    settings = {"dtype": "bf16", "weights": "random"}
+    return make_document(found, facts, settings, None, "qwen-vae-accel bench", kernel_times)
+
+
+def markdown(document: dict[str, Any]) -> str:
+    return to_markdown(make_sheet(document))
 
 
 def test_speedups_are_against_the_baseline_of_the_same_size() -> None:
@@ -111,27 +121,40 @@ def test_speedups_are_against_the_baseline_of_the_same_size() -> None:
         dataclasses.replace(other, method="fused", median_ms=1.0),
         dataclasses.replace(ROW, method="eager", median_ms=None, error="OutOfMemoryError: no"),
     ]
-    found = report(ROW, other, *ours)
-    assert [found.speedup(row) for row in ours] == [5.0, 20.0, None]
+    document = document_of(ROW, other, *ours)
+    assert [row["speedup"] for row in document["rows"]] == [1.0, 1.0, 5.0, 20.0, None]
     entry = {"method": "fused bf16", "task": "decode", "speedup": pytest.approx(10.0), "sizes": 2}
-    assert entry in found.summary()
-    text = found.markdown()
+    assert entry in document["summary"]
+    sheet, text = make_sheet(document), markdown(document)
+    assert list(sheet.answer.figures) == [("10.00x", "decode")]
+    assert "fused bf16 against diffusers bf16, geometric means over 2 sizes" in text
     assert "5.00x" in text
     assert "OutOfMemoryError: no" in text
     assert "26.86" in text  # the guide's figure for this size
     assert geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
 
 
+def test_without_a_baseline_there_are_times_and_no_speedups() -> None:
+    alone = dataclasses.replace(ROW, method="fused", median_ms=12.0)
+    for rows in ([alone], [alone, dataclasses.replace(alone, size=Size(512, 512))], [ROW]):
+        sheet = make_sheet(document_of(*rows))
+        assert not sheet.answer.figures
+        assert [block.title for block in sheet.blocks if isinstance(block, Chart)] == ["Milliseconds by size"]
+        assert png(next(block for block in sheet.blocks if isinstance(block, Chart)), sheet.title)
+    failed = dataclasses.replace(ROW, median_ms=None, error="OutOfMemoryError: no")
+    assert not any(isinstance(block, Chart) for block in make_sheet(document_of(failed)).blocks)
+
+
 def test_an_interrupt_keeps_what_was_measured(micro: nn.Module, tmp_path: Path) -> None:
     harness = Harness(micro, CPU, Effort(3, 0.1, 0), tmp_path)
-    cases = make_cases([parse_method("diffusers", torch.float32)], [Size(32, 32), Size(48, 32)], ["decode"])
+    trials = make_trials([parse_method("diffusers", torch.float32)], [Size(32, 32), Size(48, 32)], ["decode"])
     seen: list[Row] = []
 
     def done(row: Row) -> None:
         seen.append(row)
         raise KeyboardInterrupt
 
-    assert run_all(harness, cases, done) == seen
+    assert run_all(harness, trials, done) == seen
     assert len(seen) == 1 and seen[0].median_ms
 
 
@@ -143,21 +166,22 @@ def test_kernel_times_make_a_table_and_a_roofline(tmp_path: Path) -> None:
     assert entries[0]["tflops"] == pytest.approx(696)
     assert entries[0]["share_of_floor"] == pytest.approx(696 / 800)  # bound by arithmetic
     assert entries[2]["share_of_floor"] == pytest.approx(0.12e9 / 4e12 / 0.05e-3)  # bound by traffic
-    table = kernels.grouped(entries)
+    table = kernel_sheet.grouped(entries)
     assert [row[2] for row in table] == ["2", "1", "3"] and table[0][3] == "0.500" and table[-1][3] == "0.550"
     times = {"size": "1024x1024", "dtype": "bf16", "limits": bounds, "decode": entries, "encode": entries[:1]}
-    found = BenchReport([ROW], {"device": "cuda"}, {"dtype": "bf16"}, None, "bench", times)
-    assert "| conv3x3 96->96 norm" in found.markdown()
-    written = found.write(tmp_path, "x")
+    document = document_of(ROW, kernel_times=times)
+    assert "| conv3x3 96->96 norm" in markdown(document)
+    written = write(document, make_sheet(document), tmp_path, "x")
     assert [path.name for path in written] == ["x.json", "x.md", "x.png", "x_roofline.png"]
     assert all(path.stat().st_size > 1000 for path in written[2:])
     assert json.loads(written[0].read_text())["kernels"] == times
 
 
 def test_published_gpu_figures_stand_beside_gpu_runs_only() -> None:
-    assert "26.86" not in report(ROW, device="cpu").markdown()
-    assert "published_tensorrt_h100_ms" not in report(ROW, device="cpu").as_dict()["rows"][0]
-    assert report(ROW).as_dict()["rows"][0]["published_tensorrt_h100_ms"] == 26.86
+    on_cpu = document_of(ROW, device="cpu")
+    assert "26.86" not in markdown(on_cpu)
+    assert "published_tensorrt_h100_ms" not in on_cpu["rows"][0]
+    assert document_of(ROW)["rows"][0]["published_tensorrt_h100_ms"] == 26.86
 
 
 def test_the_command_writes_json_markdown_and_a_chart(cli: Cli, micro_folder: Path, tmp_path: Path) -> None:
@@ -186,8 +210,8 @@ def test_what_was_measured_is_stored_whatever_ends_the_run(
     class KilledError(BaseException):
         pass
 
-    def killed(harness: Harness, cases: list[Case], done: Callable[[Row], None]) -> list[Row]:
-        done(harness.run(cases[0]))
+    def killed(harness: Harness, trials: list[Trial], done: Callable[[Row], None]) -> list[Row]:
+        done(harness.run(trials[0]))
         raise KilledError
 
     monkeypatch.setattr("qwen_vae_accel.cli.bench.run_all", killed)
@@ -200,4 +224,4 @@ def test_what_was_measured_is_stored_whatever_ends_the_run(
     document = json.loads(saved.read_text())
     assert saved.name == "half.json" and document["settings"]["complete"] is False
     assert [row["size"] for row in document["rows"]] == ["32x32"] and document["rows"][0]["median_ms"] > 0
-    assert len(BenchReport.from_dict(document).rows) == 1
+    assert "32x32" in markdown(document)

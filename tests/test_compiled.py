@@ -129,7 +129,8 @@ def test_what_the_operator_cannot_do_is_compiled_as_diffusers_has_it(micro):
         for ours, theirs in zip(gradients(micro, compiled), gradients(plain, loss), strict=True):
             assert torch.equal(ours, theirs)
     assert calls(handle)["decode"] == {"diffusers": 1}
-    assert "gradients are asked for (compiled" in handle.report().as_dict()["fallbacks"][0]["reason"]
+    reason = handle.report().as_dict()["fallbacks"][0]["reason"]
+    assert reason.startswith("gradients are asked for") and reason.endswith("(compiled into the code around it)")
 
 
 def test_frozen_weights_with_gradients_on_are_served(micro):
@@ -148,7 +149,7 @@ def test_errors_are_those_of_plain_calls(micro):
 
 
 def test_an_operator_whose_vae_is_gone_says_so():
-    with pytest.raises(HandleError, match="compile it anew"):
+    with pytest.raises(HandleError, match="compile it again"):
         torch.ops.qwen_vae_accel.run(randn(1, 4, 1, 2, 2), -1, "decode", 3, 16, 16, torch.float32)
 
 
@@ -160,9 +161,9 @@ def test_compiled_on_a_gpu(tiny, mode):
     tiny.cuda().bfloat16().requires_grad_(False)
     z = randn(1, 16, 1, 16, 16).cuda().bfloat16()
     handle = accelerate(tiny)
-    image = decoded(tiny, z)
+    reference = Reference(copy.deepcopy(tiny), "decode", z)
     compiled = torch.compile(lambda z: decoded(tiny, z * 2 / 2) * 1, mode=mode, fullgraph=True)
     for _ in range(4):
-        assert torch.equal(compiled(z), image)
+        reference.check(compiled(z))
     served = calls(handle)["decode"]
-    assert sum(served.values()) == 5 and "diffusers" not in served
+    assert sum(served.values()) == 4 and "diffusers" not in served

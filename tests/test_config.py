@@ -1,4 +1,4 @@
-"""The configuration: JSON there and back, the guide's documents, and errors for what cannot be meant."""
+"""The configuration: JSON there and back, the guide's documents, and errors for invalid ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qwen_vae_accel import AccelConfig
 from qwen_vae_accel.config import BACKENDS, ON_MISS, TASKS, parse_bytes
 from qwen_vae_accel.errors import AccelError, ConfigError
 from qwen_vae_accel.files import is_path
-from qwen_vae_accel.plan import GUIDE_PROFILES, GUIDE_STATIC, LIGHTX2V_PROFILES, LIGHTX2V_STATIC, PRESETS, STATIC_NAMES
+from qwen_vae_accel.sizes import GUIDE_PROFILES, GUIDE_STATIC, LIGHTX2V_PROFILES, LIGHTX2V_STATIC, PRESETS, STATIC_NAMES
 
 GUIDE_T2I = (
     '{"task": "t2i", "vae_type": "tensorrt", '
@@ -38,7 +38,8 @@ def configs(draw) -> AccelConfig:
     renamed = st.sampled_from([*GUIDE_PROFILES] if multi_profile else [*STATIC_NAMES])
     mapping = st.builds(lambda name, size: {name: size}, renamed, wxh)
     sizes = st.none() | st.lists(wxh | names, min_size=1, max_size=4, unique=True) | mapping | st.sampled_from([*PRESETS])
-    engine_dir = draw(st.none() | st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(is_path))
+    paths = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(is_path)
+    engine_dir = draw(st.none() | paths.filter(lambda path: not path.startswith("~")))  # "~0" is nobody's home
     on_miss = draw(st.none() | st.sampled_from(ON_MISS if engine_dir else ON_MISS[1:]))
     fields = {
         "task": draw(st.sampled_from(TASKS)),

@@ -117,4 +117,4 @@ def test_the_demo_is_not_for_qwen_image_21(cli: Cli, small_photo: Path, tmp_path
     result = cli("demo", "--model", tmp_path, "--image", small_photo, "--backend", "inductor", "-o", tmp_path / "out", "--json")
     assert result.code == 1
     assert result.document["error"]["type"] == "UnsupportedVAEError"
-    assert "this VAE has 16; accelerate() takes it" in result.document["error"]["message"]
+    assert "this VAE has 16; accelerate() serves it" in result.document["error"]["message"]

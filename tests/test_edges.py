@@ -20,14 +20,16 @@ from safetensors.torch import load_file, save_file
 
 from qwen_vae_accel import AccelConfig, caches
 from qwen_vae_accel.backends import inductor
-from qwen_vae_accel.bench.report import BenchReport
+from qwen_vae_accel.bench import result as results
+from qwen_vae_accel.bench.stored import read
+from qwen_vae_accel.bench.vae_sheet import make_sheet
 from qwen_vae_accel.cli import engines as commands
 from qwen_vae_accel.documents import parse_json
 from qwen_vae_accel.engines.manifest import NAME
 from qwen_vae_accel.errors import AccelError, InvalidInputError, UnsupportedVAEError
 from qwen_vae_accel.kernels.sm90 import nvrtc
 from qwen_vae_accel.loading import load_vae
-from qwen_vae_accel.page.results import read
+from qwen_vae_accel.page.sheet import Table
 from tests.helpers import CPU, ROOT, TINY_VAE, FakeBackend
 
 if TYPE_CHECKING:
@@ -186,7 +188,7 @@ def test_no_path_ends_in_a_traceback(cli: Cli, path: str, tmp_path: Path, monkey
     ],
     ids=lambda value: ascii(value)[:40],
 )
-def test_command_lines_that_cannot_be_meant(cli: Cli, arguments: tuple[str, ...], message: str) -> None:
+def test_invalid_command_lines(cli: Cli, arguments: tuple[str, ...], message: str) -> None:
     result = cli(*arguments)
     assert result.code == 2
     assert message in " ".join(result.stderr.split())
@@ -236,7 +238,8 @@ def test_a_folder_that_is_not_utf8_is_refused_before_torch_aborts(cli: Cli, micr
     folder.mkdir()
     with pytest.raises(RuntimeError, match=r"names in UTF-8.*\\udcff"):
         inductor._spelled(folder / "engine.pt2")
-    build = ("build", "--vae", micro_folder, "--backend", "inductor", "--sizes", "16x16", "--engine-dir", folder)
+    place = ("--vae", micro_folder, "--engine-dir", folder)
+    build = ("build", *place, "--backend", "inductor", "--sizes", "16x16", "--method", "decode")
     result = cli(*build, "--json")
     assert result.code == 1
     assert "name another folder" in strict(result)["engines"][0]["reason"]
@@ -413,7 +416,8 @@ for spoil in (closed, full, pipe):
     command(f"help {spoil.__name__}", ["--help"], (spoil, 1))
 command("missing", ["list", "--engine-dir", named + "x"])
 command("named", ["list", "--engine-dir", named])
-command("build", ["build", "--vae", vae, "--backend", "inductor", "--sizes", "16x16", "--engine-dir", named])
+place = ["--vae", vae, "--engine-dir", named]
+command("build", ["build", *place, "--backend", "inductor", "--sizes", "16x16", "--method", "decode"])
 """
 
 
@@ -517,11 +521,12 @@ def test_a_page_replaces_a_file_and_nothing_else(cli: Cli, demo: Path, tmp_path:
     for output in (pipe, link):
         result = cli("report", demo, "-o", output, "--json")
         assert result.code == 2
-        assert "it is no regular file, and is not replaced" in strict(result)["error"]["message"]
+        assert "it is not a regular file, and is not replaced" in strict(result)["error"]["message"]
     assert pipe.is_fifo() and link.is_symlink()
     (tmp_path / "bench.md").symlink_to(pipe)
-    with pytest.raises(OSError, match="no regular file"):
-        BenchReport.from_dict(json.loads(BENCH.read_text())).write(tmp_path, "bench")
+    document = json.loads(BENCH.read_text())
+    with pytest.raises(OSError, match="not a regular file"):
+        results.write(document, make_sheet(document), tmp_path, "bench")
 
 
 def test_a_page_of_bytes_that_are_no_text(cli: Cli, demo: Path, tmp_path: Path) -> None:
@@ -618,8 +623,9 @@ def test_no_result_escapes(demo: Path, kind: str) -> None:
     for dice in rounds(2):
         (demo / "demo.json").write_bytes(mutated(document, dice))
         try:
-            section = read(demo / "demo.json")
+            sheet = read(demo / "demo.json")
         except InvalidInputError as error:
             assert len(str(error)) < 3000
         else:
-            assert all(isinstance(cell, str) for table in section.tables for row in table.cells for cell in row)
+            tables = [block for block in sheet.blocks if isinstance(block, Table)]
+            assert all(isinstance(cell, str) for table in tables for row in (table.columns, *table.rows) for cell in row)

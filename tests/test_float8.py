@@ -17,15 +17,15 @@ from qwen_vae_accel.backends.fused import backend as fused
 from qwen_vae_accel.backends.fused import calibration
 from qwen_vae_accel.backends.fused.calibration import calibrated_peaks, calibration_path
 from qwen_vae_accel.backends.registry import engine_backends, get_backend
-from qwen_vae_accel.bench.cases import parse_method
-from qwen_vae_accel.bench.harness import make_cases
+from qwen_vae_accel.bench.harness import make_trials
+from qwen_vae_accel.bench.methods import parse_method
 from qwen_vae_accel.config import FLOAT8
 from qwen_vae_accel.errors import BackendUnavailableError, ConfigError
 from qwen_vae_accel.kernels.float8 import calibrated_layers, input_scales, simulate
 from qwen_vae_accel.kernels.network import published
 from qwen_vae_accel.model import ModelSource
-from qwen_vae_accel.plan import Size
-from tests.helpers import CPU, TINY_VAE, FakeBackend, decoded, latents, randn
+from qwen_vae_accel.sizes import Size
+from tests.helpers import CPU, TINY_VAE, FakeBackend, as_if_on, decoded, latents, randn
 
 if TYPE_CHECKING:
     from tests.fixtures_cli import Cli
@@ -57,8 +57,8 @@ def test_float8_is_a_decode_dtype(given: object) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"dtype": "fp8"}, "for decode_dtype alone"),
-        ({"encode_dtype": FLOAT8}, "for decode_dtype alone"),
+        ({"dtype": "fp8"}, "for decode_dtype only"),
+        ({"encode_dtype": FLOAT8}, "for decode_dtype only"),
         ({"decode_dtype": FLOAT8, "backend": "eager"}, "for backend fused or auto, not 'eager'"),
         ({"decode_dtype": FLOAT8, "backend": "tensorrt"}, "for backend fused or auto"),
         ({"decode_dtype": FLOAT8, "dtype": "float32"}, "bfloat16 or float16, not 'float32'"),
@@ -124,6 +124,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> Simulated:
     backend = Simulated()
     others = [other for other in registry._BACKENDS if other.name != "fused"]
     monkeypatch.setattr(registry, "_BACKENDS", (*others[:-1], backend, others[-1]))
+    as_if_on(monkeypatch, "bfloat16", "float16")
     monkeypatch.setattr(calibration, "_SIZE", Size(64, 64))
     return backend
 
@@ -242,8 +243,8 @@ def test_bench_knows_float8_of_the_fused_decoder_alone() -> None:
     method = parse_method("fused:fp8", torch.bfloat16)
     assert method.label == "fused fp8"
     assert method.vae_dtype == torch.bfloat16
-    cases = make_cases([method, parse_method("diffusers", torch.bfloat16)], [Size(32, 32)], ("decode", "encode"))
-    assert [(case.method.name, case.task) for case in cases] == [
+    trials = make_trials([method, parse_method("diffusers", torch.bfloat16)], [Size(32, 32)], ("decode", "encode"))
+    assert [(trial.method.name, trial.task) for trial in trials] == [
         ("diffusers", "decode"), ("fused", "decode"), ("diffusers", "encode"),
     ]  # fmt: skip
 
@@ -262,8 +263,8 @@ def test_verify_reports_the_psnr_of_float8(cli: Cli, simulated: Simulated, tmp_p
 def test_verify_needs_something_to_verify(cli: Cli, micro_folder: Path, tmp_path: Path) -> None:
     for arguments, message in (
         ((), "give --engine-dir"),
-        (("--engine-dir", tmp_path, "--decode-dtype", "fp8"), "go with --backend"),
-        (("--backend", "inductor"), "fused and eager do"),
+        (("--engine-dir", tmp_path, "--decode-dtype", "fp8"), "are for --backend"),
+        (("--backend", "inductor"), "is for fused and eager"),
     ):
         result = cli("verify", "--vae", micro_folder, *arguments, "--json")
         assert result.code == 2

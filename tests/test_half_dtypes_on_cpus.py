@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -15,7 +14,7 @@ from torch import nn
 from qwen_vae_accel import AccelConfig, accelerate
 from qwen_vae_accel.backends.base import Environment, Job
 from qwen_vae_accel.model import inspect_vae
-from tests.helpers import CPU, decoded, latents
+from tests.helpers import CPU, as_if_on, decoded, latents
 
 GPU = Environment("cuda", "NVIDIA H100", capability=(9, 0))
 HALF = (torch.bfloat16, torch.float16)
@@ -46,11 +45,6 @@ def test_a_job_asks_for_what_the_machine_computes_in(micro: nn.Module):
     assert job == Job("decode", topology, torch.float32, CPU)
     job = Job.of(AccelConfig(), "encode", topology, CPU, torch.bfloat16, cpu("bfloat16"))
     assert job == Job("encode", topology, torch.bfloat16, CPU)
-
-
-def as_if_on(monkeypatch: pytest.MonkeyPatch, *half: str) -> None:
-    here = dataclasses.replace(Environment.detect(CPU), half_dtypes=half)
-    monkeypatch.setattr(Environment, "detect", lambda device: here)
 
 
 @pytest.mark.parametrize("dtype", HALF)

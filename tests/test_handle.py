@@ -18,7 +18,7 @@ from torch import nn
 from qwen_vae_accel import AccelConfig, accelerate
 from qwen_vae_accel.demo.tiny_pipeline import tiny_pipeline
 from qwen_vae_accel.errors import HandleError, InvalidInputError
-from qwen_vae_accel.plugin.patch import handle_of
+from qwen_vae_accel.plugin.methods import handle_of
 from tests.conftest import random_vae
 from tests.contract import Z, assert_same, calls, fast, generate, outputs, references
 from tests.helpers import decoded, randn
@@ -261,7 +261,7 @@ def test_the_class_of_an_accelerated_vae(micro):
         assert not isinstance(nn.Linear(1, 1), ours) and ours != nn.Linear
         assert repr(ours) == repr(cls) and inspect.signature(ours.decode) == inspect.signature(cls.decode)
         micro.__class__ = type("Theirs", (ours,), {})
-        with pytest.raises(HandleError, match="class of the VAE was changed"):
+        with pytest.raises(HandleError, match="vae.__class__ was changed"):
             handle_of(micro).restore()
         micro.__class__ = ours
     assert type(micro) is cls

@@ -167,7 +167,7 @@ MODEL = "p/data/aotinductor/model/"
 @pytest.mark.parametrize(
     ("image", "says"),
     [
-        (EngineImage(Path("e.pt2"), b"junk", "junk"), "it is no package"),
+        (EngineImage(Path("e.pt2"), b"junk", "junk"), "it is not a package"),
         (package(), "0 compiled libraries"),
         (package(**{MODEL + "a.cpp": b"", MODEL + "a.json": b"{}"}), "0 compiled libraries"),
         (

@@ -230,32 +230,39 @@ def store_as(dtype: torch.dtype):
     return change
 
 
-def add_layer(vae: nn.Module) -> None:
-    vae.decoder.lora_down = nn.Linear(2, 2)
+def reshape(vae: nn.Module) -> None:
+    vae.decoder.conv_in.bias = nn.Parameter(torch.zeros(3), requires_grad=False)
 
 
+@pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize(
-    ("change", "reasons"),
+    ("method", "change", "reason"),
     [
-        (remove("encoder.conv_in.weight"), ["encoder.conv_in"]),
-        (remove("encoder.conv_in.bias"), ["encoder.conv_in"]),
-        (remove("decoder.mid_block.resnets.0.norm1.gamma"), ["decoder.mid_block.resnets.0.norm1"]),
-        (remove("decoder.mid_block.attentions"), ["decoder.mid_block"]),
-        (remove("quant_conv"), ["quant_conv"]),
-        (store_as(torch.int8), ["int8"]),
-        (store_as(torch.float8_e4m3fn), ["float8_e4m3fn"]),
-        (store_as(torch.float64), ["float64"]),
+        ("encode", remove("encoder.conv_in.weight"), "encoder.conv_in.weight is not there"),
+        ("encode", remove("encoder.conv_in.bias"), "encoder.conv_in.bias is not there"),
+        ("decode", remove("decoder.mid_block.resnets.0.norm1.gamma"), "decoder.mid_block.resnets.0.norm1.gamma is not there"),
+        ("decode", remove("decoder.mid_block.attentions"), "decoder.mid_block.attentions is not there"),
+        ("encode", remove("quant_conv"), "quant_conv is not there"),
+        ("decode", reshape, "decoder.conv_in.bias has shape (3,), in diffusers (32,)"),
+        ("decode", store_as(torch.int8), "decoder.conv_in.weight is stored as int8"),
+        ("decode", store_as(torch.float8_e4m3fn), "decoder.conv_in.weight is stored as float8_e4m3fn"),
+        ("decode", store_as(torch.float64), "decoder.conv_in.weight is stored as float64"),
     ],
 )
-def test_changed_vaes_are_left_to_diffusers_with_the_reason(micro, change, reasons):
-    change(micro)
+def test_parameters_of_another_network_are_named(micro, method, change, reason, order):
+    if order == "before":
+        change(micro)
     source = ModelSource(micro)
-    source.generation("encode"), source.generation("decode")
-    found = source.custom("encode") + source.custom("decode")
-    assert found and all(text in found for text in reasons), found
-    with pytest.raises(UnsupportedVAEError):
-        for method in METHODS:
-            source.state(method)
+    if order == "after":
+        source.state(method)
+        change(micro)
+    source.generation(method)
+    assert source.custom(method).startswith(reason)
+    with pytest.raises(UnsupportedVAEError) as caught:
+        source.state(method)
+    assert caught.value.reasons == (source.custom(method),)
+    other = "decode" if method == "encode" else "encode"
+    assert source.state(other) and not source.custom(other)
 
 
 def test_another_family_is_refused():

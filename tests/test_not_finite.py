@@ -9,7 +9,7 @@ import torch
 
 from qwen_vae_accel import accelerate
 from tests.conftest import random_vae
-from tests.helpers import decoded, moments, picture, randn
+from tests.helpers import as_if_on, decoded, moments, picture, randn
 from tests.not_finite import VALUES, assert_same_kinds, kinds, with_value
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -87,11 +87,12 @@ def test_the_largest_numbers_give_what_diffusers_gives(micro, dtype, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_overflows_in_float16_is_nan_and_no_wrong_image(micro, method):
+def test_what_overflows_in_float16_is_nan_and_no_wrong_image(micro, method, monkeypatch):
     """Where a sum lies near the largest number, its rounding decides whether it overflows, in diffusers too, layer by layer.
 
     What must hold: an image is all numbers and right, or all NaN.
     """
+    as_if_on(monkeypatch, "float16")
     x = batch(micro, method, 3, 4, count=1)
     network = micro.decoder if method == "decode" else micro.encoder
     network.conv_in.weight *= 1000

@@ -15,7 +15,7 @@ from torch import nn
 from qwen_vae_accel import accelerate
 from qwen_vae_accel.demo.tiny_pipeline import tiny_pipeline
 from qwen_vae_accel.errors import HandleError
-from qwen_vae_accel.plugin.patch import handle_of
+from qwen_vae_accel.plugin.methods import handle_of
 from tests.conftest import random_vae
 from tests.contract import assert_same, calls, decoder_input, fast, generate, outputs, references
 from tests.helpers import Reference, decoded, randn

@@ -26,7 +26,7 @@ def test_a_missing_engine_is_looked_up_once(micro, fake, engines, monkeypatch, o
     store = handle._dispatcher.runtime.store
     lookups = []
     load = store.load
-    monkeypatch.setattr(store, "load", lambda expected: lookups.append(expected.path) or load(expected))
+    monkeypatch.setattr(store, "load", lambda wanted: lookups.append(wanted.path) or load(wanted))
     for _ in range(3):
         if on_miss == "error":
             with pytest.raises(EngineMissingError, match="there is no engine"):
@@ -112,7 +112,7 @@ def other_weights(path: Path) -> None:
     ("spoil", "reason"),
     [
         (damage, "damaged"),
-        (forget, "manifest does not know it"),
+        (forget, "manifest has no record of it"),
         (foreign, "device_name: built for another GPU, here fake"),
         (other_weights, "weights: built from 000000000000"),
     ],

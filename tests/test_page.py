@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import os
 import re
@@ -13,14 +15,21 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from qwen_vae_accel.bench.report import BenchReport
-from qwen_vae_accel.bench.serve.measure import Measurement
-from qwen_vae_accel.bench.serve.pipelines import Service
-from qwen_vae_accel.bench.serve.report import make_document
+from qwen_vae_accel.bench import vae_sheet
+from qwen_vae_accel.bench.harness import Row
+from qwen_vae_accel.bench.serve import request_sheet
+from qwen_vae_accel.bench.serve.measurement import Measurement
+from qwen_vae_accel.bench.serve.pipelines import Pipelines
+from qwen_vae_accel.bench.serve.request_sheet import make_document
+from qwen_vae_accel.bench.stored import read_all
 from qwen_vae_accel.config import AccelConfig
-from qwen_vae_accel.demo.reload import Request, as_json, main
-from qwen_vae_accel.page.results import read_all
-from qwen_vae_accel.plan import Size
+from qwen_vae_accel.demo.reload import Instructions, as_json, main
+from qwen_vae_accel.page.console import to_terminal
+from qwen_vae_accel.page.html import to_html
+from qwen_vae_accel.page.markdown import to_markdown
+from qwen_vae_accel.page.sheet import Answer, Chart, Drawing, Sheet, Table
+from qwen_vae_accel.sizes import Size, parse_size
+from qwen_vae_accel.terminal import Terminal
 from tests import browser
 from tests.helpers import CPU, DATA, ROOT
 
@@ -39,18 +48,18 @@ def results(micro_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """A folder with one result of each kind: ``bench.json``, ``serve.json``, ``demo/``."""
     folder = tmp_path_factory.mktemp("results")
     shutil.copy(BENCH, folder / "bench.json")
-    service = Service(micro_folder, "tiny", CPU, torch.float32)
-    rows, memory = Measurement(service, 1, "auto", None, lambda line: None).run({"t2i": [Size(64, 32), Size(32, 64)]})
+    pipelines = Pipelines(micro_folder, "tiny", CPU, torch.float32)
+    rows, memory = Measurement(pipelines, 1, "auto", None, lambda line: None).run({"t2i": [Size(64, 32), Size(32, 64)]})
     settings = {"backend": "auto", "repeats": 1, "dtype": "fp32", "weights": "micro", "transformer": "tiny"}
     document = make_document(rows, memory, None, {"device": "cpu", "cpu": "Some CPU"}, settings, "serve-bench")
     (folder / "serve.json").write_text(json.dumps(document))
     demo = folder / "demo"
     demo.mkdir()
     config = AccelConfig(task="i2i", backend="eager").as_dict()
-    request = Request(
+    instructions = Instructions(
         str(micro_folder), str(DATA / "photos" / "coffee.png"), 96 * 64, "float32", "cpu", config, str(demo), repeats=1
     )
-    (demo / "request.json").write_text(as_json(request))
+    (demo / "request.json").write_text(as_json(instructions))
     assert main(str(demo / "request.json")) == 0
     return folder
 
@@ -152,17 +161,54 @@ def test_the_page_goes_to_a_file_of_its_own(cli: Cli, own: Path, tmp_path: Path,
     assert list(page.parent.iterdir()) == [page]
 
 
+STORED = [path for path in sorted(BENCH.parent.glob("*.json")) if "kind" in json.loads(path.read_text())]
+
+
+@pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
+def test_what_lies_beside_a_stored_result_is_made_of_it(path: Path) -> None:
+    document = json.loads(path.read_text())
+    make = {"bench": vae_sheet.make_sheet, "serve-bench": request_sheet.make_sheet}[document["kind"]]
+    sheet = make(document)
+    if path.with_suffix(".md").exists():
+        assert to_markdown(sheet) == path.with_suffix(".md").read_text()
+    charts = [block for block in sheet.blocks if isinstance(block, Chart)]
+    assert charts and all(panel.title and len(panel.title) <= 60 for chart in charts for panel in chart.panels)
+
+
 @pytest.mark.parametrize("name", ["cpu_512_fp32", "h200"])
-def test_a_stored_benchmark_is_read_as_it_was_written(name: str) -> None:
+def test_a_stored_benchmark_says_of_itself_what_its_rows_say(name: str) -> None:
     document = json.loads((BENCH.parent / f"{name}.json").read_text())
-    assert BenchReport.from_dict(document).as_dict() == document
+    known = {field.name for field in dataclasses.fields(Row)}
+    rows = [Row(**{name: value for name, value in row.items() if name in known}) for row in document["rows"]]
+    rows = [dataclasses.replace(row, size=parse_size(str(row.size))) for row in rows]
+    settings, overhead, kernels = document["settings"], document["overhead"], document.get("kernels")
+    made = vae_sheet.make_document(rows, document["machine"], settings, overhead, document["command"], kernels)
+    assert {**made, "created": document["created"]} == document
 
 
 def test_a_roofline_is_drawn_without_formulas() -> None:
-    (section,) = read_all([BENCH.parent / "h200.json"])
-    chart, roofline = section.charts
-    assert "Roofline" in roofline and "mathdefault" not in roofline
-    assert [table.title for table in section.tables][2] == "Kernels of fused decode, 1024x1024 bf16"
+    (sheet,) = read_all([BENCH.parent / "h200.json"])
+    roofline = next(block for block in sheet.blocks if isinstance(block, Drawing) and block.title == "Roofline")
+    assert "Fused kernels" in roofline.svgs[0] and "mathdefault" not in roofline.svgs[0]
+    assert "Kernels of fused decode, 1024x1024 bf16" in [block.title for block in sheet.blocks if isinstance(block, Table)]
+
+
+def test_markdown_keeps_its_columns_whatever_a_cell_holds() -> None:
+    sheet = Sheet("A title", Answer((), ""), [Table("Two", ["a", "b"], [["x | y", "1\n2"]])])
+    table = to_markdown(sheet).splitlines()[-3:]
+    assert table == ["| a      |   b |", "| ------ | --: |", "| x \\| y | 1 2 |"]
+
+
+def test_a_terminal_shows_every_table_and_ends_with_the_answer() -> None:
+    sheet = vae_sheet.make_sheet(json.loads((BENCH.parent / "h100.json").read_text()))
+    terminal = Terminal(width=160, file=io.StringIO())
+    with terminal.capture() as shown:
+        terminal.print(to_terminal(sheet))
+    tables = [block for block in sheet.blocks if isinstance(block, Table)]
+    assert len(tables) == 1 + 2 + 2 + 3
+    assert all(table.title in shown.get() for table in tables)
+    assert shown.get().split("\n")[-2] == str(sheet.answer)
+    assert str(sheet.answer).startswith("decode 10.78x, encode 9.82x: fused bf16 against diffusers bf16")
 
 
 # In a browser.
@@ -212,15 +258,58 @@ def test_the_page_opens_from_disk_at_any_width(opened: Callable[..., Page], widt
     page = opened(width, scheme)
     assert page.evaluate("document.documentElement.scrollWidth") == width
     assert page.get_by_role("heading", level=2).count() == 3
-    assert page.get_by_role("table").count() == 2 + 2 + 2
-    assert page.locator(".chart svg").count() == 2
+    assert page.locator(".chart svg").count() == 2 + 2
     assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
-    overflow = page.evaluate("[...document.querySelectorAll('.box')].filter(box => box.scrollWidth > box.clientWidth).length")
-    assert overflow > 3 if width == 360 else overflow == 0
     background, ink = page.evaluate("(({backgroundColor, color}) => [backgroundColor, color])(getComputedStyle(document.body))")
     values = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (background, ink)]
     assert values[0] - values[1] > 500 if scheme == "light" else values[1] - values[0] > 500
     assert page.evaluate("getComputedStyle(document.querySelector('.chart svg text')).fill") == ink
+
+
+SIDEWAYS = "[...document.querySelectorAll('.box')].filter(box => box.scrollWidth > box.clientWidth).map(box => box.ariaLabel)"
+PLACES = """selector => [...document.querySelectorAll(selector)].map(found => {
+  const box = found.getBoundingClientRect();
+  return {text: found.textContent.trim(), left: box.left, right: box.right, top: box.top + scrollY, height: box.height};
+})"""
+
+
+@pytest.fixture(scope="session")
+def h100(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page of the benchmark with the most sizes and methods."""
+    target = tmp_path_factory.mktemp("page") / "h100.html"
+    target.write_text(to_html(read_all([BENCH.parent / "h100.json"]), "H100", "0"), encoding="utf-8")
+    return target
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_the_page_of_a_benchmark_opens_with_the_answer_and_nothing_scrolls_sideways(
+    chromium: Browser, h100: Path, width: int
+) -> None:
+    document = json.loads((BENCH.parent / "h100.json").read_text())
+    means = {entry["task"]: entry["speedup"] for entry in document["summary"] if entry["method"] == "fused bf16"}
+    page = chromium.new_page(viewport={"width": width, "height": 800}, offline=True)
+    page.goto(h100.as_uri())
+    figures = page.evaluate(PLACES, ".answer dd")
+    assert [figure["text"] for figure in figures] == [f"{means[task]:.2f}x" for task in ("decode", "encode")]
+    assert all(figure["top"] + figure["height"] < 800 for figure in figures)
+    charts = page.evaluate(PLACES, ".chart svg")
+    tables = page.evaluate(PLACES, ".box")
+    assert len(charts) == 3 and charts[0]["top"] > figures[0]["top"]
+    assert all(0 <= place["left"] < place["right"] <= width for place in (*charts, *tables) if place["height"])
+    # The chart of the speed-ups comes first, is named, and can be read: no letter is lower than 8 pixels.
+    assert page.locator("svg").nth(0).get_attribute("aria-label").startswith("Speed-up by size")
+    assert all(size in charts[0]["text"] for size in document["settings"]["sizes"])
+    assert min(word["height"] for word in page.evaluate(PLACES, ".chart svg text")) >= 8
+    # What is long is folded; all else fits. Unfolded it scrolls in its box, and the page does not.
+    assert page.evaluate(SIDEWAYS.replace("'.box'", "'.box:not(details *)'")) == []
+    assert page.get_by_role("table").count() == 1 + 2
+    assert page.get_by_role("columnheader", name="fused bf16").count() == 3
+    for fold in page.locator("summary").all():
+        fold.click()
+    assert page.get_by_role("table").count() == 1 + 2 + 2 + 3
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert bool(page.evaluate(SIDEWAYS)) == (width == 390)
+    page.close()
 
 
 def test_the_slider_moves_by_keyboard_and_pointer(opened: Callable[..., Page]) -> None:
@@ -267,4 +356,4 @@ def test_a_result_cannot_bring_code_into_the_page(cli: Cli, own: Path, tmp_path:
     page = opened(path=target)
     assert page.title() == evil
     assert page.locator("img, script").count() == 1  # the page's own
-    assert page.get_by_role("cell", name=re.compile("taken")).count() > 0
+    assert page.get_by_role("columnheader", name=re.compile("taken")).count() > 0

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from qwen_vae_accel import accelerate
-from qwen_vae_accel.plugin.patch import handle_of
+from qwen_vae_accel.plugin.methods import handle_of
 from qwen_vae_accel.plugin.plain import not_plain
 from tests.contract import Z, calls
 from tests.helpers import Reference, decoded
@@ -89,7 +89,7 @@ def test_tensors_that_are_not_plain(micro, plain, kind):
     assert same(outcome(lambda: decoded(micro, x)), outcome(lambda: decoded(plain, x)))
     assert calls(handle)["decode"] == {"diffusers": 1}
     (fallback,) = handle.report().as_dict()["fallbacks"]
-    assert "no plain tensor" in fallback["reason"] and kind in fallback["reason"]
+    assert "not a plain tensor" in fallback["reason"] and kind in fallback["reason"]
 
 
 VIEWS = {

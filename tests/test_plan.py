@@ -9,7 +9,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from qwen_vae_accel.errors import ConfigError
-from qwen_vae_accel.plan import (
+from qwen_vae_accel.plan import Choice, EngineKey, Miss, Plan
+from qwen_vae_accel.sizes import (
     GUIDE_MAX_SIDE,
     GUIDE_PROFILES,
     GUIDE_STATIC,
@@ -20,10 +21,6 @@ from qwen_vae_accel.plan import (
     MODEL_CARD,
     PIPELINE_DEFAULT,
     STATIC_NAMES,
-    Choice,
-    EngineKey,
-    Miss,
-    Plan,
     Profile,
     Size,
     parse_size,

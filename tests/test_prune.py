@@ -18,7 +18,7 @@ from qwen_vae_accel.engines.manifest import NAME
 from qwen_vae_accel.engines.store import EngineStore
 from qwen_vae_accel.errors import EngineError, EngineMissingError
 from tests.helpers import FakeBackend
-from tests.processes import expected, maker
+from tests.processes import IDENTITY, expected, maker
 
 PATH = expected().path
 OLD = {"device_name": "another GPU"}
@@ -28,7 +28,7 @@ OLD = {"device_name": "another GPU"}
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory whose one engine would not be run here; the fake backend's are :func:`expected` ones."""
     fake = FakeBackend()
-    fake.facts = dict(expected().identity)
+    fake.facts = dict(IDENTITY)
     monkeypatch.setattr(registry, "_BACKENDS", (fake, EagerBackend()))
     build(tmp_path / "engines", identity=OLD)
     return tmp_path / "engines"
@@ -47,7 +47,7 @@ def test_an_engine_that_became_current_since_the_look_is_kept(root):
     look = inspector(root)
     (removal,) = look.prunable()
     build(root)
-    assert "built anew" in look.remove(removal)
+    assert "built again" in look.remove(removal)
     EngineStore(root).find(expected("w"))
     (unplanned,) = look.prunable(planned=set())
     assert look.remove(unplanned) == ""
@@ -114,7 +114,7 @@ def test_a_record_whose_folder_is_a_link_deletes_nothing_outside(root, outside, 
     add_record(root, name)
     look = inspector(root)
     (removal,) = [removal for removal in look.prunable() if removal.engine == name]
-    with pytest.raises(EngineError, match="not deleted: a link leads there, out of the engine directory; only its record is"):
+    with pytest.raises(EngineError, match="not deleted, because a link leads out of the engine directory; only its record is"):
         look.remove(removal)
     assert (outside / "vae_decoder.fake").read_text() == "mine"
     assert name not in EngineStore(root).manifest().engines

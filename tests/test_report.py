@@ -10,15 +10,15 @@ import torch
 from rich.console import Console
 
 from qwen_vae_accel import accelerate
-from qwen_vae_accel.journal import EngineLoad, Journal
+from qwen_vae_accel.journal import ORIGINAL, EngineLoad, Journal
 from tests.helpers import decoded, randn
 
 
 def filled() -> Journal:
     journal = Journal()
     for _ in range(3):
-        journal.call("decode", "inductor")
-    journal.call("encode", "eager")
+        journal.served("decode", "inductor")
+    journal.served("encode", "eager")
     journal.load(EngineLoad("16_9/vae_decoder.pt2", "inductor", 12.5, 2_000_000))
     journal.load(EngineLoad("1_1/vae_decoder.pt2", "inductor", 10.0, 1_000_000))
     journal.build("16_9/vae_decoder.pt2", 31.0)
@@ -27,19 +27,25 @@ def filled() -> Journal:
     return journal
 
 
-def test_values():
+def test_values(caplog):
     journal = filled()
-    assert journal.fallback("encode", "eager", "no [engine]") is True
-    assert journal.fallback("encode", "eager", "no [engine]") is False
-    assert journal.fallback("encode", "eager", "another reason") is True
+    for reason in ("no [engine]", "no [engine]", "another reason"):
+        journal.served("encode", "eager", reason)
+    journal.served("decode", ORIGINAL, "2 frames")
+    assert caplog.messages == [
+        "encode is served by eager: no [engine]",
+        "encode is served by eager: another reason",
+        "decode is served by diffusers: 2 frames",
+    ], "each reason once"
     journal.compute("decode", torch.bfloat16, torch.float32, "a reason")
     values = journal.report("inductor", ["1_1/vae_decoder.pt2"], "a note").as_dict()
     assert values == {
         "backend": "inductor",
-        "calls": {"encode": {"eager": 1}, "decode": {"inductor": 3}},
+        "calls": {"encode": {"eager": 4}, "decode": {"inductor": 3, "diffusers": 1}},
         "fallbacks": [
             {"method": "encode", "backend": "eager", "reason": "no [engine]", "count": 2},
             {"method": "encode", "backend": "eager", "reason": "another reason", "count": 1},
+            {"method": "decode", "backend": "diffusers", "reason": "2 frames", "count": 1},
         ],
         "engines": ["1_1/vae_decoder.pt2"],
         "loads": 2,
@@ -61,14 +67,14 @@ def test_values():
 def test_a_report_is_a_snapshot():
     journal = filled()
     before = journal.report("auto", [])
-    journal.call("decode", "inductor")
+    journal.served("decode", "inductor")
     assert before.as_dict()["calls"]["decode"] == {"inductor": 3}
 
 
 @pytest.mark.parametrize("show", ["print", "rich"])
 def test_tables(show):
     journal = filled()
-    journal.fallback("encode", "eager", "not [bold]served[/bold] at 8x8")
+    journal.served("encode", "eager", "not [bold]served[/bold] at 8x8")
     report = journal.report("inductor", ["1_1/vae_decoder.pt2"], "the VAE was replaced")
     if show == "rich":
         console = Console(width=140, no_color=True)
@@ -96,8 +102,7 @@ def test_counts_of_many_threads():
 
     def count() -> None:
         for _ in range(500):
-            journal.call("decode", "eager")
-            journal.fallback("decode", "eager", "reason")
+            journal.served("decode", "eager", "reason")
 
     threads = [threading.Thread(target=count) for _ in range(8)]
     for thread in threads:

@@ -10,11 +10,12 @@ import torch
 
 from qwen_vae_accel import accelerate
 from qwen_vae_accel.backends.base import Job
+from qwen_vae_accel.backends.samples import sample_input
 from qwen_vae_accel.engines import selfcheck
 from qwen_vae_accel.engines.manifest import NAME
 from qwen_vae_accel.errors import EngineMissingError, UnsupportedVAEError
 from qwen_vae_accel.model import ModelSource
-from qwen_vae_accel.plan import Size
+from qwen_vae_accel.sizes import Size
 from tests.conftest import random_vae
 from tests.helpers import CPU, FakeProgram, Reference, decoded, latents, open_engines
 
@@ -89,7 +90,7 @@ def test_the_yardstick_is_diffusers_own_error(name, method, dtype):
     source = ModelSource(vae)
     job = Job(method, source.topology, dtype, CPU)
     own = selfcheck.published_error(source, job)
-    x = selfcheck.sample_input(job, Size(96, 128), source.config)
+    x = sample_input(job, Size(96, 128), source.config)
     larger = Reference(vae, method, x, dtype).yardstick
     assert own.within(larger.allowed(1.5)) and larger.within(own.allowed(1.5))
 
@@ -100,7 +101,7 @@ def test_a_vae_that_diffusers_computes_otherwise_has_no_yardstick(micro, monkeyp
     monkeypatch.setattr(selfcheck, "published_network", lambda *job: lambda x: network(*job)(x.flip(2)))
     source = ModelSource(micro)
     monkeypatch.setattr(selfcheck, "_yardsticks", {})
-    with pytest.raises(UnsupportedVAEError, match="away from the exact network, and that is no rounding"):
+    with pytest.raises(UnsupportedVAEError, match="away from the exact network: more than rounding"):
         selfcheck.published_error(source, Job("decode", source.topology, torch.float32, CPU))
 
 
@@ -113,7 +114,7 @@ def test_a_vae_of_a_class_that_is_not_diffusers_is_none_of_ours(micro):
 
         encode = decode = None
 
-    with pytest.raises(UnsupportedVAEError, match="none of diffusers'"):
+    with pytest.raises(UnsupportedVAEError, match="not one of diffusers'"):
         ModelSource(Holder())
 
 
@@ -122,9 +123,9 @@ def test_inputs_of_self_checks_are_made_on_the_cpu(micro, method):
     """Whatever ``torch.set_default_device`` was given."""
     source = ModelSource(micro)
     job, size = Job(method, source.topology, torch.float32, CPU), Size(48, 32)
-    made = selfcheck.sample_input(job, size, source.config)
+    made = sample_input(job, size, source.config)
     with torch.device("meta"):
-        assert torch.equal(selfcheck.sample_input(job, size, source.config), made)
+        assert torch.equal(sample_input(job, size, source.config), made)
 
 
 @pytest.mark.parametrize("error", [0.1, float("nan"), float("inf")])

@@ -13,15 +13,16 @@ import torch
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit
 
 from qwen_vae_accel import accelerate
-from qwen_vae_accel.bench.cases import BenchError
-from qwen_vae_accel.bench.report import machine
-from qwen_vae_accel.bench.serve import measure
-from qwen_vae_accel.bench.serve.measure import Measurement, postprocessing
-from qwen_vae_accel.bench.serve.pipelines import Request, Service, random_transformer
-from qwen_vae_accel.bench.serve.report import make_document, markdown
+from qwen_vae_accel.bench.machine import machine
+from qwen_vae_accel.bench.methods import BenchError
+from qwen_vae_accel.bench.serve import measurement
+from qwen_vae_accel.bench.serve.measurement import Measurement, postprocessing
+from qwen_vae_accel.bench.serve.pipelines import ImageRequest, Pipelines, random_transformer
+from qwen_vae_accel.bench.serve.request_sheet import make_document, make_sheet
 from qwen_vae_accel.bench.serve.stopwatch import Stopwatch
 from qwen_vae_accel.demo.tiny_pipeline import TINY_TRANSFORMER
-from qwen_vae_accel.plan import Size
+from qwen_vae_accel.page.markdown import to_markdown
+from qwen_vae_accel.sizes import Size
 from tests.helpers import CPU, FakeBackend
 
 if TYPE_CHECKING:
@@ -33,19 +34,23 @@ pytest_plugins = ["tests.fixtures_cli"]
 @pytest.fixture(autouse=True)
 def small_area(monkeypatch: pytest.MonkeyPatch) -> None:
     """Editing scales its images to an area of 64^2 instead of 1024^2; the warm-up is as small."""
-    monkeypatch.setattr(measure, "WARMUP", Size(32, 48))
+    monkeypatch.setattr(measurement, "WARMUP", Size(32, 48))
     original = edit.calculate_dimensions
     monkeypatch.setattr(edit, "calculate_dimensions", lambda area, ratio: original(area // 256, ratio))
 
 
 @pytest.fixture
-def service(micro_folder: Path) -> Service:
-    return Service(micro_folder, "tiny", CPU, torch.float32)
+def pipelines(micro_folder: Path) -> Pipelines:
+    return Pipelines(micro_folder, "tiny", CPU, torch.float32)
 
 
-def measured(service: Service, task: str, *sizes: Size, backend: str = "auto", engine_dir: Path | None = None) -> list[Any]:
+def markdown(document: dict[str, Any]) -> str:
+    return to_markdown(make_sheet(document))
+
+
+def measured(pipelines: Pipelines, task: str, *sizes: Size, backend: str = "auto", engine_dir: Path | None = None) -> list[Any]:
     folder = None if engine_dir is None else str(engine_dir)
-    return Measurement(service, 1, backend, folder, lambda line: None).run({task: sizes})[0]
+    return Measurement(pipelines, 1, backend, folder, lambda line: None).run({task: sizes})[0]
 
 
 def test_the_command_measures_both_tasks_plain_and_accelerated(cli: Cli, micro_folder: Path, tmp_path: Path) -> None:
@@ -96,9 +101,9 @@ def test_the_command_measures_both_tasks_plain_and_accelerated(cli: Cli, micro_f
 
 
 def test_engines_are_built_first_and_serve_what_a_request_encodes_and_decodes(
-    service: Service, fake: FakeBackend, tmp_path: Path
+    pipelines: Pipelines, fake: FakeBackend, tmp_path: Path
 ) -> None:
-    row = measured(service, "i2i", Size(64, 32), backend="tensorrt", engine_dir=tmp_path)[0]
+    row = measured(pipelines, "i2i", Size(64, 32), backend="tensorrt", engine_dir=tmp_path)[0]
     assert row["error"] is None
     assert row["encoded"] == row["decoded"] == "96x32"
     served = row["accelerated"]["served"]
@@ -106,26 +111,26 @@ def test_engines_are_built_first_and_serve_what_a_request_encodes_and_decodes(
     assert served == {"encode": {"tensorrt": 2}, "decode": {"tensorrt": 2}, **processing}
 
 
-def test_a_request_that_was_not_fast_is_an_error(service: Service, fake: FakeBackend, tmp_path: Path) -> None:
-    service.run(Request("t2i", Size(32, 32)))
-    with accelerate(service.pipeline("t2i"), backend="tensorrt", engine_dir=tmp_path, on_miss="fallback") as handle:
-        measurement = Measurement(service, 1, "tensorrt", str(tmp_path), lambda line: None)
-        done = measurement._send(Request("t2i", Size(32, 32)), handle)
+def test_a_request_that_was_not_fast_is_an_error(pipelines: Pipelines, fake: FakeBackend, tmp_path: Path) -> None:
+    pipelines.run(ImageRequest("t2i", Size(32, 32)))
+    with accelerate(pipelines.pipeline("t2i"), backend="tensorrt", engine_dir=tmp_path, on_miss="fallback") as handle:
+        measuring = Measurement(pipelines, 1, "tensorrt", str(tmp_path), lambda line: None)
+        done = measuring._send(ImageRequest("t2i", Size(32, 32)), handle)
     assert "decode was served by eager" in done.values["error"]
 
 
 def test_a_failed_request_is_a_row_and_the_others_are_measured(
-    service: Service, monkeypatch: pytest.MonkeyPatch, cli: Cli
+    pipelines: Pipelines, monkeypatch: pytest.MonkeyPatch, cli: Cli
 ) -> None:
-    run = Service.run
+    run = Pipelines.run
 
-    def fails_once(self: Service, request: Request, output_type: str = "pil") -> Any:
+    def fails_once(self: Pipelines, request: ImageRequest, output_type: str = "pil") -> Any:
         if request.size == Size(64, 64):
             raise torch.OutOfMemoryError("out of memory")
         return run(self, request, output_type)
 
-    monkeypatch.setattr(Service, "run", fails_once)
-    bad, good = measured(service, "t2i", Size(64, 64), Size(32, 32))
+    monkeypatch.setattr(Pipelines, "run", fails_once)
+    bad, good = measured(pipelines, "t2i", Size(64, 64), Size(32, 32))
     assert "plain: OutOfMemoryError" in bad["error"]
     assert good["error"] is None
     document = make_document([bad, good], [], None, {"device": "cpu", "cpu": "Some CPU"}, SETTINGS, "serve-bench")
@@ -136,8 +141,8 @@ def test_a_failed_request_is_a_row_and_the_others_are_measured(
 SETTINGS = {"backend": "auto", "repeats": 1, "dtype": "fp32", "weights": "random", "transformer": "tiny"}
 
 
-def test_the_guides_figures_stand_beside_those_of_a_gpu(service: Service) -> None:
-    row = measured(service, "t2i", Size(32, 32))[0]
+def test_the_guides_figures_stand_beside_those_of_a_gpu(pipelines: Pipelines) -> None:
+    row = measured(pipelines, "t2i", Size(32, 32))[0]
     for side in ("plain", "accelerated"):
         row[side]["peak_mib"] = 1000.0
         row[side]["activation_mib"] = {"decode": 100.0}
@@ -151,19 +156,19 @@ def test_the_guides_figures_stand_beside_those_of_a_gpu(service: Service) -> Non
     assert "3000 / 3100" in text
 
 
-def test_the_stopwatch_leaves_no_trace(service: Service) -> None:
-    pipeline = service.pipeline("i2i")
-    service.run(Request("i2i", Size(64, 64)))  # diffusers keeps the state of a call in the VAE
+def test_the_stopwatch_leaves_no_trace(pipelines: Pipelines) -> None:
+    pipeline = pipelines.pipeline("i2i")
+    pipelines.run(ImageRequest("i2i", Size(64, 64)))  # diffusers keeps the state of a call in the VAE
     before = [dict(owner.__dict__) for owner in (pipeline.vae, pipeline.image_processor)]
     with Stopwatch(pipeline, CPU) as watch:
-        service.run(Request("i2i", Size(64, 64)))
+        pipelines.run(ImageRequest("i2i", Size(64, 64)))
     assert set(watch.ms) == {"preprocess", "encode", "denoising", "decode", "postprocess"}
     for owner, attributes in zip((pipeline.vae, pipeline.image_processor), before, strict=True):
         assert dict(owner.__dict__) == attributes
     with accelerate(pipeline):
         with Stopwatch(pipeline, CPU), pytest.raises(ZeroDivisionError):
             pipeline.transformer.register_forward_pre_hook(lambda *_: 1 / 0)
-            service.run(Request("i2i", Size(64, 64)))
+            pipelines.run(ImageRequest("i2i", Size(64, 64)))
         pipeline.transformer._forward_pre_hooks.clear()
     assert [dict(owner.__dict__) for owner in (pipeline.vae, pipeline.image_processor)] == before
 
@@ -182,11 +187,11 @@ def test_a_random_transformer_is_finite_and_has_tables() -> None:
     assert made[0].pos_embed.pos_freqs.device.type == "cpu"
 
 
-def test_values_that_are_not_finite_are_refused(service: Service) -> None:
+def test_values_that_are_not_finite_are_refused(pipelines: Pipelines) -> None:
     with torch.no_grad():
-        service.transformer.proj_out.weight.fill_(torch.nan)
+        pipelines.transformer.proj_out.weight.fill_(torch.nan)
     with pytest.raises(BenchError, match="not finite"):
-        measured(service, "t2i", Size(32, 32))
+        measured(pipelines, "t2i", Size(32, 32))
 
 
 def test_post_processing_alone_is_compared_byte_for_byte(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,9 +214,9 @@ def picture_of(pixels: Any) -> Any:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_on_a_gpu_memory_is_measured_and_the_fused_kernels_serve() -> None:
     device = torch.device("cuda", 0)
-    service = Service(None, "tiny", device, torch.bfloat16)
-    measurement = Measurement(service, 1, "auto", None, lambda line: None, offload_reference=True)
-    rows, memory = measurement.run({"t2i": [Size(256, 256)], "i2i": [Size(64, 64)]})
+    pipelines = Pipelines(None, "tiny", device, torch.bfloat16)
+    measuring = Measurement(pipelines, 1, "auto", None, lambda line: None, offload_reference=True)
+    rows, memory = measuring.run({"t2i": [Size(256, 256)], "i2i": [Size(64, 64)]})
     for row in rows:
         assert row["error"] is None
         assert row["accelerated"]["served"]["decode"] == {"fused": 2}

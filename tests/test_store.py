@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,9 +20,10 @@ from qwen_vae_accel.config import AccelConfig
 from qwen_vae_accel.engines.manifest import NAME, Verification
 from qwen_vae_accel.engines.store import EngineStore, hash_file
 from qwen_vae_accel.errors import EngineError, EngineMissingError, EngineRefusedError
-from qwen_vae_accel.plan import EngineKey, Plan, Profile, Size
+from qwen_vae_accel.plan import EngineKey, Plan
+from qwen_vae_accel.sizes import Profile, Size
 from tests import processes
-from tests.processes import build, content, expected, maker
+from tests.processes import OtherBackend, build, content, expected, maker
 
 PATH = expected().path
 CHECK = Verification(True, 1e-6, 3e-6, 2e-6, 6e-6, 100.0, "m", "2026-01-01T00:00:00+00:00")
@@ -325,14 +327,14 @@ def test_records_of_any_size_can_be_read_back(tmp_path, shape):
             ["cuda: built for nothing, here 13.0"],
         ),
         ({"weights": "other"}, ["weights: built from new..., the VAE has other..."]),
-        ({"dtype": "float16"}, ["dtype: built for bfloat16, wanted float16"]),
-        ({"backend": "inductor"}, ["backend: built for tensorrt, wanted inductor"]),
+        ({"dtype": torch.float16}, ["dtype: built for bfloat16, wanted float16"]),
+        ({"kind": OtherBackend}, ["backend: built for tensorrt, wanted inductor"]),
         (
             {"key": EngineKey("decode", "512x512", (Profile.static("512x512", Size(512, 520)),))},
             ["sizes: built for 512x512 [512x512..512x512..512x512], wanted 512x512 [512x520..512x520..512x520]"],
         ),
         (
-            {"dtype": "float16", "weights": "other", "identity": {"device_name": "GPU B", "package:torch": "2.13.0"}},
+            {"dtype": torch.float16, "weights": "other", "identity": {"device_name": "GPU B", "package:torch": "2.13.0"}},
             [
                 "dtype: built for bfloat16, wanted float16",
                 "weights: built from new..., the VAE has other...",
@@ -387,7 +389,7 @@ def test_a_file_without_a_record_is_refused_with_the_command_that_adopts_it(root
     (root / NAME).unlink()
     with pytest.raises(EngineRefusedError, match=r"qwen-vae-accel adopt --trust --engine-dir") as caught:
         find(root)
-    assert "the manifest does not know it" in caught.value.differences[0]
+    assert "the manifest has no record of it" in caught.value.differences[0]
     assert EngineStore(root).unknown_files((".fake",)) == [PATH]
     store = EngineStore(root)
     made = dataclasses.replace(processes.record(expected()), sha256=hash_file(root / PATH), size=1, origin="adopted")

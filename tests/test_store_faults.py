@@ -18,7 +18,7 @@ from qwen_vae_accel import accelerate, files
 from qwen_vae_accel.engines.manifest import NAME, Manifest
 from qwen_vae_accel.engines.store import EngineStore
 from qwen_vae_accel.errors import BuildError, EngineError, EngineMissingError, EngineRefusedError
-from qwen_vae_accel.plugin.patch import handle_of
+from qwen_vae_accel.plugin.methods import handle_of
 from tests import processes
 from tests.processes import build, content, expected, maker
 

@@ -53,18 +53,17 @@ def test_no_name_is_obeyed_wherever_it_is_printed(wrap: Any, terminal: bool) -> 
     assert not any(character in printed for character in "\x1b\x9b\r\x07\u202e\udcff\ud800")
 
 
-def test_a_report_shows_names_on_anybodys_console() -> None:
+def test_a_report_shows_names_on_anybodys_console(caplog: pytest.LogCaptureFixture) -> None:
     from rich.console import Console
 
     journal = Journal()
-    journal.call("decode", EVIL)
-    journal.fallback("decode", EVIL, EVIL)
+    journal.served("decode", EVIL, EVIL)
     journal.load(EngineLoad(EVIL, EVIL, 1.0, 1))
     journal.leave_alone(EVIL, EVIL)
     report = journal.report(EVIL, [EVIL], EVIL)
     file = io.StringIO()
     Console(file=file, width=400).print(report)
-    for text in (file.getvalue(), str(report)):
+    for text in (file.getvalue(), str(report), caplog.text * 3):
         assert text.count("[/]") > 5
         assert not any(character in text for character in "\x1b\x9b\u202e\udcff\ud800")
 

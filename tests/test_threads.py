@@ -390,7 +390,7 @@ def fork_during_a_call(root):
     thread.start()
     inside.wait(30)
     with handle._journal._lock:  # and some other thread holds a lock
-        blocked = threading.Thread(target=lambda: handle._dispatcher.runtime._lock.acquire())
+        blocked = threading.Thread(target=lambda: handle._dispatcher.runtime._residency._lock.acquire())
         blocked.start()
         blocked.join()
     child = os.fork()

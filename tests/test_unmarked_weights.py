@@ -57,9 +57,10 @@ def written_into_the_storage(vae: nn.Module) -> None:
 
 def assigned_and_moved(vae: nn.Module) -> None:
     """A move changes addresses; what changed before it must not pass for a part of it."""
+    device = next(vae.parameters()).device
     for parameter, value in zip(vae.parameters(), other_values(vae).values(), strict=True):
         parameter.data = value.clone()
-    vae.to("cpu")
+    vae.to("cpu").to(device)
 
 
 def written_and_moved(vae: nn.Module) -> None:
@@ -211,7 +212,6 @@ def test_samples_of_the_same_values_are_equal_wherever_they_are():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 class TestOnTheGPU:
     """Where the comparison runs beside the call: the first result is dropped if it was of older weights."""
 
@@ -232,6 +232,35 @@ class TestOnTheGPU:
             decoded(vae, z)
             scaled_data(vae)
             Reference(copy.deepcopy(vae).cuda(), "decode", z).check(decoded(vae, z))
+
+    def test_a_result_of_older_weights_is_dropped_and_not_counted(self, tiny):
+        vae = tiny.cuda()
+        z = randn(1, 16, 1, 6, 6).cuda()
+        handle = accelerate(vae, backend="eager")
+        for call in range(1, 4):
+            decoded(vae, z)
+            scaled_data(vae)
+            Reference(copy.deepcopy(vae), "decode", z).check(decoded(vae, z))
+            assert calls(handle)["decode"] == {"eager": 2 * call}
+
+    def test_a_network_begun_before_the_look_is_dropped_where_the_look_finds_a_change(self, tiny):
+        vae = tiny.cuda()
+        z = randn(1, 16, 1, 6, 6).cuda()
+        handle = accelerate(vae, backend="eager")
+        run, begun = handle._dispatcher.run, []
+        handle._dispatcher.run = lambda request, image: begun.append(request.generation) or run(request, image)
+        for _ in range(2):
+            decoded(vae, z)
+        vae.decoder.mid_block.resnets[0].nonlinearity = nn.Identity()
+        expected = copy.deepcopy(vae).decode(z, return_dict=False)[0]
+        assert torch.allclose(decoded(vae, z), expected)
+        assert begun == [1, 1, 1]
+        assert calls(handle)["decode"] == {"eager": 2, "diffusers": 1}
+        vae.decoder.mid_block.resnets[0].nonlinearity = nn.SiLU()
+        for parameter in vae.parameters():
+            parameter.mul_(1.1)
+        Reference(copy.deepcopy(vae), "decode", z).check(decoded(vae, z))
+        assert calls(handle)["decode"] == {"eager": 3, "diffusers": 1}
 
     def test_weights_that_stay_are_served_once(self, tiny):
         vae = tiny.cuda()
@@ -264,6 +293,6 @@ class TestOnTheGPU:
         for _ in range(200):
             torch.cuda.synchronize()
             start = time.thread_time()
-            source.compare("decode")
+            source.compare("decode", 1)
             spans.append(time.thread_time() - start)
         assert sorted(spans)[20] < 100e-6

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from qwen_vae_accel.config import AccelConfig
 from qwen_vae_accel.files import read_file
 from qwen_vae_accel.model import ModelSource, Topology
-from qwen_vae_accel.plan import EngineKey, Profile, Size
+from qwen_vae_accel.plan import EngineKey
+from qwen_vae_accel.sizes import Profile, Size
 
 _PACKAGES = ("torch", "triton", "diffusers", "torch-tensorrt", "torch-tensorrt-rtx", "tensorrt", "tensorrt-rtx")
 
@@ -32,6 +33,10 @@ _PACKAGES = ("torch", "triton", "diffusers", "torch-tensorrt", "torch-tensorrt-r
 @dataclass(frozen=True, slots=True)
 class Environment:
     """The machine and its software, as a value, so that every decision about them can be tested anywhere.
+
+    Backends, engines, benchmarks and commands know a machine by nothing else: :meth:`describe` is its text, and
+    :func:`qwen_vae_accel.engines.selfcheck.machine_id` its short name. The kernels, which lie below, have two narrower values:
+    ``kernels.gpu.Gpu`` for choosing a kernel, and ``kernels.tuning.stored.Machine`` for what measured times are tied to.
 
     Attributes:
         device_type: ``"cpu"`` or ``"cuda"``.
@@ -55,7 +60,7 @@ class Environment:
 
     @classmethod
     def detect(cls, device: torch.device) -> Environment:
-        """What is true here, for work on ``device``."""
+        """Read the facts of this machine, for work on ``device``."""
         packages = {}
         for name in _PACKAGES:
             try:
@@ -82,7 +87,7 @@ class Environment:
         )
 
     def describe(self) -> dict[str, str]:
-        """The same as flat text, for manifests and reports."""
+        """Return the facts that are known as flat text by name, for manifests and reports."""
         facts = {
             "device": self.device_type,
             "device_name": self.device_name,
@@ -125,7 +130,7 @@ def _cpu_half_dtypes() -> tuple[str, ...]:
 
 
 def _x86_flags() -> set[str]:
-    """What Linux says an x86 processor has; empty where it does not say."""
+    """The features that Linux lists for an x86 processor; empty where it lists none."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -170,7 +175,7 @@ class Job:
         stored: torch.dtype,
         environment: Environment,
     ) -> Job:
-        """What ``config`` asks of ``method`` for a network stored in ``stored``, on ``device`` of ``environment``."""
+        """Make the job that ``config`` asks of ``method`` for weights of dtype ``stored`` on ``device`` of ``environment``."""
         dtype = environment.arithmetic(config.compute_dtype(method, stored))
         return cls(method, topology, dtype, device, config.float8(method))
 
@@ -181,7 +186,7 @@ class Job:
 
     @property
     def multiple(self) -> int:
-        """What the sides of the network's input must be multiples of."""
+        """Sides of the network's input must be multiples of this."""
         return self.topology.multiple if self.method == "encode" else 1
 
     def input_hw(self, size: Size) -> tuple[int, int]:
@@ -194,7 +199,8 @@ class Program(Protocol):
     """Something that runs one network. ``profile`` numbers an engine's optimization profile; others ignore it."""
 
     @property
-    def nbytes(self) -> int: ...
+    def nbytes(self) -> int:
+        """Bytes of device memory that the program keeps between its runs."""
 
     def __call__(self, x: Tensor, profile: int = 0) -> Tensor: ...
 
@@ -217,23 +223,6 @@ class DirectBackend(Backend):
     @abstractmethod
     def program(self, source: ModelSource, job: Job) -> Program:
         """A program for ``job`` over the current weights of ``source``."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineDescription:
-    """What an engine file says of itself.
-
-    Attributes:
-        dtype: of its input.
-        profiles: sizes it takes, in the order of its optimization profiles; one for a static engine.
-        scratch: bytes of device memory that a run needs at most, per profile.
-        weights: bytes of weights.
-    """
-
-    dtype: torch.dtype
-    profiles: tuple[Profile, ...]
-    scratch: tuple[int, ...]
-    weights: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,8 +285,14 @@ class EngineBackend(Backend):
         """
         return None
 
-    def describe(self, image: EngineImage, job: Job) -> EngineDescription | None:
-        """What an engine says of itself; None where those of this backend do not tell. This runs its code."""
+    def profiles(self, image: EngineImage, job: Job) -> tuple[Profile, ...] | None:
+        """The optimization profiles that an engine says it has, in their order; one for a static engine.
+
+        None where engines of this backend do not tell. This runs the engine's code.
+
+        Raises:
+            EngineError: if it is no engine of the network of ``job``.
+        """
         return None
 
 

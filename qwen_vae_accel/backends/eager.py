@@ -23,6 +23,7 @@ class EagerProgram:
         return output
 
     def tiled(self, x: Tensor, tile_pixels: int) -> Tensor:
+        """Run ``x [B, C, H, W]`` in bands of about ``tile_pixels`` image rows; the result is that of one piece."""
         return run_banded(self._network, x, tile_pixels)
 
 

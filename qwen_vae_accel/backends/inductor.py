@@ -79,7 +79,7 @@ def _spelled(path: Path) -> str:
     text = str(path)
     if os.fsencode(text) != text.encode("utf-8", "replace"):
         raise RuntimeError(
-            f"torch opens packages by names in UTF-8, and {ascii(text)} is none "
+            f"torch opens packages by names in UTF-8, and {ascii(text)} is not one "
             f"(file names here are in {sys.getfilesystemencoding()}): name another folder, or set PYTHONUTF8=1"
         )
     return text
@@ -106,7 +106,7 @@ class InductorBackend(EngineBackend):
 
     def reasons(self, environment: Environment, job: Job) -> list[str]:
         if environment.device_type not in ("cpu", "cuda"):
-            return [f"device type {environment.device_type!r} is not known to it; it compiles for cpu and cuda"]
+            return [f"device type {environment.device_type!r} is not one of cpu and cuda, which it compiles for"]
         return [NO_FLOAT8] if job.float8 else []
 
     def build_reasons(self) -> list[str]:

@@ -77,7 +77,7 @@ def unpack(image: EngineImage) -> Unpacked:
     """The files of the package ``image``, the same ones whenever it is asked for.
 
     Raises:
-        ValueError: if it is no package with a compiled library.
+        ValueError: if it is not a package with a compiled library.
         OSError: if there is no room for temporary files.
     """
     global _folder
@@ -95,7 +95,7 @@ def _extract(image: EngineImage, into: Path) -> Unpacked:
     try:
         archive = zipfile.ZipFile(io.BytesIO(image.data))
     except zipfile.BadZipFile as error:
-        raise ValueError(f"it is no package: {error}") from error
+        raise ValueError(f"it is not a package: {error}") from error
     folder = Path(tempfile.mkdtemp(prefix=f"{image.sha256[:16]}-", dir=into))
     sizes = {}
     try:

@@ -1,4 +1,4 @@
-"""Measures cases one after another: a fresh model for each, warm-up, latency, memory, error against float32.
+"""Measures trials one after another: a fresh model for each, warm-up, latency, memory, error against float32.
 
 A latency sample starts with an idle device and ends when the result is there, since that is how pipelines call a VAE.
 """
@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from qwen_vae_accel.accuracy import measure
 from qwen_vae_accel.backends.base import Job
-from qwen_vae_accel.bench.cases import BASELINE, SHORT, BenchError, Case, Method, Run
-from qwen_vae_accel.engines.selfcheck import psnr_db, sample_input
+from qwen_vae_accel.backends.samples import sample_input
+from qwen_vae_accel.bench.methods import BASELINE, SHORT, BenchError, Method, Run, Trial
+from qwen_vae_accel.engines.selfcheck import psnr_db
 from qwen_vae_accel.kernels.timing import elapsed_ms
 from qwen_vae_accel.model import ModelSource
-from qwen_vae_accel.plan import Size
+from qwen_vae_accel.sizes import Size
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ MIB = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How long to measure one case: until ``iterations`` samples or ``seconds`` have passed, at least three samples."""
+    """How long to measure one trial: until ``iterations`` samples or ``seconds`` have passed, at least three samples."""
 
     iterations: int
     seconds: float
@@ -49,7 +50,7 @@ class Effort:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The result of one case; without ``median_ms`` where it failed, ``error`` says how.
+    """The result of one trial; without ``median_ms`` where it failed, ``error`` says how.
 
     Attributes:
         prepare_s: seconds until the first result: building, loading and compiling included.
@@ -84,7 +85,7 @@ class Row:
 
 
 class Harness:
-    """Runs cases over copies of one VAE.
+    """Runs trials over copies of one VAE.
 
     Args:
         template: the VAE; never run itself, nor changed.
@@ -102,39 +103,39 @@ class Harness:
         self._topology = ModelSource(template).topology
         self._exact: dict[tuple[str, Size], Tensor] = {}
 
-    def run(self, case: Case) -> Row:
-        """Measure one case; a failure of any kind becomes a row that tells it."""
+    def run(self, trial: Trial) -> Row:
+        """Measure one trial; a failure of any kind becomes a row that tells it."""
         try:
-            return self._measure(case)
+            return self._measure(trial)
         except Exception as error:
-            logger.info("%s %s %s failed", case.method.label, case.task, case.size, exc_info=True)
+            logger.info("%s %s %s failed", trial.method.label, trial.task, trial.size, exc_info=True)
             text = f"{type(error).__name__}: {error}".strip()
-            return Row(case.method.name, SHORT[case.method.dtype], case.task, case.size, error=text[:2000])
+            return Row(trial.method.name, SHORT[trial.method.dtype], trial.task, trial.size, error=text[:2000])
         finally:
             self._clean()
 
-    def _measure(self, case: Case) -> Row:
-        x, exact = self._input(case), self._reference(case)
+    def _measure(self, trial: Trial) -> Row:
+        x, exact = self._input(trial), self._reference(trial)
         self._clean()
         before, outside = self._allocated(), self._outside()
-        vae = self._fresh(case.method.vae_dtype)
+        vae = self._fresh(trial.method.vae_dtype)
         start = time.perf_counter()
-        with torch.no_grad(), case.method.prepare(vae, case, self._folder) as run:
-            x = x.to(self._device, case.method.vae_dtype)
+        with torch.no_grad(), trial.method.prepare(vae, trial, self._folder) as run:
+            x = x.to(self._device, trial.method.vae_dtype)
             output = run(x)
             self._synchronize()
             prepared = time.perf_counter() - start
-            relative, psnr, largest = self._errors(case.task, output, exact)
+            relative, psnr, largest = self._errors(trial.task, output, exact)
             del output
             samples = self._samples(run, x)
             peak, held = self._memory(run, x, before)
             outside = self._outside() - outside
         deciles = statistics.quantiles(samples, n=10, method="inclusive")
         return Row(
-            method=case.method.name,
-            dtype=SHORT[case.method.dtype],
-            task=case.task,
-            size=case.size,
+            method=trial.method.name,
+            dtype=SHORT[trial.method.dtype],
+            task=trial.task,
+            size=trial.size,
             median_ms=statistics.median(samples),
             p10_ms=deciles[0],
             p90_ms=deciles[-1],
@@ -151,20 +152,20 @@ class Harness:
     def _fresh(self, dtype: torch.dtype) -> nn.Module:
         return copy.deepcopy(self._template).to(self._device, dtype)
 
-    def _input(self, case: Case) -> Tensor:
+    def _input(self, trial: Trial) -> Tensor:
         """``[1, C, 1, H, W]`` float32 on the CPU, of values that bfloat16 and float16 hold exactly."""
-        job = Job(case.task, self._topology, torch.float32, torch.device("cpu"))
+        job = Job(trial.task, self._topology, torch.float32, torch.device("cpu"))
         config = dict(getattr(self._template, "config", {}) or {})
-        return sample_input(job, case.size, config).to(torch.bfloat16).float().unsqueeze(2)
+        return sample_input(job, trial.size, config).to(torch.bfloat16).float().unsqueeze(2)
 
-    def _reference(self, case: Case) -> Tensor:
+    def _reference(self, trial: Trial) -> Tensor:
         """What diffusers computes in float32, ``[1, C', H', W']``."""
-        key = (case.task, case.size)
+        key = (trial.task, trial.size)
         if key not in self._exact:
             vae: Any = self._fresh(torch.float32)
-            x = self._input(case).to(self._device)
+            x = self._input(trial).to(self._device)
             with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-                output = vae.decode(x).sample if case.task == "decode" else vae.encode(x).latent_dist.parameters
+                output = vae.decode(x).sample if trial.task == "decode" else vae.encode(x).latent_dist.parameters
             self._exact[key] = output[:, :, 0].clone()
         return self._exact[key]
 
@@ -229,27 +230,27 @@ class Harness:
             torch.cuda.empty_cache()
 
 
-def run_all(harness: Harness, cases: Sequence[Case], done: Callable[[Row], None]) -> list[Row]:
-    """All rows in the order of ``cases``; ``done`` is told of each as it comes. An interrupt ends it with those there are."""
+def run_all(harness: Harness, trials: Sequence[Trial], done: Callable[[Row], None]) -> list[Row]:
+    """All rows in the order of ``trials``; ``done`` is told of each as it comes. An interrupt ends it with those there are."""
     rows = []
     gc.collect()
-    gc.freeze()  # what is here now stays, and need not be looked through again between cases
+    gc.freeze()  # what is here now stays, and need not be looked through again between trials
     try:
-        for case in cases:
-            rows.append(harness.run(case))
+        for trial in trials:
+            rows.append(harness.run(trial))
             done(rows[-1])
     except KeyboardInterrupt:
-        logger.warning("interrupted after %d of %d cases", len(rows), len(cases))
+        logger.warning("interrupted after %d of %d trials", len(rows), len(trials))
     finally:
         gc.unfreeze()
     return rows
 
 
-def make_cases(methods: Sequence[Method], sizes: Sequence[Size], tasks: Sequence[str]) -> list[Case]:
+def make_trials(methods: Sequence[Method], sizes: Sequence[Size], tasks: Sequence[str]) -> list[Trial]:
     """Every combination, one size after another, the baseline first; some methods only decode."""
     ordered = sorted(methods, key=lambda method: method.name != BASELINE)
     return [
-        Case(method, task, size)
+        Trial(method, task, size)
         for size in sizes
         for task in tasks
         for method in ordered

@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from qwen_vae_accel.bench.cases import (
+from qwen_vae_accel.bench.harness import Effort, Harness, Row, make_trials, run_all
+from qwen_vae_accel.bench.kernels import measure_kernels
+from qwen_vae_accel.bench.machine import machine
+from qwen_vae_accel.bench.methods import (
     CPU_SIZES,
     CUDA_SIZES,
+    DIRECTIONS,
     SHORT,
-    TASKS,
     default_methods,
     method_names,
     parse_method,
     parse_sizes,
 )
-from qwen_vae_accel.bench.harness import Effort, Harness, Row, make_cases, run_all
-from qwen_vae_accel.bench.kernels import measure
 from qwen_vae_accel.bench.overhead import overhead
-from qwen_vae_accel.bench.report import BenchReport, machine, require_packages
+from qwen_vae_accel.bench.result import require_packages, write, write_json
+from qwen_vae_accel.bench.vae_sheet import make_document, make_sheet
 from qwen_vae_accel.cli import common, edge
 from qwen_vae_accel.config import DTYPES, dtype_name
 from qwen_vae_accel.errors import ConfigError
 from qwen_vae_accel.loading import load_vae, random_vae
+from qwen_vae_accel.page.console import to_terminal
 from qwen_vae_accel.terminal import stderr
 
 Methods = Annotated[
@@ -42,11 +45,11 @@ def bench(
     methods: Methods = None,
     task: Annotated[str, typer.Option(help="encode, decode or both.")] = "both",
     dtype: Annotated[
-        str | None, typer.Option(help="Of methods that name none. Default: bf16 on the GPU, fp32 on the CPU.")
+        str | None, typer.Option(help="Dtype of methods that name none. Default: bf16 on the GPU, fp32 on the CPU.")
     ] = None,
     device: common.Device = None,
-    iters: Annotated[int | None, typer.Option(min=3, max=10**6, help="Samples per case at most.")] = None,
-    seconds: Annotated[float | None, typer.Option(min=0.0, help="Seconds of sampling per case at most.")] = None,
+    iters: Annotated[int | None, typer.Option(min=3, max=10**6, help="At most this many samples per trial.")] = None,
+    seconds: Annotated[float | None, typer.Option(min=0.0, help="At most this many seconds of sampling per trial.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the JSON, Markdown and PNG.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of those files. Default: bench_DEVICE.")] = None,
     kernels: Annotated[
@@ -62,9 +65,9 @@ def bench(
         require_packages()
         where = common.parse_device(device)
         kind = DTYPES[dtype_name(dtype or ("bfloat16" if where.type == "cuda" else "float32"))]
-        if task not in (*TASKS, "both"):
+        if task not in (*DIRECTIONS, "both"):
             raise ConfigError(f"task must be encode, decode or both, not {task!r}")
-        tasks = TASKS if task == "both" else (task,)
+        tasks = DIRECTIONS if task == "both" else (task,)
         wanted = parse_sizes(common.split(sizes) or (CUDA_SIZES if where.type == "cuda" else CPU_SIZES))
         named = [parse_method(text, kind) for text in common.split(methods) or ()]
         template = random_vae() if vae is None else load_vae(vae, common.parse_device("cpu"))
@@ -73,8 +76,8 @@ def bench(
         if seconds is not None and not math.isfinite(seconds):
             raise ConfigError(f"--seconds must be a finite number, not {seconds}")
         effort = Effort.default(where, iters, seconds)
-        cases = make_cases(named, wanted, tasks)
-        times = measure(template, where, kind, kernel_size) if kernel_size else None
+        trials = make_trials(named, wanted, tasks)
+        times = measure_kernels(template, where, kind, kernel_size) if kernel_size else None
         command, facts, label = common.command_line(), machine(where), name or f"bench_{where.type}"
         settings = {
             "dtype": SHORT[kind],
@@ -87,13 +90,13 @@ def bench(
             "warmup": effort.warmup,
         }
 
-        def made(rows: Sequence[Row], plugin: dict[str, float | int] | None) -> BenchReport:
-            complete = {"complete": len(rows) == len(cases)}
-            return BenchReport(rows, facts, settings | complete, plugin, command, times)
+        def made(rows: Sequence[Row], plugin: dict[str, float | int] | None) -> dict[str, Any]:
+            complete = {"complete": len(rows) == len(trials)}
+            return make_document(rows, facts, settings | complete, plugin, command, times)
 
         with tempfile.TemporaryDirectory(prefix="qwen-vae-accel-bench-") as temporary:
             harness = Harness(template, where, effort, engine_dir or Path(temporary))
-            with common.progress(len(cases), "bench") as update:
+            with common.progress(len(trials), "bench") as update:
                 found: list[Row] = []
 
                 def done(row: Row) -> None:
@@ -102,24 +105,16 @@ def bench(
                     stderr.print(f"{row.size!s:>10} {row.task} {row.label:<24} {result}")
                     found.append(row)
                     if output is not None:  # whatever ends the run, what was measured is there
-                        _written(lambda: made(found, None).write_json(output, label), output)
+                        common.written(lambda: write_json(made(found, None), output, label), output)
 
-                rows = run_all(harness, cases, done)
-        report = made(rows, overhead(where))
-        document = report.as_dict()
+                rows = run_all(harness, trials, done)
+        document = made(rows, overhead(where))
+        sheet, printed = make_sheet(document), dict(document)
         if output is not None:
-            written = _written(lambda: report.write(output, label), output)
-            document["files"] = [str(path) for path in written]
-        return edge.Outcome(document, report, len(rows) == len(cases) and not any(row.error for row in rows))
+            printed["files"] = [str(path) for path in common.written(lambda: write(document, sheet, output, label), output)]
+        return edge.Outcome(printed, to_terminal(sheet), len(rows) == len(trials) and not any(row.error for row in rows))
 
     edge.run(as_json, verbose, work)
-
-
-def _written(write: Callable[[], list[Path]], folder: Path) -> list[Path]:
-    try:
-        return write()
-    except OSError as error:
-        raise ConfigError(f"cannot write the report to {folder}: {error}") from error
 
 
 bench.__doc__ = f"{bench.__doc__}\n\n    Methods: {', '.join(method_names())}.\n"

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
@@ -47,6 +47,8 @@ Method = Annotated[str | None, typer.Option(help="encode or decode. Default: bot
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: as the weights are stored.")]
 EncodeDtype = Annotated[str | None, typer.Option(help="Overrides --dtype for encoding.")]
 DecodeDtype = Annotated[str | None, typer.Option(help="Overrides --dtype for decoding.")]
+
+Written = TypeVar("Written")
 
 
 def parse_device(text: str | None) -> torch.device:
@@ -95,6 +97,18 @@ def resolve(config: Path | None, **overrides: Any) -> AccelConfig:
     if "sizes" in given:
         given["sizes"] = split(given["sizes"])
     return AccelConfig.resolve(config, **given)
+
+
+def written(write: Callable[[], Written], folder: Path) -> Written:
+    """The value of ``write``, which writes a result to ``folder``.
+
+    Raises:
+        ConfigError: if it cannot.
+    """
+    try:
+        return write()
+    except OSError as error:
+        raise ConfigError(f"cannot write the report to {folder}: {error}") from error
 
 
 def command_line() -> str:

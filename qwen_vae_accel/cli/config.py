@@ -100,5 +100,5 @@ def _view(document: dict[str, Any]) -> Group:
     for backend in document["backends"]:
         reasons = "; ".join(backend["reasons"])
         backends.add_row(backend["name"], "yes" if backend["engines"] else "no", plain(f"no: {reasons}" if reasons else "yes"))
-    note = "Any other size gets an engine of its own when it is asked for." if document["plan"]["open"] else ""
+    note = "Any other size gets an engine of its own when it is requested." if document["plan"]["open"] else ""
     return Group(fields, plan, plain(note), backends)

@@ -7,12 +7,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Group
-from rich.table import Table
 
 from qwen_vae_accel.cli import common, edge
 from qwen_vae_accel.demo import run
 from qwen_vae_accel.engines.builder import BuildResult
-from qwen_vae_accel.engines.runtime import Wanted
+from qwen_vae_accel.engines.wanted import Wanted
+from qwen_vae_accel.page.console import to_rich
+from qwen_vae_accel.page.sheet import Table
 from qwen_vae_accel.terminal import plain, stderr
 
 
@@ -33,43 +34,44 @@ def demo(
 
     def work() -> edge.Outcome:
         where = common.parse_device(device)
-        request = run.make_request(model, image, output, backend, dtype, where, area)
+        instructions = run.make_instructions(model, image, output, backend, dtype, where, area)
         with common.progress(2, "build") as update:
 
             def told(total: int, wanted: Wanted, result: BuildResult | None) -> None:
                 update(wanted.path, result is not None)
 
-            request, built = run.build(request, told)
+            instructions, built = run.build(instructions, told)
         stderr.print("running in a new process ...")
-        findings = {"builds": [result.as_dict() for result in built], **run.reload(request)}
+        findings = {"builds": [result.as_dict() for result in built], **run.reload(instructions)}
         return edge.Outcome(findings, _view(findings))
 
     edge.run(as_json, verbose, work)
 
 
 def _view(findings: dict[str, Any]) -> Group:
-    builds = Table(title="1. engines built", title_justify="left")
-    for column, side in (("engine", "left"), ("status", "left"), ("s", "right"), ("MB", "right")):
-        builds.add_column(column, justify="left" if side == "left" else "right")
-    for entry in findings["builds"]:
-        builds.add_row(entry["path"], entry["status"], f"{entry['seconds']:.1f}", f"{entry['bytes'] / 1e6:.1f}")
-
+    built = [
+        [entry["path"], entry["status"], f"{entry['seconds']:.1f}", f"{entry['bytes'] / 1e6:.1f}"]
+        for entry in findings["builds"]
+    ]
     photo = findings["photo"]
-    times = Table(title=f"2. new process: {photo['image']}, {photo['size']}, {findings['dtype']}, ms", title_justify="left")
-    times.add_column("")
-    for column in ("load", "first call", "diffusers", "accelerated", "speed-up"):
-        times.add_column(column, justify="right")
+    times = []
     for method, network in (("encode", "vae_encoder"), ("decode", "vae_decoder")):
         load = sum(ms for engine, ms in findings["load_engine_ms"].items() if network in engine)
         ours, theirs = photo["accelerated"], photo["diffusers"][f"{method}_ms"]
         first, median = ours[f"first_{method}_ms"], ours[f"{method}_ms"]
-        times.add_row(method, f"{load:.1f}", f"{first:.1f}", f"{theirs:.1f}", f"{median:.1f}", f"{theirs / median:.2f}x")
-
-    quality = Table(title="PSNR, dB", title_justify="left")
-    for column in ("diffusers to the photo", "accelerated to the photo", "accelerated to diffusers"):
-        quality.add_column(column, justify="right")
-    values = photo["psnr_db"]
-    quality.add_row(*(f"{float(values[name]):.2f}" for name in ("diffusers", "accelerated", "between")))
+        times.append([method, f"{load:.1f}", f"{first:.1f}", f"{theirs:.1f}", f"{median:.1f}", f"{theirs / median:.2f}x"])
+    quality = [f"{float(photo['psnr_db'][name]):.2f}" for name in ("diffusers", "accelerated", "between")]
+    tables = [
+        Table("1. engines built", ["engine", "status", "s", "MB"], built, words=2),
+        Table(
+            f"2. new process: {photo['image']}, {photo['size']}, {findings['dtype']}, ms",
+            ["", "load", "first call", "diffusers", "accelerated", "speed-up"],
+            times,
+        ),
+        Table(
+            "PSNR, dB", ["diffusers to the photo", "accelerated to the photo", "accelerated to diffusers"], [quality], words=0
+        ),
+    ]
 
     whole = findings["pipeline"]
     served = ", ".join(f"{name} {count}" for name, count in whole["calls"]["decode"].items())
@@ -80,4 +82,4 @@ def _view(findings: dict[str, Any]) -> Group:
         f"Decodes served so far: {served}."
     )
     pictures = f"pictures: {photo['picture']}, {whole['picture']}"
-    return Group(builds, times, quality, plain(findings["report_text"].rstrip()), plain(summary), plain(pictures))
+    return Group(*map(to_rich, tables), plain(findings["report_text"].rstrip()), plain(summary), plain(pictures))

@@ -3,7 +3,7 @@
 With ``--json`` standard output holds one strict JSON document and nothing else, also when the command fails, whatever the
 failure is. Progress, logs and errors for people go to standard error, which may be closed, full or without a reader. Exit
 codes: 0 done; 1 the operation failed, or something it looked at is bad, or its result could not be written to standard
-output; 2 the command line or configuration cannot be meant; 130 interrupted.
+output; 2 the command line or configuration is invalid; 130 interrupted.
 """
 
 from __future__ import annotations

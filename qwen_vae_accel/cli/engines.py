@@ -19,11 +19,11 @@ from qwen_vae_accel.config import AccelConfig
 from qwen_vae_accel.engines import networkcheck
 from qwen_vae_accel.engines.builder import Builder, BuildResult
 from qwen_vae_accel.engines.inspect import EngineStatus, Inspector
-from qwen_vae_accel.engines.runtime import Wanted
+from qwen_vae_accel.engines.wanted import Wanted
 from qwen_vae_accel.errors import AccelError, ConfigError, EngineError
 from qwen_vae_accel.loading import load_vae
 from qwen_vae_accel.model import ModelSource
-from qwen_vae_accel.plan import LATENT_SCALE
+from qwen_vae_accel.sizes import LATENT_SCALE
 from qwen_vae_accel.terminal import plain, stderr
 
 _Directory = Annotated[Path, typer.Option("--engine-dir", help="Folder of the engines.")]
@@ -57,8 +57,8 @@ def build(
         str | None,
         typer.Option(
             help="Build TensorRT-RTX engines for GPUs of this compute capability, such as 8.9 or 8.6,8.9,12.0; needs no GPU. "
-            "Here, what TensorRT is given is checked, on the CPU (minutes for large sizes); the engines are checked where they "
-            "are first loaded."
+            "The network that TensorRT gets is checked here, on the CPU (minutes for large sizes); the engines are checked "
+            "where they are first loaded."
         ),
     ] = None,
     setting: Annotated[
@@ -195,7 +195,7 @@ def prune(
     multi_profile: common.MultiProfile = None,
     method: common.Method = None,
     device: common.Device = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Delete. Without it, only say what would go.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete. Without it, only show what would be removed.")] = False,
     as_json: common.Json = False,
     verbose: common.Verbose = False,
 ) -> None:

@@ -12,15 +12,17 @@ import typer
 
 from qwen_vae_accel.backends.base import EngineBackend
 from qwen_vae_accel.backends.registry import get_backend
-from qwen_vae_accel.bench.cases import SHORT, parse_sizes
-from qwen_vae_accel.bench.report import machine, require_packages
-from qwen_vae_accel.bench.serve.measure import Measurement, postprocessing
-from qwen_vae_accel.bench.serve.pipelines import I2I_SIZES, STEPS, T2I_SIZES, TASKS, Service
-from qwen_vae_accel.bench.serve.report import make_document, view, write
+from qwen_vae_accel.bench.machine import machine
+from qwen_vae_accel.bench.methods import SHORT, parse_sizes
+from qwen_vae_accel.bench.result import require_packages, write
+from qwen_vae_accel.bench.serve.measurement import Measurement, postprocessing
+from qwen_vae_accel.bench.serve.pipelines import I2I_SIZES, STEPS, T2I_SIZES, Pipelines
+from qwen_vae_accel.bench.serve.request_sheet import make_document, make_sheet
 from qwen_vae_accel.cli import common, edge
-from qwen_vae_accel.config import AccelConfig
+from qwen_vae_accel.config import TASKS, AccelConfig
 from qwen_vae_accel.errors import ConfigError
-from qwen_vae_accel.plan import Size, parse_size
+from qwen_vae_accel.page.console import to_terminal
+from qwen_vae_accel.sizes import Size, parse_size
 from qwen_vae_accel.terminal import stderr
 
 _POSTPROCESS_SIZE = Size(1328, 1328)
@@ -49,7 +51,7 @@ def serve_bench(
         str | None, typer.Option(help="Names or WxH, comma-separated; of the input images for i2i. Default: the guide's.")
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, max=10**6, help="Requests per size after the first.")] = 3,
-    backend: Annotated[str, typer.Option(help="Of the accelerated pipeline.")] = "auto",
+    backend: Annotated[str, typer.Option(help="Backend of the accelerated pipeline.")] = "auto",
     engine_dir: Annotated[Path | None, typer.Option(help="Folder of the engines; missing ones are built first.")] = None,
     offload_reference: Annotated[
         bool, typer.Option("--offload-reference", help="Keep the VAE's own weights in CPU memory while accelerated.")
@@ -81,10 +83,10 @@ def serve_bench(
                 update(line.split("  ")[0], True)
                 stderr.print(line)
 
-            service = Service(model, kind, where, dtype)
+            pipelines = Pipelines(model, kind, where, dtype)
             with tempfile.TemporaryDirectory(prefix="qwen-vae-accel-serve-") as temporary:
                 engines = str(engine_dir or temporary) if _needs_engines(backend, engine_dir) else None
-                measurement = Measurement(service, repeats, backend, engines, told, offload_reference)
+                measurement = Measurement(pipelines, repeats, backend, engines, told, offload_reference)
                 rows, memory = measurement.run(wanted)
             update("post-processing", False)
             alone = postprocessing(_POSTPROCESS_SIZE, where, dtype, _POSTPROCESS_REPEATS)
@@ -94,7 +96,7 @@ def serve_bench(
             "backend": backend,
             "dtype": SHORT[dtype],
             "weights": "VAE of full size with random weights" if model is None else f"VAE {model.resolve().name}",
-            "transformer": f"{_count(service.parameters)} parameters, {weights}",
+            "transformer": f"{_count(pipelines.parameters)} parameters, {weights}",
             "tasks": list(chosen),
             "sizes": {one: [str(size) for size in shapes] for one, shapes in wanted.items()},
             "steps": {one: STEPS[one] for one in chosen},
@@ -103,13 +105,11 @@ def serve_bench(
         }
         command = common.command_line()
         document = make_document(rows, memory, alone, machine(where), settings, command)
-        printed = dict(document)
+        sheet, printed = make_sheet(document), dict(document)
         if output is not None:
-            try:
-                printed["files"] = [str(path) for path in write(document, output, name or f"serve_{where.type}")]
-            except OSError as error:
-                raise ConfigError(f"cannot write the report to {output}: {error}") from error
-        return edge.Outcome(printed, view(document), not any(row["error"] for row in rows))
+            label = name or f"serve_{where.type}"
+            printed["files"] = [str(path) for path in common.written(lambda: write(document, sheet, output, label), output)]
+        return edge.Outcome(printed, to_terminal(sheet), not any(row["error"] for row in rows))
 
     edge.run(as_json, verbose, work)
 

@@ -19,7 +19,7 @@ from qwen_vae_accel.engines.manifest import Verification
 from qwen_vae_accel.errors import AccelError, BackendUnavailableError, ConfigError
 from qwen_vae_accel.loading import load_vae
 from qwen_vae_accel.model import ModelSource
-from qwen_vae_accel.plan import parse_size
+from qwen_vae_accel.sizes import parse_size
 from qwen_vae_accel.terminal import plain
 
 _SIZE = "512x512"
@@ -38,11 +38,11 @@ def verify(
     as_json: common.Json = False,
     verbose: common.Verbose = False,
 ) -> None:
-    """Compare with the exact network in float64: PSNR, and errors beside diffusers' own. Exit code 1 if any result is bad.
+    """Compare with the exact network in float64: PSNR, and errors next to their limits. Exit code 1 if any result is bad.
 
-    With --engine-dir, every engine there, hashed again; their sizes and dtypes are their own. There, what lets others than
-    you and root change the engines is bad too: loading one runs the code in it. With --backend fused or
-    eager, that backend's networks in the dtypes given, float8 included (--engine-dir then keeps its calibration).
+    With --engine-dir, verify every engine there: the files are hashed again, and each engine runs at its own sizes. It is bad
+    too if others than you and root can change the engines, because loading one runs the code in it. With --backend fused
+    or eager, verify the networks of that backend in the dtypes given, float8 too (--engine-dir then keeps its calibration).
     """
 
     def work() -> edge.Outcome:
@@ -51,7 +51,7 @@ def verify(
             given = {"sizes": sizes, "dtype": dtype, "encode-dtype": encode_dtype, "decode-dtype": decode_dtype, "task": task}
             named = [f"--{name}" for name, value in given.items() if value is not None]
             if named:
-                raise ConfigError(f"{', '.join(named)} go with --backend; engines have their own")
+                raise ConfigError(f"{', '.join(named)} are for --backend; engines have their own sizes and dtypes")
             if engine_dir is None:
                 raise ConfigError("nothing to verify: give --engine-dir, or --backend fused or eager")
             return _verify_engines(vae, engine_dir, where)
@@ -116,7 +116,9 @@ def _verify_engines(vae: Path, engine_dir: Path, device: torch.device) -> edge.O
 def _verify_direct(vae: Path, config: AccelConfig, sizes: tuple[str, ...], device: torch.device) -> edge.Outcome:
     chosen = get_backend(config.backend) if config.backend != "auto" else None
     if not isinstance(chosen, DirectBackend):
-        raise ConfigError(f"--backend {config.backend} does not name networks without engines; fused and eager do")
+        raise ConfigError(
+            f"--backend is for fused and eager, which have no engines, not {config.backend}; leave it out to verify engines"
+        )
     source = ModelSource(load_vae(vae, device), config.engine_dir)
     environment = Environment.detect(device)
     machine = selfcheck.machine_id(environment)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qwen_vae_accel.errors import InvalidInputError
 from qwen_vae_accel.files import open_regular
-from qwen_vae_accel.plan import STATIC_MULTIPLE, Size
+from qwen_vae_accel.sizes import STATIC_MULTIPLE, Size
 
 _MARGIN, _CAPTION = 12, 48
 _INK, _PAPER = (32, 32, 32), (255, 255, 255)
@@ -34,7 +34,7 @@ def open_photo(path: Path, area: int) -> Image.Image:
     size = Size(int(photo.width * scale), int(photo.height * scale)).floor(STATIC_MULTIPLE)
     if min(size.width, size.height) < STATIC_MULTIPLE:
         raise InvalidInputError(
-            f"the image {path} is {photo.width}x{photo.height}; it must have {STATIC_MULTIPLE} pixels a side"
+            f"the image {path} is {photo.width}x{photo.height}; it must have at least {STATIC_MULTIPLE} pixels a side"
         )
     return ImageOps.fit(photo, (size.width, size.height), Image.Resampling.LANCZOS)
 

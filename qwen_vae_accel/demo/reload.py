@@ -1,6 +1,6 @@
 """The new process of the demo: engines from disk, a photo through the VAE, an image out of a pipeline.
 
-``python -m qwen_vae_accel.demo.reload REQUEST.json`` writes its findings to the file that the request names.
+``python -m qwen_vae_accel.demo.reload REQUEST.json`` writes its findings to the file that they name.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ PROMPT = "a cup of coffee on a wooden table"
 STEPS = 4
 SCHEMA = 1
 KIND = "demo"
+FILE = "demo.json"
 PANELS = ("photo", "diffusers", "accelerated", "difference")
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class Instructions:
     """What the new process is to do; JSON values only.
 
     Attributes:
@@ -61,7 +62,7 @@ class Request:
     @property
     def findings(self) -> Path:
         """The file that the new process writes."""
-        return Path(self.output) / "demo.json"
+        return Path(self.output) / FILE
 
 
 def _synchronize(device: torch.device) -> None:
@@ -89,30 +90,30 @@ def _through(vae: Any, x: Tensor, device: torch.device, repeats: int) -> dict[st
     return {"latent": mode, "image": image, "times": times}
 
 
-def _photo(request: Request, vae: nn.Module, device: torch.device) -> tuple[dict[str, Any], Handle]:
-    photo = open_photo(Path(request.image), request.area)
+def _photo(instructions: Instructions, vae: nn.Module, device: torch.device) -> tuple[dict[str, Any], Handle]:
+    photo = open_photo(Path(instructions.image), instructions.area)
     channels = int(getattr(vae.config, "input_channels", 3) or 3)
     exact = to_tensor(photo, channels)
-    x = exact.to(device, DTYPES[request.dtype])
-    plain = _through(vae, x, device, request.repeats)
-    handle = accelerate(vae, request.config)
-    ours = _through(vae, x, device, request.repeats)
+    x = exact.to(device, DTYPES[instructions.dtype])
+    plain = _through(vae, x, device, instructions.repeats)
+    handle = accelerate(vae, instructions.config)
+    ours = _through(vae, x, device, instructions.repeats)
     theirs, mine = plain["image"], ours["image"]
     quality = {"diffusers": psnr(theirs, exact), "accelerated": psnr(mine, exact), "between": psnr(mine, theirs)}
     difference, largest, factor = amplified(mine, theirs)
     speed = {name: plain["times"][f"{name}_ms"] / ours["times"][f"{name}_ms"] for name in ("encode", "decode")}
     panels = [
-        (photo, "photo", f"{Path(request.image).name}, {photo.width}x{photo.height}"),
+        (photo, "photo", f"{Path(instructions.image).name}, {photo.width}x{photo.height}"),
         (to_image(theirs), "diffusers", _line(plain["times"], quality["diffusers"])),
         (to_image(mine), f"accelerated ({handle.config.backend})", _line(ours["times"], quality["accelerated"])),
         (difference, f"difference x {factor:,}", f"largest {largest:.1e} of [-1, 1], PSNR {quality['between']:.1f} dB"),
     ]
-    path = Path(request.output) / "photo.png"
+    path = Path(instructions.output) / "photo.png"
     side_by_side(panels, path)
-    each = save_each(panels, PANELS, Path(request.output) / "panels")
+    each = save_each(panels, PANELS, Path(instructions.output) / "panels")
     latents = (ours["latent"].float() - plain["latent"].float()).abs().max().item()
     return {
-        "image": Path(request.image).name,
+        "image": Path(instructions.image).name,
         "size": f"{photo.width}x{photo.height}",
         "diffusers": plain["times"],
         "accelerated": ours["times"],
@@ -129,10 +130,10 @@ def _line(times: dict[str, float], quality: float) -> str:
     return f"encode {times['encode_ms']:.0f} ms, decode {times['decode_ms']:.0f} ms, {quality:.1f} dB to the photo"
 
 
-def _pipeline(request: Request, vae: nn.Module, handle: Handle, device: torch.device) -> dict[str, Any]:
+def _pipeline(instructions: Instructions, vae: nn.Module, handle: Handle, device: torch.device) -> dict[str, Any]:
     """The same image with and without acceleration; ``handle`` is restored in between."""
     pipeline = tiny_pipeline(vae)
-    photo = open_photo(Path(request.image), request.area)
+    photo = open_photo(Path(instructions.image), instructions.area)
 
     def generate() -> tuple[Tensor, float]:
         start = time.perf_counter()
@@ -154,7 +155,7 @@ def _pipeline(request: Request, vae: nn.Module, handle: Handle, device: torch.de
     theirs, their_ms = generate()
     difference, largest, factor = amplified(ours, theirs)
     between = psnr(ours, theirs)
-    path = Path(request.output) / "pipeline.png"
+    path = Path(instructions.output) / "pipeline.png"
     side_by_side(
         [
             (to_image(theirs), "QwenImagePipeline, diffusers", f"tiny random transformer, {STEPS} steps, {their_ms:.0f} ms"),
@@ -180,46 +181,46 @@ def _number(value: float) -> float | str:
     return value if abs(value) < float("inf") else str(value)
 
 
-def perform(request: Request) -> dict[str, Any]:
+def perform(instructions: Instructions) -> dict[str, Any]:
     """Everything the new process does; the findings, as JSON values."""
     start = time.perf_counter()
-    device = torch.device(request.device)
-    vae = load_vae(request.model, device, DTYPES[request.dtype])
+    device = torch.device(instructions.device)
+    vae = load_vae(instructions.model, device, DTYPES[instructions.dtype])
     loaded = time.perf_counter()
-    config = AccelConfig.from_dict(request.config)
+    config = AccelConfig.from_dict(instructions.config)
     with torch.inference_mode():
-        photo, handle = _photo(request, vae, device)
+        photo, handle = _photo(instructions, vae, device)
         report = handle.report()
         return {
             "schema": SCHEMA,
             "kind": KIND,
-            "model": Path(request.model).name,
-            "device": request.device,
-            "dtype": request.dtype,
+            "model": Path(instructions.model).name,
+            "device": instructions.device,
+            "dtype": instructions.dtype,
             "backend": config.backend,
             "load_vae_ms": (loaded - start) * 1e3,
             "load_engine_ms": {entry["engine"]: entry["ms"] for entry in report.as_dict()["load_ms"]},
             "photo": photo,
             "report": report.as_dict(),
             "report_text": str(report),
-            "pipeline": _pipeline(request, vae, handle, device),
+            "pipeline": _pipeline(instructions, vae, handle, device),
         }
 
 
 def main(path: str) -> int:
-    """Do what the request file says; an error of ours is written as the finding."""
-    request = Request(**read_json(Path(path)))
+    """Follow the instructions in a file; an error of ours is written as the finding."""
+    instructions = Instructions(**read_json(Path(path)))
     try:
-        findings = perform(request)
+        findings = perform(instructions)
     except AccelError as error:
         findings = {"error": {"type": type(error).__name__, "message": str(error)}}
-    write_atomically(request.findings, dump_json(findings))
+    write_atomically(instructions.findings, dump_json(findings))
     return 1 if "error" in findings else 0
 
 
-def as_json(request: Request) -> str:
-    """The text of a request file."""
-    return json.dumps(dataclasses.asdict(request), indent=1) + "\n"
+def as_json(instructions: Instructions) -> str:
+    """The text of an instruction file."""
+    return json.dumps(dataclasses.asdict(instructions), indent=1) + "\n"
 
 
 if __name__ == "__main__":

@@ -15,15 +15,15 @@ import torch
 import qwen_vae_accel
 from qwen_vae_accel.config import AccelConfig
 from qwen_vae_accel.demo.picture import open_photo
-from qwen_vae_accel.demo.reload import Request, as_json
+from qwen_vae_accel.demo.reload import Instructions, as_json
 from qwen_vae_accel.documents import read_json
 from qwen_vae_accel.engines.builder import Builder, BuildResult
-from qwen_vae_accel.engines.runtime import Wanted
+from qwen_vae_accel.engines.wanted import Wanted
 from qwen_vae_accel.errors import AccelError, BuildError, ConfigError, UnsupportedVAEError
 from qwen_vae_accel.files import write_atomically
 from qwen_vae_accel.loading import load_vae, stored_dtype, vae_folder
 from qwen_vae_accel.model import ModelSource
-from qwen_vae_accel.plan import LATENT_SCALE
+from qwen_vae_accel.sizes import LATENT_SCALE
 
 _DATA = Path(qwen_vae_accel.__file__).resolve().parents[1] / "examples" / "data"
 
@@ -59,11 +59,14 @@ def fetch_model(model: str) -> Path:
     except AccelError:
         raise
     except Exception as error:  # its client's own, and those of the network below it
-        reasons = ["there is no such folder", f"the Hub could not give it: {type(error).__name__}: {error}".splitlines()[0]]
+        reasons = [
+            "there is no such folder",
+            f"it could not be loaded from the Hub: {type(error).__name__}: {error}".splitlines()[0],
+        ]
         raise UnsupportedVAEError(model, reasons) from error
 
 
-def make_request(
+def make_instructions(
     model: str | None,
     image: Path | None,
     output: Path,
@@ -71,8 +74,8 @@ def make_request(
     dtype: str | None,
     device: torch.device,
     area: int,
-) -> Request:
-    """The request with its defaults filled in: the shipped VAE and photo, float32 on the CPU, bfloat16 on the GPU."""
+) -> Instructions:
+    """The instructions with their defaults filled in: the shipped VAE and photo, float32 on the CPU, bfloat16 on the GPU."""
     folder = shipped("tiny_qwen_image_vae") if model is None else fetch_model(model)
     photo = shipped("photos/coffee.png") if image is None else image
     size = open_photo(photo, area)
@@ -85,7 +88,7 @@ def make_request(
         dtype=dtype,
         on_miss="error",
     )
-    return Request(
+    return Instructions(
         model=str(folder),
         image=str(photo),
         area=area,
@@ -96,50 +99,52 @@ def make_request(
     )
 
 
-def build(request: Request, report: Callable[[int, Wanted, BuildResult | None], None]) -> tuple[Request, list[BuildResult]]:
-    """Build the engines; the request then names the backend that ``auto`` took.
+def build(
+    instructions: Instructions, report: Callable[[int, Wanted, BuildResult | None], None]
+) -> tuple[Instructions, list[BuildResult]]:
+    """Build the engines; the instructions then name the backend that ``auto`` took.
 
     Raises:
         UnsupportedVAEError: if the VAE is not one of 8 pixels per latent pixel.
         BuildError: if an engine could not be built.
     """
-    device = torch.device(request.device)
-    config = AccelConfig.from_dict(request.config)
-    source = ModelSource(load_vae(request.model, device, getattr(torch, request.dtype)))
+    device = torch.device(instructions.device)
+    config = AccelConfig.from_dict(instructions.config)
+    source = ModelSource(load_vae(instructions.model, device, getattr(torch, instructions.dtype)))
     scale = source.topology.scale
     if scale != LATENT_SCALE:
-        reason = f"the demo is for {LATENT_SCALE} pixels per latent pixel, and this VAE has {scale}; accelerate() takes it"
+        reason = f"the demo is for {LATENT_SCALE} pixels per latent pixel, and this VAE has {scale}; accelerate() serves it"
         raise UnsupportedVAEError(type(source.vae).__name__, [reason])
     builder = Builder(config, source, device)
     results = builder.run(lambda wanted, result: report(len(builder.wanted), wanted, result))
     failed = [result for result in results if result.status == "failed"]
     if failed:
         raise BuildError("; ".join(f"{result.path}: {result.reason}" for result in failed))
-    values = {**request.config, "backend": builder.backend.name}
-    return Request(**{**json.loads(as_json(request)), "config": values}), results
+    values = {**instructions.config, "backend": builder.backend.name}
+    return Instructions(**{**json.loads(as_json(instructions)), "config": values}), results
 
 
-def reload(request: Request) -> dict[str, Any]:
+def reload(instructions: Instructions) -> dict[str, Any]:
     """Run :mod:`qwen_vae_accel.demo.reload` in a new process and return its findings.
 
     Raises:
         DemoError: if it failed.
     """
-    folder = Path(request.output)
+    folder = Path(instructions.output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        request.findings.unlink(missing_ok=True)
+        instructions.findings.unlink(missing_ok=True)
         path = folder / "request.json"
-        write_atomically(path, as_json(request))
+        write_atomically(path, as_json(instructions))
     except OSError as error:
         raise ConfigError(f"cannot write to {folder}: {error}") from error
     command = [sys.executable, "-W", "ignore", "-m", "qwen_vae_accel.demo.reload", str(path)]
     # Nothing of the new process may end up in this one's standard output: to standard error with it.
     code = subprocess.run(command, stdout=2, check=False).returncode
-    if not request.findings.is_file():
+    if not instructions.findings.is_file():
         raise DemoError(f"the new process ended with code {code} and left no result")
     try:
-        findings: dict[str, Any] = read_json(request.findings)
+        findings: dict[str, Any] = read_json(instructions.findings)
     except (OSError, ValueError) as error:
         raise DemoError(f"the new process left a damaged result: {error}") from error
     if "error" in findings:

@@ -15,8 +15,9 @@ from qwen_vae_accel.backends.base import EngineBackend, Environment, Job
 from qwen_vae_accel.backends.registry import engine_backends, get_backend
 from qwen_vae_accel.config import AccelConfig
 from qwen_vae_accel.engines.manifest import EngineRecord
-from qwen_vae_accel.engines.runtime import EngineRuntime, Wanted
+from qwen_vae_accel.engines.runtime import EngineRuntime
 from qwen_vae_accel.engines.store import EngineStore
+from qwen_vae_accel.engines.wanted import Wanted
 from qwen_vae_accel.errors import AccelError, BackendUnavailableError, ConfigError
 from qwen_vae_accel.journal import Journal
 from qwen_vae_accel.model import ModelSource, Topology
@@ -45,7 +46,7 @@ class BuildResult:
     reason: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return the fields as plain JSON values."""
         values: dict[str, Any] = {"path": self.path, "status": self.status, "seconds": round(self.seconds, 3)}
         if self.record is not None:
             values["bytes"] = self.record.size
@@ -118,11 +119,9 @@ class Builder:
         self.store = EngineStore(config.engine_dir)
         verify = config.verify and target is None
         networks = config.verify and target is not None
-        self._runtime = EngineRuntime(
-            self.store, source, Journal(), None, config.vram_budget, verify, lambda _: environment, networks
-        )
+        self._runtime = EngineRuntime(self.store, source, Journal(), None, config.vram_budget, verify, networks)
         self.wanted = tuple(
-            Wanted(self.backend, job, key, source.fingerprint(method, job.dtype))
+            Wanted(self.backend, key, job.dtype, device, source.fingerprint(method, job.dtype), environment)
             for method, job in jobs.items()
             for key in self._plan(config, source.topology, method).engines(method)
         )
@@ -138,7 +137,7 @@ class Builder:
         """Seconds that a build of its kind took before in this directory; None where there was none."""
         records = [records[-1] for records in self.store.manifest().engines.values() if records]
         alike = [r.build_seconds for r in records if r.backend == wanted.backend.name and r.build_seconds > 0]
-        same = [r.build_seconds for r in records if r.backend == wanted.backend.name and r.method == wanted.job.method]
+        same = [r.build_seconds for r in records if r.backend == wanted.backend.name and r.method == wanted.key.method]
         return statistics.median(same or alike) if alike else None
 
     def run(self, report: Callable[[Wanted, BuildResult | None], None]) -> list[BuildResult]:
@@ -154,7 +153,7 @@ class Builder:
         start = time.perf_counter()
         try:
             try:
-                _, record = self.store.find(self._runtime.expected(wanted))
+                _, record = self.store.find(wanted)
                 return BuildResult(wanted.path, "current", time.perf_counter() - start, record)
             except AccelError as error:
                 logger.info("building: %s", error)

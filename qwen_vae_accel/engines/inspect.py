@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from qwen_vae_accel.backends.base import EngineBackend, EngineDescription, EngineImage, Environment, Job
+from qwen_vae_accel.backends.base import EngineBackend, EngineImage, Environment, Job
 from qwen_vae_accel.backends.registry import engine_backends, get_backend
 from qwen_vae_accel.config import DTYPES, AccelConfig
 from qwen_vae_accel.engines import locks, networkcheck, rights, selfcheck
-from qwen_vae_accel.engines.expected import Expected
 from qwen_vae_accel.engines.manifest import EngineRecord, Verification, check_name
-from qwen_vae_accel.engines.runtime import EngineRuntime, Wanted
+from qwen_vae_accel.engines.runtime import EngineRuntime
 from qwen_vae_accel.engines.store import EngineStore, hash_file
+from qwen_vae_accel.engines.wanted import Wanted
 from qwen_vae_accel.errors import (
     AccelError,
     ConfigError,
@@ -30,17 +30,8 @@ from qwen_vae_accel.errors import (
 )
 from qwen_vae_accel.journal import Journal
 from qwen_vae_accel.model import ModelSource, Topology
-from qwen_vae_accel.plan import (
-    MULTI_PROFILE,
-    STATIC_NAMES,
-    Choice,
-    EngineKey,
-    Profile,
-    Size,
-    folder_fits,
-    parse_size,
-    static_multiple,
-)
+from qwen_vae_accel.plan import MULTI_PROFILE, EngineKey
+from qwen_vae_accel.sizes import STATIC_NAMES, Profile, Size, folder_fits, parse_size, static_multiple
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +40,7 @@ _NETWORKS = {"vae_encoder": "encode", "vae_decoder": "decode"}
 
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
-    """One engine file as it is found.
+    """One engine file as it is found: its record, and why it would not be run here.
 
     Attributes:
         path: below the engine directory.
@@ -73,7 +64,7 @@ class EngineStatus:
         return not self.reasons
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return the fields as plain JSON values."""
         values: dict[str, Any] = {"path": self.path, "bytes": self.size, "current": self.current, "reasons": list(self.reasons)}
         if self.record is not None:
             r = self.record
@@ -111,7 +102,7 @@ class Removal:
     planned: bool = True
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return path, bytes and reason as plain JSON values."""
         return {"path": str(self.path), "bytes": self.size, "reason": self.reason}
 
 
@@ -142,7 +133,7 @@ class Inspector:
         """Every engine file and every record, compared with this machine and, where given, with the VAE."""
         known = [self._status(path, records[-1]) for path, records in sorted(self.store.manifest().engines.items()) if records]
         unknown = [
-            EngineStatus(path, self.store.size(path), None, ("the manifest does not know it: adopt --trust takes it in",))
+            EngineStatus(path, self.store.size(path), None, ("the manifest has no record of it: adopt --trust takes it in",))
             for path in self.store.unknown_files(self._suffixes())
         ]
         return known + unknown
@@ -154,7 +145,7 @@ class Inspector:
     def _status(self, path: str, record: EngineRecord) -> EngineStatus:
         reasons: list[str] = []
         try:
-            _, record = self.store.find(self._expected(path, record))
+            _, record = self.store.find(self._wanted_at(path, record))
         except EngineMissingError:
             reasons = ["the file is gone"]
         except EngineRefusedError as error:
@@ -169,35 +160,29 @@ class Inspector:
         reasons += [f"self-check of {name} failed: {result.errors()}" for name, result in checks.items() if not result.passed]
         return EngineStatus(path, self.store.size(path), record, tuple(reasons), checks, networkcheck.of_record(record))
 
-    def _expected(self, path: str, record: EngineRecord) -> Expected:
-        """What the file of ``record`` must be to be run here."""
+    def _wanted(self, record: EngineRecord) -> Wanted:
+        """The engine that the file of ``record`` would be run as here, over the weights that it holds."""
         backend = get_backend(record.backend)
         if not isinstance(backend, EngineBackend):
             raise EngineError(f"backend {record.backend!r} has no engines in this release")
         if record.dtype not in DTYPES:
             raise EngineError(f"dtype {record.dtype!r} is not known")
-        weights = record.weights
+        return Wanted(backend, record.key, DTYPES[record.dtype], self._device, record.weights, self._environment)
+
+    def _wanted_at(self, path: str, record: EngineRecord) -> Wanted:
+        """The engine that the file at ``path`` would be run as here, over the weights of the VAE where one is given."""
+        wanted = self._wanted(record)
         if self._source is not None:
-            weights = self._source.fingerprint(record.method, DTYPES[record.dtype])
-        expected = Expected.of(backend, record.key, DTYPES[record.dtype], weights, self._environment)
-        if expected.path != path:
-            raise EngineError(f"its record belongs to {expected.path}")
-        return expected
+            wanted = dataclasses.replace(wanted, weights=self._source.fingerprint(record.method, wanted.dtype))
+        if wanted.path != path:
+            raise EngineError(f"its record belongs to {wanted.path}")
+        return wanted
 
     # Self-checks.
 
     def writers(self) -> list[str]:
-        """What lets others than the current user and root change what is run from here."""
+        """List what lets others than the current user and root change what is run from here."""
         return rights.writers(self.store.root, *rights.everything(self.store.root))
-
-    def _runtime(self, source: ModelSource) -> EngineRuntime:
-        return EngineRuntime(self.store, source, Journal(), None, 2**62, False, lambda _: self._environment)
-
-    def _wanted(self, source: ModelSource, record: EngineRecord) -> Wanted:
-        backend = get_backend(record.backend)
-        assert isinstance(backend, EngineBackend)
-        job = Job(record.method, source.topology, DTYPES[record.dtype], self._device)
-        return Wanted(backend, job, record.key, record.weights)
 
     def verify(self, status: EngineStatus) -> Iterator[tuple[Profile, Verification]]:
         """Run the self-check of every profile of an engine again and keep the results.
@@ -207,15 +192,12 @@ class Inspector:
         """
         if self._source is None or status.record is None:
             raise EngineError("a self-check needs the VAE and a record")
-        wanted = self._wanted(self._source, status.record)
-        runtime = self._runtime(self._source)
+        wanted = self._wanted(status.record)
+        runtime = EngineRuntime(self.store, self._source, Journal(), None, 2**62, False)
         visit = threading.Lock()
         for profile in status.record.profiles:
-            with visit, runtime.use(wanted, Choice(wanted.key, profile), visit) as program:
-                result = runtime.run_check(wanted, profile, program, self._machine)
-                scratch = wanted.backend.scratch(program)
-            check = check_name(self._machine, profile)
-            self.store.record_verification(status.path, status.record.sha256, check, result, scratch)
+            with visit, runtime.use(wanted, profile, visit) as program:
+                result = runtime.verify(wanted, profile, program, status.record)
             yield profile, result
         runtime.release()
 
@@ -256,7 +238,7 @@ class Inspector:
             with locks.take(self.store.root, removal.engine, wait=False):
                 records = self.store.manifest().engines.get(removal.engine)
                 if records and removal.planned and self._status(removal.engine, records[-1]).current:
-                    return "it was built anew since it was looked at, and would be run here"
+                    return "it was built again meanwhile, and would be run here"
                 self.store.delete(removal.engine)
                 return ""
         except LockedError:
@@ -294,11 +276,11 @@ class Inspector:
         file = self.store.root / path
         try:
             image = EngineImage.read(file)
-            described = backend.describe(image, job)
-            if described is None:
+            profiles = backend.profiles(image, job)
+            if profiles is None:
                 key = self._key(path, method, name, config, source.topology)
             else:
-                key = _described_key(path, method, name, described)
+                key = _key_of(path, method, name, profiles)
             program = backend.load(image, job, key)
             checks = {}
             for index, profile in enumerate(key.profiles):
@@ -313,9 +295,8 @@ class Inspector:
             raise
         except Exception as error:
             raise EngineRefusedError(path, [f"{backend.name} cannot load or run it: {error}"]) from error
-        expected = Expected.of(backend, key, job.dtype, source.fingerprint(method, job.dtype), self._environment)
-        record = expected.record(
-            self._environment,
+        weights = source.fingerprint(method, job.dtype)
+        record = Wanted(backend, key, job.dtype, self._device, weights, self._environment).record(
             sha256=image.sha256,
             size=len(image.data),
             build_seconds=0.0,
@@ -327,7 +308,7 @@ class Inspector:
         return record
 
     def surprise(self, record: EngineRecord, config: AccelConfig) -> str:
-        """What the plan of ``config`` expected in the folder of a static engine, where that is another size; else nothing."""
+        """Say which other size the plan of ``config`` expected in the folder of a static engine; empty if it expected none."""
         if self._source is None or not record.key.is_static:
             return ""
         topology = self._source.topology
@@ -366,9 +347,8 @@ class Inspector:
         return EngineKey(method, name, (Profile.static(name, size),))
 
 
-def _described_key(path: str, method: str, name: str, described: EngineDescription) -> EngineKey:
-    """The engine that a file is, where it says so itself; its place must not say otherwise."""
-    profiles = described.profiles
+def _key_of(path: str, method: str, name: str, profiles: tuple[Profile, ...]) -> EngineKey:
+    """The engine that a file is, where it says itself which profiles it has; its place must not say otherwise."""
     if name == MULTI_PROFILE:
         return EngineKey(method, MULTI_PROFILE, profiles)
     size = profiles[0].optimum

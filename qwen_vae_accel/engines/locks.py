@@ -7,6 +7,7 @@ has no ``flock``, the lock is a second file that exists for as long as it is hel
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import errno
 import io
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vae_accel.errors import EngineError, LockedError
+from qwen_vae_accel.visits import Living
 
 try:
     import fcntl
@@ -41,7 +43,7 @@ _NO_FLOCK = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.
 _BUSY = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)
 _OPEN = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
-_held: weakref.WeakSet[io.FileIO] = weakref.WeakSet()
+_held: Living[io.FileIO] = Living()
 
 
 class _Marker(io.FileIO):
@@ -82,7 +84,8 @@ def take(root: Path, name: str, *, beat: bool = False, wait: bool = True) -> io.
         if file is not None:
             try:
                 if beat:
-                    threading.Thread(target=_beat, args=(weakref.ref(file), path), daemon=True).start()
+                    # Not threading.Thread: its start() is Python code, which an interrupt turns into a RuntimeError.
+                    _thread.start_new_thread(_beat, (weakref.ref(file), path))
             except BaseException:
                 file.close()
                 raise
@@ -333,7 +336,7 @@ def _take_away(path: Path, mode: int, watch: _Watch) -> bool:
 
 
 def _forked() -> None:
-    for file in list(_held):
+    for file in _held:
         file.close()
 
 

@@ -18,7 +18,8 @@ from typing import Any
 from qwen_vae_accel.documents import read_json
 from qwen_vae_accel.errors import EngineError, shown
 from qwen_vae_accel.files import is_path
-from qwen_vae_accel.plan import EngineKey, Profile, Size, folder_fits
+from qwen_vae_accel.plan import EngineKey
+from qwen_vae_accel.sizes import Profile, Size, folder_fits
 
 VERSION = 1
 NAME = "manifest.json"
@@ -80,20 +81,20 @@ class Verification:
     at: str
 
     def errors(self) -> str:
-        """What was found and allowed, in words."""
+        """Say in words which errors were found and which are allowed."""
         return (
             f"relative error {self.relative_error:.1e} of {self.relative_limit:.1e} allowed, "
             f"in its worst row, column or channel {self.line_error:.1e} of {self.line_limit:.1e}"
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; it has no infinity, and Python's float() reads its name back."""
+        """Return plain JSON values; JSON has no infinity, and Python's float() reads its name back."""
         values = dataclasses.asdict(self)
         return {name: str(v) if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Verification:
-        """The inverse of :meth:`to_json`."""
+        """Read what :meth:`to_json` made. Raises KeyError, TypeError, ValueError or OverflowError for anything else."""
         _check(values, {"passed": bool, "machine": str, "at": str})
         floats = {name: float(values[name]) for name in _NUMBERS}
         return cls(**{**values, **floats})
@@ -148,16 +149,12 @@ class EngineRecord:
         """The engine of a plan that this file is."""
         return EngineKey(self.method, self.name, self.profiles)
 
-    def ranges(self) -> str:
-        """The sizes it takes, in words."""
-        return ", ".join(f"{p.name} [{p.minimum}..{p.optimum}..{p.maximum}]" for p in self.profiles)
-
     def profile_values(self) -> list[dict[str, str]]:
-        """The sizes it takes, as plain JSON values."""
+        """Return the sizes it takes as plain JSON values."""
         return [{"name": p.name, "min": str(p.minimum), "opt": str(p.optimum), "max": str(p.maximum)} for p in self.profiles]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return the fields as plain JSON values."""
         values = dataclasses.asdict(self)
         values["verification"] = {name: result.to_json() for name, result in self.verification.items()}
         values["profiles"] = self.profile_values()

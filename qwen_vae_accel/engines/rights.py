@@ -15,7 +15,7 @@ except ImportError:  # Windows: rights are lists there, which nothing here reads
 
 
 def writers(root: Path, *files: Path) -> list[str]:
-    """What lets others change ``files`` of the engine directory ``root``, its manifest or the directory: one text each.
+    """List what lets others change ``files`` of the engine directory ``root``, its manifest or the directory: one text each.
 
     Others are all users but the current one and root. Folders with the sticky bit above the directory are fine: nobody
     replaces there what is not theirs. A group is no other where it is the private one of a user. Access lists are not read.

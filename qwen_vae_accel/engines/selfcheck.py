@@ -5,22 +5,20 @@ from __future__ import annotations
 import hashlib
 import math
 import platform
-from collections.abc import Mapping
 from datetime import datetime, timezone
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qwen_vae_accel.accuracy import ROUNDING, Error, measure
 from qwen_vae_accel.backends.base import Environment, Job, Program
-from qwen_vae_accel.engines.manifest import Verification
+from qwen_vae_accel.backends.samples import sample_input
+from qwen_vae_accel.engines.manifest import Verification, check_name
 from qwen_vae_accel.errors import UnsupportedVAEError
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.model.original import published_network
 from qwen_vae_accel.model.tiling import run_banded
-from qwen_vae_accel.plan import Size
+from qwen_vae_accel.sizes import Profile, Size
 
 # e4m3 has no yardstick in diffusers. Trained weights stay under 3e-2 (47 dB), but random ones of full size reach 1.4e-1:
 # only garbage is refused.
@@ -39,30 +37,13 @@ def machine_id(environment: Environment) -> str:
     return hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()[:16]
 
 
-def sample_input(job: Job, size: Size, config: Mapping[str, Any]) -> Tensor:
-    """A deterministic input of a network, of the statistics it meets in use.
-
-    Returns:
-        ``[1, C, H, W]`` float32 on ``job.device``: latents of the config's mean and deviation, or a smooth image in [-1, 1]
-        with noise.
-    """
-    height, width = job.input_hw(size)
-    generator = torch.Generator().manual_seed(0)
-    if job.method == "decode":
-        x = torch.randn(1, job.in_channels, height, width, generator=generator, device="cpu")
-        mean, std = config.get("latents_mean"), config.get("latents_std")
-        if mean and std and len(mean) == len(std) == job.in_channels:
-            mean, std = (torch.tensor(values, device="cpu").view(1, -1, 1, 1) for values in (mean, std))
-            x = x * std + mean
-    else:
-        coarse = torch.randn(1, job.in_channels, 8, 8, generator=generator, device="cpu")
-        noise = torch.randn(1, job.in_channels, height, width, generator=generator, device="cpu")
-        x = (F.interpolate(coarse, (height, width), mode="bilinear") * 0.6 + noise * 0.1).clamp(-1, 1)
-    return x.to(job.device)
+def name_of(environment: Environment, profile: Profile) -> str:
+    """The name under which a record keeps the self-check of ``profile`` on the machine of ``environment``."""
+    return check_name(machine_id(environment), profile)
 
 
 def exact_output(source: ModelSource, job: Job, x: Tensor) -> Tensor:
-    """What the exact network computes of ``x`` in float64, in bands where the image is large."""
+    """Compute ``x [B, C, H, W]`` by the exact network in float64, in bands where the image is large."""
     network = source.model(job.method, torch.float64, job.device)
     return run_banded(network, x.double(), _BAND)
 
@@ -82,7 +63,7 @@ def published_error(source: ModelSource, job: Job) -> Error:
         theirs = published_network(source.vae, job.method, job.dtype, job.device)
         found = measure(theirs(x), exact_output(source, job, x))
         if not found.relative <= ROUNDING[job.dtype]:
-            reason = f"in {job.dtype} diffusers is {found.relative:.1e} away from the exact network, and that is no rounding"
+            reason = f"in {job.dtype} diffusers is {found.relative:.1e} away from the exact network: more than rounding"
             raise UnsupportedVAEError(type(source.vae).__name__, [reason])
         _yardsticks[key] = found
     return _yardsticks[key]
@@ -94,7 +75,7 @@ def error_limit(source: ModelSource, job: Job) -> Error:
 
 
 def psnr_db(output: Tensor, exact: Tensor, method: str) -> float:
-    """PSNR against ``exact``: peak to peak 2 for images, the reference's range for moments."""
+    """PSNR of ``output [B, C, H, W]`` against ``exact``: peak to peak 2 for images, the reference's range for moments."""
     mse = (output.double() - exact.double()).square().mean().item()
     if not math.isfinite(mse):
         return -math.inf

@@ -21,8 +21,8 @@ from typing import TypeVar
 
 from qwen_vae_accel.backends.base import EngineImage
 from qwen_vae_accel.engines import locks, rights
-from qwen_vae_accel.engines.expected import Expected
 from qwen_vae_accel.engines.manifest import NAME, EngineRecord, Manifest, Verification, adopt_command
+from qwen_vae_accel.engines.wanted import Wanted
 from qwen_vae_accel.errors import BuildError, EngineError, EngineMissingError, EngineRefusedError
 from qwen_vae_accel.files import open_regular, remove_below, sync, write_atomically
 
@@ -65,7 +65,7 @@ class EngineStore:
         return Manifest.read(self.root)
 
     def known(self) -> Manifest:
-        """The same; no records where they cannot be read, which :meth:`find` and :meth:`load` then say."""
+        """The records, or none where they cannot be read, which :meth:`find` and :meth:`load` then say."""
         try:
             return self.manifest()
         except EngineError:
@@ -86,7 +86,7 @@ class EngineStore:
         except OSError:
             return 0
 
-    def find(self, expected: Expected) -> tuple[Path, EngineRecord]:
+    def find(self, wanted: Wanted) -> tuple[Path, EngineRecord]:
         """The file and record of a usable engine. What is to be loaded is read with :meth:`load`.
 
         Raises:
@@ -94,10 +94,10 @@ class EngineStore:
             EngineRefusedError: if there is one that must not be run, with every difference.
             EngineError: if the directory or its manifest cannot be read.
         """
-        _, record = self._usable(expected, lambda path: (hash_file(path), None))
-        return self.root / expected.path, record
+        _, record = self._usable(wanted, lambda path: (hash_file(path), None))
+        return self.root / wanted.path, record
 
-    def load(self, expected: Expected) -> tuple[EngineImage, EngineRecord]:
+    def load(self, wanted: Wanted) -> tuple[EngineImage, EngineRecord]:
         """The bytes and record of a usable engine: the bytes are those that were hashed, whatever becomes of the file.
 
         Raises:
@@ -108,19 +108,19 @@ class EngineStore:
             image = EngineImage.read(path)
             return image.sha256, image
 
-        image, record = self._usable(expected, read)
+        image, record = self._usable(wanted, read)
         if not self._writers_told:
             self._writers_told = True
             for text in rights.writers(self.root, image.path):
                 logger.warning("others may change what is run from %s: %s", self.root, text)
         return image, record
 
-    def _usable(self, expected: Expected, read: Callable[[Path], tuple[str, _T]]) -> tuple[_T, EngineRecord]:
-        """What ``read`` made of a usable engine, beside its hash, and its record."""
-        path = self.root / expected.path
+    def _usable(self, wanted: Wanted, read: Callable[[Path], tuple[str, _T]]) -> tuple[_T, EngineRecord]:
+        """The result of ``read`` for a usable engine, without its hash, and the record."""
+        path = self.root / wanted.path
         for _ in range(_ATTEMPTS):
             stamp = self.stamp()
-            records = self._records(path, expected)
+            records = self._records(path, wanted)
             digest, found = _read(path, read)
             record = next((r for r in records if r.sha256 == digest), None)
             if record is not None or self.stamp() == stamp:  # else a build was between the two
@@ -130,27 +130,27 @@ class EngineStore:
             raise EngineRefusedError(
                 str(path),
                 [
-                    f"damaged: {self.size(expected.path)} bytes with sha256 {digest[:12]}..., "
+                    f"damaged: {self.size(wanted.path)} bytes with sha256 {digest[:12]}..., "
                     f"built with {known.size} and {known.sha256[:12]}..."
                 ],
             )
-        differences = expected.differences(record)
+        differences = wanted.differences(record)
         if differences:
-            raise EngineRefusedError(str(path), differences, f"Rebuild it here: {expected.build_command(self.root)}")
+            raise EngineRefusedError(str(path), differences, f"Rebuild it here: {wanted.build_command(self.root)}")
         return found, record
 
-    def _records(self, path: Path, expected: Expected) -> list[EngineRecord]:
+    def _records(self, path: Path, wanted: Wanted) -> list[EngineRecord]:
         try:
             path.stat()
         except FileNotFoundError:
             raise EngineMissingError(f"there is no engine {path}") from None
         except OSError as error:
             raise EngineError(f"cannot read the engine {path}: {error}") from error
-        records = self.manifest().engines.get(expected.path, [])
+        records = self.manifest().engines.get(wanted.path, [])
         if not records:
             raise EngineRefusedError(
                 str(path),
-                ["the manifest does not know it, so nobody says what it was made from, and loading it runs its code"],
+                ["the manifest has no record of it, so it is not known what it was made from, and loading it runs its code"],
                 f"If you trust whoever made it: {adopt_command(self.root)}",
             )
         return records
@@ -171,14 +171,14 @@ class EngineStore:
             with contextlib.suppress(FileNotFoundError):  # taken for a leftover by the second holder
                 if write_atomically(self.root / NAME, manifest.dumps(), unless):
                     return sync(self.root)
-        raise EngineError(f"the manifest of {self.root} is written by others without end")
+        raise EngineError(f"other processes keep writing the manifest of {self.root}")
 
     def _has_changed(self, before: tuple[int, int, int] | None) -> bool:
         return self.stamp() != before
 
     def build(
         self,
-        expected: Expected,
+        wanted: Wanted,
         make: Callable[[Path], EngineRecord],
         accept: Callable[[EngineImage, EngineRecord], EngineRecord] | None = None,
         stands: Callable[[EngineRecord], bool] | None = None,
@@ -186,7 +186,7 @@ class EngineStore:
         """Have ``make`` write an engine and publish it; whoever comes second finds the first one's and waits.
 
         Args:
-            expected: the engine wanted. If a usable one is there by the time the lock is ours, it is returned.
+            wanted: the engine. If a usable one is there by the time the lock is ours, it is returned.
             make: writes the given path and returns its record, with any hash and size.
             accept: looks at what was written before it is published; its record is published, its exception stops it.
             stands: whether an engine that is there already may stay; None: it may.
@@ -194,29 +194,29 @@ class EngineStore:
         Raises:
             BuildError: if making or writing it failed. What was there before is there still.
         """
-        with locks.take(self.root, expected.path, beat=True):
+        with locks.take(self.root, wanted.path, beat=True):
             try:
-                path, record = self.find(expected)
+                path, record = self.find(wanted)
                 if stands is None or stands(record):
                     return path, record
             except (EngineMissingError, EngineRefusedError):
                 pass
-            prefix = expected.path.replace("/", ".")
+            prefix = wanted.path.replace("/", ".")
             folder = self.root / ".tmp"
             try:
                 folder.mkdir(exist_ok=True)
                 # Under this engine's lock, what an earlier build of it left behind is nobody's.
                 for leftover in folder.glob(f"{prefix}.*"):
                     leftover.unlink(missing_ok=True)
-                temporary = folder / f"{prefix}.{uuid.uuid4().hex}{expected.suffix}"
+                temporary = folder / f"{prefix}.{uuid.uuid4().hex}{wanted.backend.suffix}"
                 try:
                     record = make(temporary)
                     record = self._accept(temporary, record, accept)
-                    return self._publish(expected.path, temporary, record), record
+                    return self._publish(wanted.path, temporary, record), record
                 finally:
                     temporary.unlink(missing_ok=True)
             except OSError as error:
-                raise BuildError(f"cannot write the engine {self.root / expected.path}: {error}") from error
+                raise BuildError(f"cannot write the engine {self.root / wanted.path}: {error}") from error
 
     @staticmethod
     def _accept(
@@ -280,7 +280,7 @@ class EngineStore:
             return self.delete(name)
 
     def delete(self, name: str) -> int:
-        """The same; the caller holds the engine's lock.
+        """Delete an engine as :meth:`remove` does; the caller holds the engine's lock.
 
         Raises:
             EngineError: if the file cannot be deleted, or lies outside the directory: then only its records are gone.
@@ -300,7 +300,7 @@ class EngineStore:
                 with contextlib.suppress(OSError):  # the other network's engine is in there
                     path.parent.rmdir()
         if outside is not None:
-            raise EngineError(f"{path} is not deleted: a link leads there, out of the engine directory; only its record is")
+            raise EngineError(f"{path} is not deleted, because a link leads out of the engine directory; only its record is")
         return freed
 
     def remove_leftover(self, path: Path) -> int:

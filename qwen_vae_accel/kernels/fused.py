@@ -162,7 +162,7 @@ class _FusedNetwork:
         from qwen_vae_accel.kernels.builder import LaunchBuilder
 
         if self._sm90 is not None and not tuning.sm90:
-            raise ValueError("this network was made with Tuning(sm90=True), its weights are not where Triton's kernels read")
+            raise ValueError("this network was made with Tuning(sm90=True): its weights are not where Triton's kernels read")
         return self._list(shape, LaunchBuilder(self.dtype, self._gpu, tuning, self._sm90_layers(tuning)))
 
     def __call__(self, image: Tensor) -> Tensor:

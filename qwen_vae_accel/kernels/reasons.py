@@ -76,7 +76,8 @@ def device_reasons(
     if device.type != "cuda" or capability is None:
         reasons.append(f"needs an NVIDIA GPU, not {device}")
     elif capability < MIN_CAPABILITY:
-        reasons.append(f"needs compute capability >= {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}, not {capability}")
+        found, needed = (".".join(map(str, version)) for version in (capability, MIN_CAPABILITY))
+        reasons.append(f"needs compute capability >= {needed}, not {found}")
     elif float8 and capability < FLOAT8_CAPABILITY:
         found, needed = (".".join(map(str, version)) for version in (capability, FLOAT8_CAPABILITY))
         reasons.append(f"float8 needs compute capability >= {needed}, not {found}: set decode_dtype to bfloat16 or float16")

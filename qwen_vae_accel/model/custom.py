@@ -18,7 +18,7 @@ from torch import nn
 from qwen_vae_accel.model.offload import is_plain
 from qwen_vae_accel.model.topology import METHODS, PARTS
 
-# Names, in the class that accelerate() gives a VAE, the class that the VAE had.
+# Names, in the class that accelerate() gives an object, the class that the object had.
 PLAIN_CLASS = "__qwen_vae_accel_plain_class__"
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # How Python enters a layer, and what it looks up in a class without a name in the code.
@@ -31,6 +31,8 @@ SETTINGS = frozenset(
      "tile_sample_stride_height", "tile_sample_stride_width")
 )  # fmt: skip
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+# Wrappers of a method around one another.
+_DEEPEST = 32
 _STORAGE_HOOKS = {"diffusers.hooks.layerwise_casting": ("LayerwiseCastingHook",)}
 # Hooks that move weights, inputs and outputs, or store weights in another dtype, and do nothing else.
 _HARMLESS_HOOKS = {
@@ -42,9 +44,9 @@ _HARMLESS_HOOKS = {
 }  # fmt: skip
 
 
-def plain_class(vae: nn.Module) -> type:
-    """The class of ``vae``, accelerated or not."""
-    return getattr(type(vae), PLAIN_CLASS, type(vae))
+def plain_class(patched: Any) -> type:
+    """The class of a VAE or an image processor, accelerated or not."""
+    return getattr(type(patched), PLAIN_CLASS, type(patched))
 
 
 def custom_method(vae: nn.Module, method: str) -> str:
@@ -54,7 +56,7 @@ def custom_method(vae: nn.Module, method: str) -> str:
 
 
 def custom_vae(vae: nn.Module, twin: nn.Module, names: frozenset[str], method: str) -> str:
-    """What ``vae`` itself does otherwise than its diffusers class when it is asked to ``method``; empty if nothing.
+    """Name what ``vae`` itself does otherwise than its diffusers class when it is asked to ``method``; empty if nothing.
 
     Args:
         vae: the VAE.
@@ -76,7 +78,7 @@ def custom_vae(vae: nn.Module, twin: nn.Module, names: frozenset[str], method: s
 
 
 def custom_network(vae: nn.Module, twin: nn.Module, names: frozenset[str], method: str) -> str:
-    """Where the network of ``method`` differs from that of ``twin``, or does more than its classes say; empty if nowhere.
+    """Name where the network of ``method`` differs from that of ``twin``, or does more than its classes say; empty if nowhere.
 
     Args:
         vae: the VAE.
@@ -130,7 +132,7 @@ def _other_parameters(path: str, module: nn.Module, expected: nn.Module) -> str:
             if ours is not theirs:
                 return f"{path}.{name} is {'not there' if ours is None else 'an added parameter'}"
         elif not is_plain(ours):
-            return f"{path}.{name} is no plain tensor ({type(ours).__name__}, {ours.layout})"
+            return f"{path}.{name} is not a plain tensor ({type(ours).__name__}, {ours.layout})"
         elif ours.shape != theirs.shape:
             return f"{path}.{name} has shape {tuple(ours.shape)}, in diffusers {tuple(theirs.shape)}"
         elif ours.dtype not in FLOAT_DTYPES and not any(map(_stores, _hooks(module))):
@@ -143,7 +145,7 @@ def _other_parameters(path: str, module: nn.Module, expected: nn.Module) -> str:
 
 def _is_own(module: nn.Module, name: str, value: Any) -> bool:
     """Whether ``value``, found in ``module`` itself, comes down to the method of its class: compiled, or under known hooks."""
-    while True:
+    for _ in range(_DEEPEST):
         space = getattr(getattr(value, "func", value), "__globals__", {}).get("__name__", "")
         if isinstance(value, MethodType):
             expected = getattr(type(module), "_call_impl" if name == "_compiled_call_impl" else name, None)
@@ -162,6 +164,7 @@ def _is_own(module: nn.Module, name: str, value: Any) -> bool:
             value = reference.forward
         else:
             return False
+    return False
 
 
 def _is_harmless(hook: Any, kinds: Mapping[str, tuple[str, ...]] = _HARMLESS_HOOKS) -> bool:

@@ -40,6 +40,7 @@ class DownBlock(nn.Module):
         self.shortcut = AverageDown(*_ends(self.resnets), frames, side=2 if downsampler else 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map ``x [B, I, H, W]`` to ``[B, O, H, W]``, or to half of the sides."""
         y = x
         for block in (*self.resnets, *self.downsamplers):
             y = block(y)
@@ -74,17 +75,18 @@ class ImageEncoder(nn.Module):
         return [step for step in self.down_blocks.modules() if isinstance(step, (ResidualBlock, Downsample))]
 
     def local(self, x: Tensor) -> Tensor:
-        """The part in which a pixel depends on its neighbourhood only: image -> features at the latent's size."""
+        """Run the part in which a pixel depends on its neighbourhood only: ``[B, C, H, W]`` -> ``[B, D, H // s, W // s]``."""
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         for block in self.down_blocks:
             x = block(x)
         return x
 
     def mixing(self, x: Tensor) -> Tensor:
-        """The part around the attention, where every pixel depends on all: features at the latent's size -> moments."""
+        """Run the part around the attention, where every pixel depends on all: ``[B, D, h, w]`` -> ``[B, 2 * z_dim, h, w]``."""
         return self.quant_conv(self.conv_out(self.norm_out(self.mid_block(x)))).contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Encode images ``x [B, C, H, W]`` to moments ``[B, 2 * z_dim, H // s, W // s]``."""
         return self.mixing(self.local(x))
 
 
@@ -104,6 +106,7 @@ class UpBlock(nn.Module):
         self.shortcut = DuplicateUp(*_ends(self.resnets), frames, upsampler["resample.1.weight"].device) if residual else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map ``x [B, I, h, w]`` to ``[B, O, h, w]``, or to twice the sides."""
         y = x
         for block in (*self.resnets, *self.upsamplers):
             y = block(y)
@@ -131,15 +134,16 @@ class ImageDecoder(nn.Module):
         return [block for block in self.up_blocks if isinstance(block, UpBlock)]
 
     def mixing(self, z: Tensor) -> Tensor:
-        """The part around the attention, where every pixel depends on all: latents -> features at their size."""
+        """Run the part around the attention, where every pixel depends on all: ``[B, z_dim, h, w]`` -> ``[B, D, h, w]``."""
         z = z.contiguous(memory_format=torch.channels_last)
         return self.mid_block(self.conv_in(self.post_quant_conv(z)))
 
     def local(self, x: Tensor) -> Tensor:
-        """The part in which a pixel depends on its neighbourhood only: features at the latent's size -> image."""
+        """Run the part in which a pixel depends on its neighbourhood only: ``[B, D, h, w]`` -> ``[B, C, s * h, s * w]``."""
         for block in self.up_blocks:
             x = block(x)
         return self.conv_out(self.norm_out(x)).clamp(-1.0, 1.0).contiguous()
 
     def forward(self, z: Tensor) -> Tensor:
+        """Decode latents ``z [B, z_dim, h, w]`` to images ``[B, C, s * h, s * w]``."""
         return self.local(self.mixing(z))

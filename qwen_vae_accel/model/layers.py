@@ -48,6 +48,7 @@ class Conv(nn.Module):
         self.bias = _frozen(state["bias"])
 
     def forward(self, x: Tensor) -> Tensor:
+        """Convolve ``x [B, I, H, W]`` to ``[B, O, H, W]``."""
         padding = self.weight.shape[-1] // 2
         if padding and x.dtype == torch.float32 and x.shape[1] >= _CPU_WIDE and _eager_cpu(x):
             y = F.conv2d(x.contiguous(), self.weight, self.bias, padding=padding)
@@ -64,6 +65,7 @@ class Downsample(nn.Module):
         self.bias = _frozen(state["resample.1.bias"])
 
     def forward(self, x: Tensor) -> Tensor:
+        """Halve ``x [B, C, H, W]`` to ``[B, C, H // 2, W // 2]``."""
         return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias, stride=2)
 
 
@@ -98,6 +100,7 @@ class Upsample(nn.Module):
         self.bias = _frozen(state["resample.1.bias"])
 
     def forward(self, x: Tensor) -> Tensor:
+        """Double ``x [B, I, h, w]`` to ``[B, O, 2h, 2w]``."""
         if self.folded:
             return F.conv_transpose2d(x, self.weight, self.bias, stride=2, padding=1)
         return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), self.weight, self.bias, padding=1)
@@ -112,6 +115,7 @@ class RMSNorm(nn.Module):
         self.silu = silu
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalize ``x [B, C, H, W]``; shape and dtype stay."""
         pixels = x.permute(0, 2, 3, 1)
         if _eager_cpu(x):
             return self._blocked(pixels).permute(0, 3, 1, 2)
@@ -145,6 +149,7 @@ class ResidualBlock(nn.Module):
         self.conv_shortcut = Conv(under(state, "conv_shortcut")) if "conv_shortcut.weight" in state else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map ``x [B, I, H, W]`` to ``[B, O, H, W]``."""
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
         return self.conv2(self.norm2(self.conv1(self.norm1(x)))).add_(shortcut)
 
@@ -166,6 +171,7 @@ class Attention(nn.Module):
         self.proj = Conv(under(state, "proj"))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Mix the pixels of ``x [B, C, h, w]``; the shape stays."""
         # [B, 3C, h, w] -> [B, 1, N, 3C]; flatten and unflatten, unlike reshape, put no guard on dynamic sizes.
         qkv = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1)
         q, k, v = qkv.chunk(3, dim=-1)
@@ -182,4 +188,5 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([Attention(under(state, "attentions.0"))])
 
     def forward(self, x: Tensor) -> Tensor:
+        """Mix the pixels of ``x [B, C, h, w]``; the shape stays."""
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))

@@ -62,7 +62,7 @@ class Placement:
         for owned in _owned(vae, PARTS[method]):
             parameter, device = owned.parameter, owned.device
             if not is_plain(parameter):
-                reasons.append(f"its weights are no plain tensors ({type(parameter).__name__}, {parameter.layout})")
+                reasons.append(f"its weights are not plain tensors ({type(parameter).__name__}, {parameter.layout})")
             elif parameter.is_meta and not owned.is_mapped:
                 device = parameter.device
                 reasons.append("its weights are on the meta device, without values")

@@ -29,6 +29,7 @@ _ALIASES: dict[tuple[type, str], str] = {
 }
 # Names that mean a tensor's method wherever they stand in the networks' code.
 _OF_TENSORS = frozenset(dir(torch.Tensor))
+_QUALIFIED = hasattr(CodeType, "co_qualname")
 _code = attrgetter("__code__")
 
 
@@ -64,8 +65,7 @@ class OwnCode:
                 break
             seen.update(uses)
             for base, name in uses:
-                self._take_down(spaces[base], name)
-                for function in self._method(base, name, vars(base)[name]):
+                for function in self._method(base, name, self._take_down(spaces[base], name)):
                     names |= _names(function.__code__)
         self._freeze()
         return frozenset(names)
@@ -88,8 +88,10 @@ class OwnCode:
         self._values = [get(entries) for (get, _), (_, entries) in zip(self._getters, self._places.values(), strict=True)]
         self._codes = list(self._functions.values())
 
-    def _take_down(self, space: Mapping[str, Any], name: str) -> None:
-        self._places.setdefault(id(space), (space, {}))[1][name] = space[name]
+    def _take_down(self, space: Mapping[str, Any], name: str) -> Any:
+        entries = self._places.setdefault(id(space), (space, {}))[1]
+        entries[name] = space[name]
+        return entries[name]
 
     def _alien(self, what: str, value: Any) -> None:
         origin = getattr(value, "__globals__", {}).get("__name__") or getattr(value, "__module__", None)
@@ -123,10 +125,9 @@ class OwnCode:
         visited.add(id(space))
         module = space["__name__"]
         for name in names & space.keys():
-            value = space[name]
-            if not callable(value) and not isinstance(value, ModuleType):
+            if not callable(space[name]) and not isinstance(space[name], ModuleType):
                 continue
-            self._take_down(space, name)
+            value = self._take_down(space, name)
             if isinstance(value, ModuleType):
                 if sys.modules.get(value.__name__) is not value:
                     self._alien(f"{module}.{name}", value)
@@ -160,26 +161,26 @@ def _closure(function: FunctionType) -> list[FunctionType]:
 
 
 def _unwrapped(function: FunctionType) -> Iterator[FunctionType]:
-    """What the wrapper of a known decorator calls; ``function`` itself if it is none."""
-    if function.__globals__.get("__name__") in _DECORATORS and "<locals>" in _qualname(function):
-        for inner in _closure(function):
-            yield from _unwrapped(inner)
-    else:
+    """The function that the wrapper of a known decorator calls; ``function`` itself if it is none."""
+    inside = _closure(function) if function.__globals__.get("__name__") in _DECORATORS else []
+    for inner in inside:
+        yield from _unwrapped(inner)
+    if not inside:
         yield function
 
 
 def _qualname(function: FunctionType) -> str:
-    # Before Python 3.11 code does not know it, and functools.wraps overwrites the function's.
-    return getattr(function.__code__, "co_qualname", function.__code__.co_name)
+    """By the code; before Python 3.11 code knows its plain name only."""
+    name: str = getattr(function.__code__, "co_qualname" if _QUALIFIED else "co_name")
+    return name
 
 
 def _is_defined_in(cls: type, name: str, function: FunctionType) -> bool:
     module = sys.modules.get(cls.__module__)
     expected = _ALIASES.get((cls, name), f"{cls.__qualname__}.{name}")
-    found = _qualname(function)
-    if not hasattr(function.__code__, "co_qualname"):
-        expected = expected.rpartition(".")[2]
-    return module is not None and function.__globals__ is vars(module) and found == expected and _is_in_file(function, module)
+    expected = expected if _QUALIFIED else expected.rpartition(".")[2]
+    is_here = module is not None and function.__globals__ is vars(module)
+    return is_here and _qualname(function) == expected and _is_in_file(function, sys.modules[cls.__module__])
 
 
 def _is_in_file(function: FunctionType, module: ModuleType) -> bool:
@@ -203,7 +204,8 @@ def _belongs(name: str, value: Any) -> bool:
         home = sys.modules.get(value.__globals__.get("__name__", ""))
         if home is None or vars(home) is not value.__globals__ or _root(home.__name__) not in _TRUSTED:
             return False
-        if "<locals>" in _qualname(value):  # what a function of torch made, of its own functions
+        # No function from elsewhere gets here, so that functools.wraps cannot have written this name.
+        if "<locals>" in value.__qualname__:  # what a function of torch made, of its own functions
             return all(_root(inner.__globals__.get("__name__")) in _TRUSTED for inner in _closure(value))
         return _same_name(name, value.__code__.co_name) and _is_in_file(value, home)
     if isinstance(value, (BuiltinFunctionType, type)):

@@ -60,7 +60,7 @@ def known_class(vae: object) -> type | None:
 
 
 def arguments(vae: nn.Module) -> dict[str, Any]:
-    """What the VAE's configuration says of its networks, by the names of its class's arguments."""
+    """Read what the VAE's configuration says of its networks, by the names of its class's arguments."""
     cls = known_class(vae)
     config = vae.__dict__.get("_internal_dict") or {}
     names = () if cls is None else inspect.signature(cls).parameters
@@ -119,7 +119,7 @@ def _foreign_layer(twin: nn.Module) -> str:
 
 def _another_class(vae: object) -> str:
     kind = type(vae)
-    text = f"it is a {kind.__module__}.{kind.__qualname__}, none of diffusers' {', '.join(CLASSES)}"
+    text = f"it is a {kind.__module__}.{kind.__qualname__}, not one of diffusers' {', '.join(CLASSES)}"
     if hasattr(vae, "_orig_mod"):
         text += "; torch.compile has wrapped it: accelerate the VAE inside, vae._orig_mod"
     elif isinstance(vae, nn.Module) and any(name == ORIGINAL_NAME for name, _ in vae.named_parameters()):

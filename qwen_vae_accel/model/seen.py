@@ -41,6 +41,7 @@ class Published:
 
     @classmethod
     def of(cls, twin: Twin, method: str) -> Published:
+        """Read the code of ``method`` and of its layers in the published ``twin``."""
         code = OwnCode()
         vae_names = code.trace([type(twin.vae)], frozenset((method, "__getattr__", "__getattribute__")))
         layers = [layer for part in PARTS[method] for layer in twin.vae.get_submodule(part).modules()]
@@ -134,7 +135,8 @@ class Seen:
 
     @classmethod
     def look(cls, vae: nn.Module, published: Published, parked_from: torch.device | None = None) -> Seen:
-        reason = published.custom(vae)
+        """Look at the network of ``vae`` now, whose parked parameters count as being on ``parked_from``."""
+        next_hook = RemovableHandle.next_id
         parts = [vae._modules.get(part) for part in PARTS[published.method]]
         modules = [layer for part in parts if part is not None for layer in part.modules()]
         spaces = list(map(vars, modules))
@@ -144,10 +146,10 @@ class Seen:
         parameters = [parameter for space in owners for parameter in space["_parameters"].values() if parameter is not None]
         plain = list(filter(is_plain, parameters))
         counted = [p for p in plain if not p.is_inference()]
-        return cls(
+        seen = cls(
             vae=vae,
             published=published,
-            reason=reason,
+            reason="",
             placement=Placement.of(vae, published.method, parked_from),
             kind=type(vae),
             config=dict(vae.__dict__.get("_internal_dict") or {}),
@@ -162,7 +164,7 @@ class Seen:
             children=list(map(dict, map(_modules, parents))),
             ordered=ordered,
             order=list(map(tuple, map(_modules, ordered))),
-            next_hook=RemovableHandle.next_id,
+            next_hook=next_hook,
             owners=owners,
             slots=list(map(dict, map(_parameters, owners))),
             scalars=_scalars(owners),
@@ -172,8 +174,13 @@ class Seen:
             counted=counted,
             versions=list(map(_version, counted)),
             dtypes=[parameter.dtype for parameter in parameters],
-            sample=None if reason else Sample([] if hold_values(vae, published.method) else plain),
+            sample=None,
         )
+        # Judged last: what another thread changes meanwhile differs from what was taken down.
+        seen.reason = published.custom(vae)
+        if not seen.reason:
+            seen.sample = Sample([] if hold_values(vae, published.method) else plain)
+        return seen
 
     def current(self) -> bool:
         """Whether nothing has changed since, but for values that were written without a mark."""
@@ -184,11 +191,15 @@ class Seen:
                 # By identity: of two tensors == fails, but where they have one element.
                 and list(map(_parameters, self.owners)) == self.slots
                 and all(parameters.get(name) is scalar for parameters, name, scalar in self.scalars)
-                and list(map(Tensor.data_ptr, self.plain)) == self.addresses
+                and self.in_place()
                 and list(map(_version, self.counted)) == self.versions
             )
         except Exception:  # whatever somebody's objects do when they are compared
             return False
+
+    def in_place(self) -> bool:
+        """Whether the parameters of then have their memory still, in the same place."""
+        return list(map(Tensor.data_ptr, self.plain)) == self.addresses
 
     def _same_vae(self) -> bool:
         space, published = self.vae.__dict__, self.published

@@ -25,6 +25,7 @@ class AverageDown(nn.Module):
         self.group = in_channels * frames * side**2 // out_channels
 
     def forward(self, x: Tensor) -> Tensor:
+        """Average ``x [B, I, H, W]`` to ``[B, O, H / side, W / side]``."""
         blocks = F.pixel_unshuffle(x, self.side) if self.side > 1 else x  # [B, I * side**2, H / side, W / side]
         if self.frames > 1:
             pixels = self.side**2
@@ -49,4 +50,5 @@ class DuplicateUp(nn.Module):
         self.register_buffer("channels", folded // copies, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Copy ``x [B, I, h, w]`` to ``[B, O, 2h, 2w]``."""
         return F.pixel_shuffle(x.index_select(1, self.channels), 2)

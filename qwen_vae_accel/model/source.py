@@ -100,7 +100,7 @@ class ModelSource:
         return dict(getattr(self.vae, "config", {}) or {})
 
     def placement(self, method: str) -> Placement:
-        """Where and in which dtype the network of ``method`` computes; looks at its weights now."""
+        """Look at the weights of ``method`` now: where its network computes, and in which dtype."""
         return self.glance(method)[1]
 
     def generation(self, method: str) -> int:
@@ -118,6 +118,19 @@ class ModelSource:
         """:meth:`generation`, and where and in which dtype the network computes."""
         return self.generation(method), self._seen[method].placement
 
+    def last(self, method: str) -> tuple[int, Placement] | None:
+        """:meth:`glance` as it was at the last look, where the network may begin before the next one: on a GPU, without hooks.
+
+        None if not, or there was no look, or the VAE was not the published one then, or the memory of its weights is another by
+        now.
+        """
+        seen = self._seen.get(method)
+        if seen is None or seen.reason or seen.placement.reason:
+            return None
+        if seen.placement.device.type != "cuda" or seen.placement.hooked or not seen.in_place():
+            return None
+        return self._generation[method], seen.placement
+
     def requires_grad(self, method: str) -> bool:
         """Whether a gradient of the network's weights can be asked for, as :meth:`generation` saw them last."""
         return any(parameter.requires_grad for parameter in self._seen[method].parameters)
@@ -127,19 +140,22 @@ class ModelSource:
         seen = self._seen[method]
         return seen.reason or seen.placement.reason
 
-    def compare(self, method: str) -> Callable[[], bool]:
-        """Begin to compare values on a GPU with those at the last look; the result says whether they are the same.
+    def compare(self, method: str, generation: int) -> Callable[[], bool]:
+        """Begin to compare values on a GPU with those at the last look; the result says whether they are of ``generation``.
 
-        The result waits for what the current stream had to do before, so call it last. While a stream is captured it is True.
+        The result waits for what the current stream had to do before, so call it last. While a stream is captured, nothing is
+        compared.
         """
-        result = self._seen[method].compare()
+        seen = self._seen[method]
+        result = seen.compare()
 
         def same() -> bool:
-            if result is None or result():
-                return True
-            with self._lock:
-                self._seen.pop(method, None)  # so that the next look takes the weights for new ones
-            return False
+            if result is not None and not result():
+                with self._lock:
+                    if self._seen[method] is seen:  # else another thread has noticed
+                        self._seen[method] = self._seen_now(method)
+                        self._forget(method)
+            return self._generation[method] == generation
 
         return same
 
@@ -207,7 +223,7 @@ class ModelSource:
         return Seen.look(self.vae, self._publish(method), self.parked_from)
 
     def _publish(self, method: str) -> Published:
-        """What the network is by its class; found anew where code was replaced since."""
+        """The network by its class, found anew where code was replaced since."""
         if self._twin.doubt:
             self._twin = published_twin(self.vae)
         known = self._published.get(method)

@@ -32,6 +32,7 @@ class PlainNorm(nn.Module):
         self.silu = norm.silu
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalize ``x [B, C, H, W]``; shape and dtype stay."""
         wide = x.float()
         power = wide.square().mean(dim=1, keepdim=True) + NORM_FLOOR**2 / x.shape[1]
         y = wide * torch.rsqrt(power) * self.gamma.float().view(1, -1, 1, 1)
@@ -55,6 +56,7 @@ class ChunkedAttention(nn.Module):
         self.chunks = chunks
 
     def forward(self, x: Tensor) -> Tensor:
+        """Mix the pixels of ``x [1, C, h, w]``; the shape stays."""
         q, k, v = self.to_qkv(self.norm(x)).flatten(2).chunk(3, dim=1)  # [1, C, N] each
         q = (q * q.shape[1] ** -0.5).transpose(1, 2)  # scaled first: float16 scores stay in range
         v = v.transpose(1, 2)
@@ -95,6 +97,7 @@ class ParityUpsample(nn.Module):
         self.bias = nn.Parameter(upsample.bias.detach().repeat(4), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Double ``x [1, I, h, w]`` to ``[1, O, 2h, 2w]``."""
         height, width = x.shape[2:]
         y = F.conv2d(x, self.weight, self.bias, padding=1)  # [1, 4 * O, h + 1, w + 1]
         parts = [

@@ -85,7 +85,7 @@ def encode_banded(encoder: ImageEncoder, x: Tensor, tile_pixels: int) -> Tensor:
 
 
 def run_banded(network: ImageEncoder | ImageDecoder, x: Tensor, tile_pixels: int) -> Tensor:
-    """:func:`encode_banded` or :func:`decode_banded`, whichever ``network`` is for."""
+    """Run ``network`` over ``x [B, C, H, W]`` by :func:`encode_banded` or :func:`decode_banded`, whichever it is for."""
     if isinstance(network, ImageEncoder):
         return encode_banded(network, x, tile_pixels)
     return decode_banded(network, x, tile_pixels)

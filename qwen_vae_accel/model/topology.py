@@ -61,7 +61,7 @@ class Topology:
 
     @property
     def multiple(self) -> int:
-        """What the sides of an image that is encoded must be multiples of: shortcuts average whole blocks of pixels."""
+        """Sides of an image that is encoded must be multiples of this: shortcuts average whole blocks of pixels."""
         return self.scale if self.residual else 1
 
 
@@ -89,7 +89,7 @@ def _config_reasons(config: Mapping[str, Any]) -> list[str]:
     if config.get("patch_size") is not None:
         reasons.append(f"config.patch_size is {config['patch_size']}: patchified images (Wan 2.2) are another network")
     if config.get("attn_scales"):
-        reasons.append(f"config.attn_scales is {list(config['attn_scales'])}: only attention in the middle block is known")
+        reasons.append(f"config.attn_scales is {list(config['attn_scales'])}: attention is known in the middle block only")
     return reasons
 
 

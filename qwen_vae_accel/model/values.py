@@ -46,7 +46,7 @@ class _Group:
     device: torch.device
     span: Any  # [length]: an array on the CPU, a tensor on a GPU
     places: Any  # [TURNS, parameters * PLACES], or more where an element is read in parts; on a GPU a list of its rows
-    taken: Any
+    taken: Any  # as places, on the CPU
     idle: list[_Reading] = field(default_factory=list)
 
     @classmethod
@@ -71,7 +71,7 @@ class _Group:
         with _undisturbed():
             on_device = torch.as_tensor(_Memory(first, length, unit), device=device)
             there = torch.from_numpy(indexes).to(device)
-            return cls(members, device, on_device, list(there), list(on_device[there]))
+            return cls(members, device, on_device, list(there), on_device[there].cpu().numpy())
 
     def same(self, turn: int) -> bool:
         """Whether the values of ``turn`` are those of before, on the CPU."""
@@ -79,19 +79,15 @@ class _Group:
 
     def compare(self, turn: int) -> Callable[[], bool]:
         """Begin the comparison on the current stream; the result waits for what the stream had to do before, and no more."""
-        stream = torch.cuda.current_stream(self.device)
-        with _undisturbed():
-            reading = self.idle.pop() if self.idle else _Reading.of(self)
-            # Into memory that is there: allocating it takes as long as the rest, and the network waits meanwhile.
-            torch.index_select(self.span, 0, self.places[turn], out=reading.values)
-            torch.ne(reading.values, self.taken[turn], out=reading.changed)
-            torch.any(reading.changed, out=reading.any)
-            reading.answer.copy_(reading.any, non_blocking=True)
-            reading.done.record(stream)
+        reading = self.idle.pop() if self.idle else _Reading.of(self)
+        # Into memory that is there: allocating it takes as long as the rest, and the network waits meanwhile.
+        torch.index_select(self.span, 0, self.places[turn], out=reading.values)
+        reading.copy.copy_(reading.values, non_blocking=True)
+        reading.done.record(torch.cuda.current_stream(self.device))
 
         def result() -> bool:
             reading.done.synchronize()
-            same = not reading.answer.item()
+            same = bool(reading.array.tobytes() == self.taken[turn].tobytes())
             self.idle.append(reading)
             return same
 
@@ -103,19 +99,16 @@ class _Reading:
     """Memory of one comparison on a GPU, used again when its result was taken."""
 
     values: Tensor  # [parameters * PLACES] or more, as in _Group.taken,
-    changed: Tensor  # which of them are others,
-    any: Tensor  # whether any is
-    answer: Tensor  # in pinned memory
+    copy: Tensor  # and in pinned memory,
+    array: Any  # which this one shares
     done: torch.cuda.Event
 
     @classmethod
     def of(cls, group: _Group) -> _Reading:
-        values = torch.empty_like(group.taken[0])
-        changed = torch.empty_like(values, dtype=torch.bool)
-        found = torch.empty((), dtype=torch.bool, device=group.device)
-        answer = torch.empty((), dtype=torch.bool, pin_memory=True, device="cpu")
-        with torch.cuda.device(group.device):
-            return cls(values, changed, found, answer, torch.cuda.Event())
+        with _undisturbed(), torch.cuda.device(group.device):
+            values = torch.empty(group.taken.shape[1], dtype=group.span.dtype, device=group.device)
+            copy = torch.empty_like(values, device="cpu", pin_memory=True)
+            return cls(values, copy, copy.numpy(), torch.cuda.Event())
 
 
 @contextmanager
@@ -131,7 +124,7 @@ def _reach(tensor: Tensor) -> int:
 
 
 def _offsets(tensor: Tensor, places: Any) -> Any:
-    """Where in memory the elements are that are ``places``-th in reading order, counted from the first."""
+    """The offsets in memory of the elements that are ``places``-th in reading order, counted from the first."""
     if tensor.is_contiguous():
         return places
     indexes = np.unravel_index(places, tuple(tensor.shape))
@@ -151,6 +144,8 @@ class Sample:
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         kinds: dict[tuple[torch.device, int], list[int]] = {}
         for index, tensor in enumerate(tensors):
+            if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+                continue  # nothing can be read back now
             if tensor.device.type in ("cpu", "cuda") and tensor.numel() and tensor.element_size() in _UNITS:
                 kinds.setdefault((tensor.device, tensor.element_size()), []).append(index)
         groups = [_Group.of(members, [tensors[i] for i in members]) for members in kinds.values()]
@@ -173,19 +168,18 @@ class Sample:
 
     def settled(self) -> bool:
         """:meth:`same` and :meth:`compare`, with the wait."""
-        result = self.compare()
+        with _undisturbed():
+            result = self.compare()
         return self.same() and (result is None or result())
 
     def equals(self, other: Sample) -> bool:
         """Whether both hold the same values, whatever devices they were read from."""
-        with _undisturbed():
-            ours, theirs = self._by_tensor(), other._by_tensor()
+        ours, theirs = self._by_tensor(), other._by_tensor()
         return ours.keys() == theirs.keys() and all(np.array_equal(ours[key], theirs[key]) for key in ours)
 
     def _by_tensor(self) -> dict[int, Any]:
         found = {}
         for group in (*self._on_cpu, *self._on_gpu):
-            taken = group.taken if group.device.type == "cpu" else torch.stack(group.taken).cpu().numpy()
-            parts = taken.reshape(TURNS, len(group.members), -1)
+            parts = group.taken.reshape(TURNS, len(group.members), -1)
             found.update({member: parts[:, i] for i, member in enumerate(group.members)})
         return found

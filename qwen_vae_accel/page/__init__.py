@@ -1,1 +1,1 @@
-"""One HTML page out of stored results: tables, charts, and a slider between pictures."""
+"""What people read of a result: one type, :class:`~qwen_vae_accel.page.sheet.Sheet`, as Markdown, on a terminal and as HTML."""

@@ -17,13 +17,15 @@ from qwen_vae_accel.backends.base import Backend, DirectBackend, EngineBackend, 
 from qwen_vae_accel.backends.registry import direct_backends, engine_backends, get_backend
 from qwen_vae_accel.config import AccelConfig
 from qwen_vae_accel.engines.manifest import Manifest
-from qwen_vae_accel.engines.runtime import EngineRuntime, Wanted
+from qwen_vae_accel.engines.runtime import EngineRuntime
 from qwen_vae_accel.engines.store import EngineStore
+from qwen_vae_accel.engines.wanted import Wanted
 from qwen_vae_accel.errors import BackendUnavailableError, ConfigError, EngineError, EngineMissingError
 from qwen_vae_accel.journal import Journal
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.model.offload import Placement
-from qwen_vae_accel.plan import Choice, EngineKey, Miss, Plan, Size
+from qwen_vae_accel.plan import EngineKey, Miss, Plan
+from qwen_vae_accel.sizes import Profile, Size
 from qwen_vae_accel.visits import fork_safe_lock
 
 logger = logging.getLogger(__name__)
@@ -37,15 +39,25 @@ _LAST_RESORT_ROWS = 128
 class Request:
     """One call, as far as it decides who serves it.
 
-    ``generation`` is that of the weights at the call; ``tile_pixels`` is 0 where the image is computed in one piece. With a
-    ``reason`` it is diffusers' own to serve.
+    ``dtype`` is that of the output, which the job may compute in another; ``generation`` is that of the weights at the call;
+    ``tile_pixels`` is 0 where the image is computed in one piece. With a ``reason`` it is diffusers' own to serve.
     """
 
     job: Job
     size: Size
+    dtype: torch.dtype
     generation: int
     tile_pixels: int = 0
     reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """The output of one request, who computed it, and why nobody did who was to come before."""
+
+    output: Tensor
+    backend: str
+    reasons: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +136,7 @@ class Dispatcher:
                     f"engine_dir {store.root} does not exist. Build it with: qwen-vae-accel build --vae PATH "
                     f"--engine-dir {shlex.quote(str(store.root))} (or set on_miss='build')"
                 )
-            self.runtime = EngineRuntime(
-                store, source, journal, config.max_resident, config.vram_budget, config.verify, self.environment
-            )
+            self.runtime = EngineRuntime(store, source, journal, config.max_resident, config.vram_budget, config.verify)
 
     def environment(self, device: torch.device) -> Environment:
         """The facts of ``device``; read once."""
@@ -191,7 +201,7 @@ class Dispatcher:
 
     # Serving.
 
-    def run(self, request: Request, x: Tensor) -> Tensor:
+    def run(self, request: Request, x: Tensor) -> Served:
         """Run the network of ``request`` over ``x [B, C, H, W]`` in the compute dtype.
 
         Raises:
@@ -202,7 +212,7 @@ class Dispatcher:
         for backend in () if request.job.float8 else self._engines:  # no engine computes in float8
             served = _unless_out_of_memory(partial(self._run_engine, backend, request, x, reasons), x.device)
             if isinstance(served, Tensor):
-                return served
+                return Served(served, backend.name)
             if served is OUT_OF_MEMORY:
                 spent.append(backend.name)
         if reasons and self._config.miss_policy == "error":
@@ -223,15 +233,8 @@ class Dispatcher:
                 spent.append(f"{route.backend.name} in one piece")
             else:
                 spent.append(route.backend.name)
-        self._journal.call(request.job.method, route.backend.name)
         reasons += [*route.refused, *(f"{name}: out of memory at {request.size}" for name in spent)]
-        if reasons:
-            self._fell_back(request.job.method, route.backend.name, "; ".join(dict.fromkeys(reasons)))
-        return output
-
-    def _fell_back(self, method: str, backend: str, reason: str) -> None:
-        if self._journal.fallback(method, backend, reason):
-            logger.warning("%s is served by %s: %s", method, backend, reason)
+        return Served(output, route.backend.name, tuple(dict.fromkeys(reasons)))
 
     def _run_engine(self, backend: EngineBackend, request: Request, x: Tensor, reasons: list[str]) -> Tensor | None:
         """The engine's output; None, with the reason added to ``reasons``, where no engine of ``backend`` serves."""
@@ -251,14 +254,13 @@ class Dispatcher:
             reasons.append(known[1])
             return None
         try:
-            output = self._with_engine(wanted, choice, x)
+            output = self._with_engine(wanted, request.job, choice.profile, x)
         except EngineError as error:
             text = f"{backend.name}: {error}"
             if not _is_out_of_memory(error):  # there may be room at the next request
                 self._misses[memory] = store.stamp(), text
             reasons.append(text)
             return None
-        self._journal.call(request.job.method, backend.name)
         return output
 
     def _plan(self, backend: EngineBackend, method: str) -> Plan:
@@ -278,7 +280,7 @@ class Dispatcher:
             record = manifest.newest(path)
             if self._config.sizes is not None or record is None or record.profiles == self.plan.profiles:
                 return self.plan
-            self._tell(f"{path} has {len(record.profiles)} optimization profiles of its own: {record.ranges()}")
+            self._tell(f"{path} has {len(record.profiles)} optimization profiles of its own: {record.key.ranges()}")
             return replace(self.plan, profiles=record.profiles)
         held = manifest.held(method, backend.suffix)
         for text in self.plan.surprises(held):
@@ -292,21 +294,24 @@ class Dispatcher:
 
     def wanted(self, backend: EngineBackend, job: Job, key: EngineKey) -> Wanted:
         """The engine of ``key`` over the VAE's current weights."""
-        return Wanted(backend, job, key, self._source.fingerprint(job.method, job.dtype))
+        weights = self._source.fingerprint(job.method, job.dtype)
+        return Wanted(backend, key, job.dtype, job.device, weights, self.environment(job.device))
 
-    def _with_engine(self, wanted: Wanted, choice: Choice, x: Tensor) -> Tensor:
+    def _with_engine(self, wanted: Wanted, job: Job, profile: Profile, x: Tensor) -> Tensor:
         assert self.runtime is not None
-        index = choice.key.profiles.index(choice.profile)
+        index = wanted.key.profiles.index(profile)
 
         def run() -> Tensor:
             assert self.runtime is not None
             visit = threading.Lock()
-            with visit, self.runtime.use(wanted, choice, visit) as program:
+            with visit, self.runtime.use(wanted, profile, visit) as program:
                 # Engines hold batch one, unless they say otherwise; more images go one after another.
-                step = getattr(program, "max_batch", {}).get(index, 1)
-                return torch.cat([program(part, index) for part in x.split(step)]) if len(x) > step else program(x, index)
+                parts = x.split(getattr(program, "max_batch", {}).get(index, 1))
+                outputs = [program(part, index) for part in parts]
+                del program  # after the block it may be released, to make room for another
+            return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
-        unavailable = wanted.backend.reasons(self.environment(wanted.job.device), wanted.job)
+        unavailable = wanted.backend.reasons(wanted.environment, job)
         if unavailable:
             raise EngineError("; ".join(unavailable))
         try:
@@ -373,21 +378,21 @@ class Dispatcher:
                     steps.append((wanted.path, partial(self._warm, wanted)))
                 break
             else:
-                request = Request(job, Size(0, 0), self._source.generation(method))
+                request = Request(job, Size(0, 0), job.dtype, self._source.generation(method))
                 steps.append((f"{method} network", partial(self._route, request)))
         return steps
 
     def _warm(self, wanted: Wanted) -> None:
         assert self.runtime is not None
-        choice = Choice(wanted.key, wanted.key.profiles[0])
+        profile = wanted.key.profiles[0]
         self._misses.clear()
         visit = threading.Lock()
         try:
-            with visit, self.runtime.use(wanted, choice, visit):
+            with visit, self.runtime.use(wanted, profile, visit):
                 return
         except EngineError:
             if self._config.miss_policy != "build":
                 raise
         self.runtime.build(wanted)
-        with visit, self.runtime.use(wanted, choice, visit):
+        with visit, self.runtime.use(wanted, profile, visit):
             return

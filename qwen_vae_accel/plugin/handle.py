@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,19 @@ from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.model.custom import custom_method
 from qwen_vae_accel.model.offload import Placement, run_pre_forward
 from qwen_vae_accel.model.topology import METHODS
-from qwen_vae_accel.plan import MIN_SIDE, Size
 from qwen_vae_accel.plugin.compiled import Traced
 from qwen_vae_accel.plugin.dispatch import Dispatcher, Request
 from qwen_vae_accel.plugin.hosts import find_vae, held_vae
+from qwen_vae_accel.plugin.methods import PATCHED, VAE, OwnMethods, handle_of, pack
 from qwen_vae_accel.plugin.parking import Parking
-from qwen_vae_accel.plugin.patch import OwnMethods, handle_of, install, pack, patched_since, remove
-from qwen_vae_accel.plugin.plain import not_plain
+from qwen_vae_accel.plugin.plain import not_image, not_plain
 from qwen_vae_accel.plugin.processing import PostProcessing, PreProcessing, Replacement, processors_of
 from qwen_vae_accel.progress import progress_bar
+from qwen_vae_accel.sizes import MIN_SIDE, Size
 from qwen_vae_accel.visits import Visits, fork_safe_lock
 
-logger = logging.getLogger(__name__)
-
 _REQUESTS = 256  # kinds of calls remembered
+_TRIES = 2  # to compute over weights that do not change meanwhile
 
 
 def accelerate(target: Any, config: AccelConfig | Mapping[str, Any] | str | Path | None = None, **overrides: Any) -> Handle:
@@ -49,7 +48,7 @@ def accelerate(target: Any, config: AccelConfig | Mapping[str, Any] | str | Path
         The handle: a report, a warm-up, and the way back. Calling again with an equal config returns the same handle.
 
     Raises:
-        ConfigError: if ``config`` or ``overrides`` cannot be meant.
+        ConfigError: if ``config`` or ``overrides`` are invalid.
         UnsupportedVAEError: if ``target`` holds no VAE of Qwen-Image, Qwen-Image 2.1 or Wan 2.1.
         BackendUnavailableError: if a backend asked for by name cannot run here.
         EngineError: if the engine directory cannot be one.
@@ -95,9 +94,10 @@ class Handle:
         self._requests: dict[tuple[Any, ...], Request] = {}
         self._one_original = fork_safe_lock()
         self._traced = Traced.of(self, self._source.topology)
-        remove(vae, {})  # what a copy of an accelerated VAE may carry
+        VAE.remove(vae, PATCHED, {})  # what a copy of an accelerated VAE may carry
         self._custom = {method: custom_method(vae, method) for method in METHODS}
-        self._before = install(vae, self)
+        self._before: Mapping[str, Any]
+        VAE.install(vae, self, PATCHED)
         self._original = OwnMethods(vae, self._before)
         self._parking = Parking(vae)
         self._park()
@@ -123,6 +123,10 @@ class Handle:
     def _keep(self, replacement: Replacement | None) -> None:
         if replacement is not None:
             self._replacements.append(replacement)
+
+    def _is_of(self, vae: Any) -> bool:
+        """Whether it serves ``vae``, and not a VAE that ``vae`` was copied from."""
+        return vae is self.vae
 
     # A copy or a pickle of an accelerated VAE is a plain VAE: its patched methods find no handle of their own.
 
@@ -154,7 +158,7 @@ class Handle:
                 "restore() inside a call of the VAE (from a hook or a signal handler) would wait for itself; call it later"
             )
         if self._active:
-            patched = patched_since(self.vae)
+            patched = VAE.patched_since(self.vae, PATCHED)
             if patched:
                 raise HandleError(f"{patched}; undo that first, or the other patch would be lost")
             for replacement in self._replacements:
@@ -163,7 +167,7 @@ class Handle:
         while self._replacements:
             self._replacements[0].remove()
             del self._replacements[0]
-        remove(self.vae, self._before)
+        VAE.remove(self.vae, PATCHED, self._before)
         self._callers.wait()
         self._dispatcher.forget()
         with self._one_original:
@@ -173,7 +177,7 @@ class Handle:
         self._restored = True
 
     def report(self) -> Report:
-        """What happened since :func:`accelerate`: a table when printed with rich, values through ``.as_dict()``."""
+        """Tell what happened since :func:`accelerate`: a table when printed with rich, values through ``.as_dict()``."""
         runtime = self._dispatcher.runtime
         resident = runtime.resident() if runtime is not None else []
         return self._journal.report(self.config.backend, resident, self._note(), self._parking.nbytes)
@@ -204,7 +208,7 @@ class Handle:
             return "this VAE was restored; accelerate() makes a new handle"
         pipelines = [pipeline for reference in self._pipelines if (pipeline := reference()) is not None]
         if any(held_vae(pipeline) is not self.vae for pipeline in pipelines):
-            return "the pipeline's VAE was replaced after accelerate(); the new one is not accelerated: accelerate it anew"
+            return "the pipeline's VAE was replaced after accelerate(); the new one is not accelerated: call accelerate() again"
         return ""
 
     # What the patched methods do.
@@ -224,51 +228,88 @@ class Handle:
         reason = not_plain(x) or self._custom[method]
         if not reason:
             run_pre_forward(self.vae)
-            generation, placement = self._source.glance(method)
-            reason = self._source.custom(method)
-        if not reason:
-            request = self._request(method, x, generation, placement)
-            reason = request.reason or self._original_reason(method, x, placement)
-        if reason:
-            self._note_original(method, reason)
-            return self._run_original(method, x, return_dict)
-        same = self._source.compare(method)
-        job, dtype = request.job, placement.dtype
+            output = self._serve_ahead(method, x)
+            for _ in range(_TRIES):
+                if output is None and not reason:
+                    request = self._look(method, x)
+                    if isinstance(request, str):
+                        reason = request
+                    else:
+                        output = self._compute(request, x)
+            if output is not None:
+                return pack(method, output.unsqueeze(2), return_dict)
+            reason = reason or "its weights were written while it computed"
+        self._journal.served(method, ORIGINAL, reason)
+        return self._run_original(method, x, return_dict)
+
+    def _serve_ahead(self, method: str, x: Tensor) -> Tensor | None:
+        """The output of a network on a GPU, begun before the look at the VAE, which the GPU's work then hides.
+
+        None where that may not be, or the look found something new: the output is worth nothing then.
+        """
+        known = self._source.last(method)
+        if known is None or not isinstance(x, Tensor):
+            return None
+        generation, placement = known
+        request = self._requests.get(self._key(method, x, placement))
+        if request is None or request.generation != generation or request.reason or self._original_reason(request, x):
+            return None
+        try:
+            return self._compute(request, x, looked=False)
+        except Exception:
+            if self._source.generation(method) == generation:
+                raise
+            return None
+
+    def _compute(self, request: Request, x: Tensor, looked: bool = True) -> Tensor | None:
+        """The output ``[B, C, H, W]``; None if the weights turn out to be others than those of ``request``."""
+        job = request.job
+        same = self._source.compare(job.method, request.generation)
         image = x[:, :, 0].to(job.device, job.dtype).resolve_neg()
-        if self.vae.use_slicing and len(image) > 1:
-            output = torch.cat([self._dispatcher.run(request, one).to(dtype) for one in image.split(1)])
-        else:
-            output = self._dispatcher.run(request, image).to(dtype)
-        if not same():  # weights were written without a mark: once more, with the new ones
-            return self._serve(method, x, return_dict)
-        return pack(method, output.unsqueeze(2), return_dict)
+        parts = image.split(1) if self.vae.use_slicing and len(image) > 1 else (image,)
+        served = [self._dispatcher.run(request, part) for part in parts]
+        outputs = [part.output.to(request.dtype) for part in served]
+        if not (looked or self._source.generation(job.method) == request.generation) or not same():
+            return None
+        for part in served:
+            self._journal.served(job.method, part.backend, "; ".join(part.reasons))
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     def _run_original(self, method: str, x: Tensor, return_dict: bool) -> Any:
         with self._one_original:  # diffusers keeps the state of a call in the VAE itself
             self._unpark()
             return self._original[method](x, return_dict=return_dict)
 
-    def _note_original(self, method: str, reason: str) -> None:
-        self._journal.call(method, ORIGINAL)
-        if self._journal.fallback(method, ORIGINAL, reason):
-            logger.warning("%s is not accelerated: %s", method, reason)
+    def _look(self, method: str, x: Tensor) -> Request | str:
+        """The request of a call, after a look at the VAE as it is now; or why the call is diffusers' own to serve."""
+        generation, placement = self._source.glance(method)
+        reason = self._source.custom(method)
+        if reason:
+            return reason
+        request = self._request(method, x, generation, placement)
+        return request.reason or self._original_reason(request, x) or request
+
+    def _key(self, method: str, x: Tensor, placement: Placement) -> tuple[Any, ...]:
+        """All that a request depends on beside the weights."""
+        vae: Any = self.vae
+        limits = (vae.tile_sample_min_height, vae.tile_sample_min_width) if vae.use_tiling else None
+        return (method, x.shape, x.dtype, x.device, placement, limits)
 
     def _request(self, method: str, x: Tensor, generation: int, placement: Placement) -> Request:
         """The request of a call that is like one seen before, or a new one after a look at the input."""
-        vae: Any = self.vae
-        limits = (vae.tile_sample_min_height, vae.tile_sample_min_width) if vae.use_tiling else None
         if not isinstance(x, Tensor):
             self._check_input(method, x)
-        key = (method, x.shape, x.dtype, x.device, placement, limits)
+        key = self._key(method, x, placement)
         request = self._requests.get(key)
         if request is None or request.generation != generation:
             self._check_input(method, x)
             job = self._dispatcher.job(method, placement)
             scale = 1 if method == "encode" else job.topology.scale
             size = Size(x.shape[4] * scale, x.shape[3] * scale)
+            limits = key[-1]
             large = limits is not None and (size.height > limits[0] or size.width > limits[1])
             elsewhere = self._elsewhere(method, x, placement)
-            request = Request(job, size, generation, limits[0] if limits and large else 0, elsewhere)
+            request = Request(job, size, placement.dtype, generation, limits[0] if limits and large else 0, elsewhere)
             if len(self._requests) >= _REQUESTS:
                 self._requests.clear()
             self._requests[key] = request
@@ -302,14 +343,9 @@ class Handle:
                 f"encode takes {what} with sides that are multiples of {multiple} pixels, was given {shape}"
             )
 
-    def _original_reason(self, method: str, x: Tensor, placement: Placement) -> str:
-        if x.shape[2] != 1:
-            return f"{x.shape[2]} frames: only single images are accelerated"
-        if torch.is_grad_enabled() and (x.requires_grad or self._source.requires_grad(method)):
-            return "gradients are asked for; call it under torch.no_grad() or torch.inference_mode() to have it fast"
-        if torch.is_autocast_enabled(placement.device.type):
-            return "autocast is on, which chooses dtypes itself"
-        return ""
+    def _original_reason(self, request: Request, x: Tensor) -> str:
+        """Why this call of a request is diffusers' own, by what is no part of the request; empty if it is not."""
+        return not_image(x, request.job.device, partial(self._source.requires_grad, request.job.method))
 
     def _moved(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._dispatcher.forget()

@@ -16,7 +16,7 @@ HOLDERS = {
 
 
 def is_vae(candidate: Any) -> bool:
-    """Whether it looks like a VAE of diffusers; which one it is, its recognition says."""
+    """Whether it looks like a VAE of diffusers; recognition says later which one it is."""
     return isinstance(candidate, nn.Module) and hasattr(candidate, "encode") and hasattr(candidate, "decode")
 
 
@@ -30,7 +30,7 @@ def held_vae(target: Any) -> nn.Module | None:
 
 
 def find_vae(target: Any) -> nn.Module:
-    """The same.
+    """The VAE that ``target`` is or holds.
 
     Raises:
         UnsupportedVAEError: if there is none, with what was found in its places.

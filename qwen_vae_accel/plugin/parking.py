@@ -31,7 +31,7 @@ class Parking:
 
     @property
     def home(self) -> torch.device | None:
-        """Where the parked parameters were, and compute; None while none are parked."""
+        """The device that the parked parameters were on, and compute on; None while none are parked."""
         return next(self._vae.parameters()).device if self._parked else None
 
     @property

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_vae_accel.accuracy import FACTOR, measure
-from qwen_vae_accel.plugin.patch import pack
+from qwen_vae_accel.plugin.methods import pack
 from tests.helpers import decoded, exact_vae, moments
 
 

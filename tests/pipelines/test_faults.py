@@ -16,7 +16,8 @@ from qwen_vae_accel.backends.base import DirectBackend, Environment, Job
 from qwen_vae_accel.backends.eager import EagerBackend
 from qwen_vae_accel.errors import InvalidInputError
 from qwen_vae_accel.model import ModelSource
-from tests.helpers import FakeBackend
+from qwen_vae_accel.plugin.methods import handle_of
+from tests.helpers import FakeBackend, replaced_methods, state
 from tests.pipelines.cases import BY_NAME, IMAGE_TO_IMAGE, TEXT_TO_IMAGE
 from tests.pipelines.exact import RequestReference
 from tests.pipelines.factory import STEPS, Case, micro_vae
@@ -35,13 +36,13 @@ def test_a_pipeline_with_its_own_postprocess() -> None:
     own = type("OwnPipeline", (type(pipeline),), {})(**pipeline.components)
     own.set_progress_bar_config(disable=True)
     own.image_processor = OwnProcessor(vae_scale_factor=16)
-    before = dict(own.image_processor.__dict__)
+    before = state(own.image_processor)
     with accelerate(own, backend="eager") as handle:
         own.image_processor.postprocess = lambda image, output_type: "mine"
         assert TEXT_TO_IMAGE.request(own) == list("mine")
         del own.image_processor.postprocess
         report = handle.report()
-        assert own.image_processor.__dict__ == before
+        assert state(own.image_processor) == before
     assert report.as_dict()["left_alone"] == ["postprocess: its image processor is a OwnProcessor, not a VaeImageProcessor"]
     assert report.as_dict()["calls"] == {"encode": {}, "decode": {"eager": 1}}
     assert "left alone: postprocess" in str(report)
@@ -174,8 +175,8 @@ def test_another_vae_after_accelerate() -> None:
     assert second.report().as_dict()["calls"]["decode"] == {"eager": 1}
     second.restore()
     handle.restore()
-    assert "decode" not in first.__dict__ and "decode" not in pipeline.vae.__dict__
-    assert "postprocess" not in pipeline.image_processor.__dict__
+    assert handle_of(first) is None and handle_of(pipeline.vae) is None
+    assert not replaced_methods(pipeline.image_processor)
 
 
 def test_a_vae_on_another_device_than_the_latents() -> None:

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from qwen_vae_accel import accelerate
 from qwen_vae_accel.errors import HandleError
 from qwen_vae_accel.journal import Journal
-from qwen_vae_accel.plugin.patch import handle_of
+from qwen_vae_accel.plugin.methods import handle_of
 from qwen_vae_accel.plugin.processing import PreProcessing
 from qwen_vae_accel.plugin.processing.preprocess import PIPELINES
+from tests.helpers import replaced_methods, state
 from tests.pipelines.cases import BY_NAME, CASES, IMAGE_TO_IMAGE
 from tests.pipelines.factory import Case
 from tests.pipelines.test_matrix import assert_fast, largest_difference
@@ -229,19 +230,19 @@ def test_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_remove_leaves_no_trace() -> None:
     processor = VaeImageProcessor(vae_scale_factor=16)
-    before = dict(processor.__dict__)
+    before = state(processor)
     replacement = PreProcessing.install(processor, Journal(), vae=CPU_VAE)
     assert replacement is not None and PreProcessing.install(processor, Journal(), vae=CPU_VAE) is None
     assert processor.preprocess.__name__ == "preprocess"
     assert processor.preprocess.__doc__ == VaeImageProcessor.preprocess.__doc__
     replacement.remove()
-    assert processor.__dict__ == before
+    assert state(processor) == before
     assert processor.preprocess.__func__ is VaeImageProcessor.preprocess
 
 
 def test_copies_and_pickles_are_plain_and_can_be_replaced() -> None:
     processor, journal = replaced()
-    for make in (copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))):
+    for make in (copy.deepcopy, copy.copy, lambda p: pickle.loads(pickle.dumps(p))):
         other = make(processor)
         other.preprocess(every_byte("RGB"))
         assert calls(journal) == {}
@@ -288,15 +289,15 @@ def test_pre_processing_is_bitwise(case: Case) -> None:
     """With the same networks, the images are equal bit for bit."""
     pipeline = case.pipeline()
     with accelerate(pipeline, backend="eager", preprocess=False) as handle:
-        assert "preprocess" not in pipeline.image_processor.__dict__
+        assert "preprocess" not in replaced_methods(pipeline.image_processor)
         plain = case.request(pipeline)
         assert "preprocess" not in handle.report().as_dict()["calls"]
-    before = dict(pipeline.image_processor.__dict__)
+    before = state(pipeline.image_processor)
     with accelerate(pipeline, backend="eager") as handle:
         assert largest_difference(case.request(pipeline), plain) == 0
         assert_fast(handle, case)
         assert "preprocess" in str(handle.report())
-    assert pipeline.image_processor.__dict__ == before
+    assert state(pipeline.image_processor) == before
 
 
 @pytest.mark.parametrize("case", LEFT, ids=named)
@@ -304,7 +305,8 @@ def test_other_pipelines_are_left_alone(case: Case) -> None:
     pipeline = case.pipeline()
     with accelerate(pipeline, backend="eager") as handle:
         for name in ("image_processor", "mask_processor", "image_mask_processor"):
-            assert "preprocess" not in getattr(getattr(pipeline, name, None), "__dict__", {})
+            processor = getattr(pipeline, name, None)
+            assert processor is None or "preprocess" not in replaced_methods(processor)
         case.request(pipeline)
         report = handle.report().as_dict()
     assert "preprocess" not in report["calls"] and report["left_alone"] == []
@@ -320,12 +322,12 @@ def test_a_subclass_is_left_alone_and_named() -> None:
     pipeline = case.pipeline()
     pipeline.__class__ = Own
     with accelerate(pipeline, backend="eager") as handle:
-        assert "preprocess" not in pipeline.image_processor.__dict__
+        assert "preprocess" not in replaced_methods(pipeline.image_processor)
         assert handle.report().as_dict()["left_alone"] == ["preprocess: its pipeline is a Own, not a QwenImageEditPipeline"]
     impostor = type("QwenImageEditPipeline", (), {})()
     impostor.vae, impostor.image_processor = pipeline.vae, VaeImageProcessor()
     with accelerate(impostor, backend="eager"):
-        assert "preprocess" not in impostor.image_processor.__dict__
+        assert "preprocess" not in replaced_methods(impostor.image_processor)
 
 
 def test_a_request_with_a_tensor_is_diffusers_own() -> None:
@@ -347,10 +349,10 @@ def test_restore_refuses_to_drop_another_patch() -> None:
     processor.preprocess = lambda *args, **kwargs: ours(*args, **kwargs)
     with pytest.raises(HandleError, match=r"image_processor\.preprocess was patched again"):
         handle.restore()
-    assert handle_of(pipeline.vae) is not None and "postprocess" in processor.__dict__
+    assert handle_of(pipeline.vae) is not None and "postprocess" in replaced_methods(processor)
     processor.preprocess = ours
     handle.restore()
-    assert not {"preprocess", "postprocess"} & set(processor.__dict__)
+    assert not replaced_methods(processor)
 
 
 def test_a_pipeline_without_an_image_processor(micro: Any) -> None:

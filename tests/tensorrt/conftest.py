@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from torch import nn
 from qwen_vae_accel.backends.base import Environment, Job
 from qwen_vae_accel.backends.tensorrt import TensorRTBackend, runtime
 from qwen_vae_accel.backends.tensorrt import flavour as flavours
+from qwen_vae_accel.backends.tensorrt.logs import collector_paused
 from qwen_vae_accel.backends.tensorrt.settings import BuildSettings, parse_capabilities
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.model.source import build_model
@@ -76,9 +77,10 @@ def cross_build(rtx: flavours.Flavour) -> Callable[..., TensorRTBackend]:
 
 
 @pytest.fixture
-def made(rtx: flavours.Flavour) -> Made:
+def made(rtx: flavours.Flavour) -> Iterator[Made]:
     """A TensorRT network in the making."""
-    return Made(rtx.bindings())
+    with collector_paused():
+        yield Made(rtx.bindings())
 
 
 def job_of(source: ModelSource, method: str, dtype: torch.dtype = torch.float32) -> Job:

@@ -19,8 +19,8 @@ from qwen_vae_accel.backends.tensorrt import BuildSettings, TensorRTBackend, par
 from qwen_vae_accel.backends.tensorrt import flavour as flavours
 from qwen_vae_accel.backends.tensorrt.build import input_shapes
 from qwen_vae_accel.backends.tensorrt.flavour import Flavour
-from qwen_vae_accel.engines.expected import Expected
 from qwen_vae_accel.engines.inspect import Inspector
+from qwen_vae_accel.engines.wanted import Wanted
 from qwen_vae_accel.errors import BackendUnavailableError, BuildError, ConfigError, EngineMissingError, EngineRefusedError
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.plan import EngineKey
@@ -219,13 +219,12 @@ def test_a_mismatch_says_both_sides(built: tuple[TensorRTBackend, Environment], 
     builder, there = built
     runner = TensorRTBackend()
     key = key_of("decode", "64x64")
-    theirs, ours = builder.identity(there), runner.identity(here)
     record = type("Record", (), {
         "backend": "tensorrt", "method": "decode", "dtype": "float32", "weights": "w", "profiles": key.profiles,
-        "identity": theirs,
+        "identity": builder.identity(there),
     })  # fmt: skip
-    expected = Expected(key, "tensorrt", ".trt", "float32", "w", ours, runner.accepts)
-    assert expected.differences(record) == says  # type: ignore[arg-type]
+    wanted = Wanted(runner, key, torch.float32, CPU, "w", here)
+    assert wanted.differences(record) == says  # type: ignore[arg-type]
 
 
 # The whole plugin, over the stand-in.

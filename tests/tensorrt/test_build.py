@@ -35,7 +35,8 @@ from qwen_vae_accel.errors import BuildError
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.model.layers import RMSNorm
 from qwen_vae_accel.model.spelling import QUERY_LIMIT, PlainNorm, query_chunks, spell
-from qwen_vae_accel.plan import Plan, Profile, Size
+from qwen_vae_accel.plan import Plan
+from qwen_vae_accel.sizes import Profile, Size
 from tests.conftest import random_vae
 from tests.helpers import CPU, TINY_VAE, Reference, picture, randn
 from tests.tensorrt.conftest import job_of, key_of
@@ -371,10 +372,11 @@ def test_the_command_builds_a_directory_for_another_machine(
         yield lambda text, advance: shown.append(text)
 
     monkeypatch.setattr(common, "progress", progress)
-    options = ["--vae", str(TINY_VAE), "--engine-dir", str(tmp_path / "engines"), "--sizes", "64x64", "--json"]
+    options = ["--vae", str(TINY_VAE), "--engine-dir", str(tmp_path / "engines"), "--sizes", "64x64"]
     command = [
         "build",
         *options,
+        "--json",
         "--method",
         "decode",
         "--backend",

@@ -15,7 +15,7 @@ from qwen_vae_accel.backends.tensorrt.engine import TensorRTError, deserialize
 from qwen_vae_accel.backends.tensorrt.runtime import TensorRTProgram
 from qwen_vae_accel.errors import EngineError
 from qwen_vae_accel.model import ModelSource
-from qwen_vae_accel.plan import Size
+from qwen_vae_accel.sizes import Size
 from tests.helpers import CPU, Reference, randn
 from tests.tensorrt.conftest import job_of, key_of
 from tests.tensorrt.standin import ExecutionContextAllocationStrategy, StandIn, engine_file
@@ -275,7 +275,7 @@ def test_an_engine_is_compared_with_the_vae(
     trt: StandIn, source: ModelSource, method: str, channels: tuple[int, int], frames: bool, says: list[str]
 ) -> None:
     run = program(trt, engine_file(method, STATIC, channels=channels, frames=frames))
-    found = run.facts.differences(job_of(source, method))
+    found = run.engine.differences(job_of(source, method))
     assert len(found) == len(says) and all(text.startswith(start) for text, start in zip(found, says, strict=True))
 
 
@@ -285,7 +285,7 @@ def test_profiles_are_compared_with_the_plan_in_their_order(trt: StandIn, source
     job = job_of(source, "decode")
 
     def differences(profiles: list[tuple[tuple[int, int], ...]]) -> list[str]:
-        return program(trt, engine_file("decode", profiles)).facts.range_differences(job, key)  # type: ignore[arg-type]
+        return program(trt, engine_file("decode", profiles)).engine.range_differences(job, key)  # type: ignore[arg-type]
 
     assert differences(good) == []
     assert differences(good[:1]) == ["it has 1 optimization profiles, the plan 2"]
@@ -298,7 +298,7 @@ def test_sizes_are_read_back_as_the_plan_writes_them(trt: StandIn, source: Model
     guide = key_of("decode", sizes, multi_profile=True)
     job = job_of(source, "decode")
     ranges = [tuple(map(job.input_hw, (p.minimum, p.optimum, p.maximum))) for p in guide.profiles]
-    found = program(trt, engine_file("decode", ranges)).facts.sizes("decode", 8)  # type: ignore[arg-type]
+    found = program(trt, engine_file("decode", ranges)).engine.sizes("decode", 8)  # type: ignore[arg-type]
     assert [p.name for p in found] == [p.name for p in guide.profiles]
     assert [p.optimum for p in found] == [p.optimum.floor(8) for p in guide.profiles]
 
@@ -306,7 +306,7 @@ def test_sizes_are_read_back_as_the_plan_writes_them(trt: StandIn, source: Model
 def test_profiles_of_two_hosts_in_one_engine_have_names_of_their_own(trt: StandIn, source: ModelSource) -> None:
     job, sizes = job_of(source, "decode"), (Size(1920, 1080), Size(1920, 1088))
     ranges = [tuple(map(job.input_hw, (Size(960, 544), size, Size(1920, 1632)))) for size in sizes]
-    found = program(trt, engine_file("decode", ranges)).facts.sizes("decode", 8)  # type: ignore[arg-type]
+    found = program(trt, engine_file("decode", ranges)).engine.sizes("decode", 8)  # type: ignore[arg-type]
     assert [p.name for p in found] == ["16_9_1080p", "1920x1088"]
 
 

@@ -29,7 +29,7 @@ _FLOAT16_LIMIT = 65504 / 4
 
 
 def _tuning(folder: Path | None, device: torch.device) -> Tuning:
-    """What ``qwen-vae-accel tune`` found for this GPU in the engine directory, or what ships."""
+    """The configurations that ``qwen-vae-accel tune`` found for this GPU in the engine directory, or those that ship."""
     tuned = None if folder is None else read_tuned(folder, Machine.of(device), describe_gpu(device))
     return Tuning() if tuned is None else tuned.tuning()
 

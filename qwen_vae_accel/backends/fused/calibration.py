@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 
 from qwen_vae_accel.backends.base import Job
+from qwen_vae_accel.backends.samples import sample_input
 from qwen_vae_accel.documents import read_json
-from qwen_vae_accel.engines.selfcheck import sample_input
 from qwen_vae_accel.files import write_atomically
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.model.ranges import activation_peaks
-from qwen_vae_accel.plan import Size
+from qwen_vae_accel.sizes import Size
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def _read(path: Path, fingerprint: str) -> dict[str, float] | None:
         if document["version"] == _VERSION and document["weights"] == fingerprint:
             peaks = {name: float(peak) for name, peak in document["peaks"].items()}
             if not all(0 <= peak < math.inf for peak in peaks.values()):
-                raise ValueError("a peak is no finite number")
+                raise ValueError("a peak is not a finite number")
             return peaks
     except FileNotFoundError:
         return None

@@ -12,17 +12,18 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from qwen_vae_accel.backends.base import NO_FLOAT8, EngineBackend, EngineDescription, EngineImage, Environment, Job, Program
+from qwen_vae_accel.backends.base import NO_FLOAT8, EngineBackend, EngineImage, Environment, Job, Program
 from qwen_vae_accel.backends.tensorrt import flavour as flavours
 from qwen_vae_accel.backends.tensorrt.build import BuildReport, Progress, build_engine
 from qwen_vae_accel.backends.tensorrt.crossbuild import common_processor, target_environment, torch_tensorrt_for
-from qwen_vae_accel.backends.tensorrt.engine import LoadedEngine, TensorRTError, deserialize
+from qwen_vae_accel.backends.tensorrt.engine import TensorRTEngine, TensorRTError, deserialize
 from qwen_vae_accel.backends.tensorrt.network import NetworkError, NetworkProgram
 from qwen_vae_accel.backends.tensorrt.runtime import TensorRTProgram
 from qwen_vae_accel.backends.tensorrt.settings import BuildSettings, Capability, capability_text
 from qwen_vae_accel.backends.tensorrt.streams import CudaStreams, Streams
 from qwen_vae_accel.errors import BuildError
 from qwen_vae_accel.plan import EngineKey
+from qwen_vae_accel.sizes import Profile
 
 logger = logging.getLogger(__name__)
 
@@ -199,23 +200,22 @@ class TensorRTBackend(EngineBackend):
 
     def load(self, image: EngineImage, job: Job, key: EngineKey) -> TensorRTProgram:
         engine = self._open(image, job)
-        differences = [*engine.facts.differences(job), *engine.facts.range_differences(job, key)]
+        differences = [*engine.differences(job), *engine.range_differences(job, key)]
         if differences:
             raise TensorRTError("; ".join(differences))
         return TensorRTProgram(engine, job.dtype, job.device, self._streams, len(image.data))
 
     def scratch(self, program: Program) -> tuple[int, ...] | None:
-        return program.facts.scratch if isinstance(program, TensorRTProgram) else None
+        return program.engine.scratch if isinstance(program, TensorRTProgram) else None
 
-    def describe(self, image: EngineImage, job: Job) -> EngineDescription:
-        facts = self._open(image, job).facts
-        differences = facts.differences(job)
+    def profiles(self, image: EngineImage, job: Job) -> tuple[Profile, ...]:
+        engine = self._open(image, job)
+        differences = engine.differences(job)
         if differences:
             raise TensorRTError(f"{image.path.name} is not the VAE's {job.method}r: {'; '.join(differences)}")
-        sizes = facts.sizes(job.method, job.topology.scale)
-        return EngineDescription(facts.input.dtype, sizes, facts.scratch, facts.weights)
+        return engine.sizes(job.method, job.topology.scale)
 
-    def _open(self, image: EngineImage, job: Job) -> LoadedEngine:
+    def _open(self, image: EngineImage, job: Job) -> TensorRTEngine:
         flavour = flavours.installed(Environment.detect(job.device).packages)
         if flavour is None:
             raise TensorRTError(flavours.run_reasons({})[0])

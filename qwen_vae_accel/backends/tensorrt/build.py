@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from qwen_vae_accel.backends.base import Job, export_network
-from qwen_vae_accel.backends.tensorrt.logs import activation_memory, make_recorder
+from qwen_vae_accel.backends.tensorrt.logs import activation_memory, collector_paused, make_recorder
 from qwen_vae_accel.backends.tensorrt.network import Network, NetworkError
 from qwen_vae_accel.backends.tensorrt.settings import BuildSettings, Capability, capability_text
 from qwen_vae_accel.errors import BuildError
@@ -137,6 +137,7 @@ def _is_static(shapes: Sequence[Shapes]) -> bool:
     return all(shape == shapes[0][0] for triple in shapes for shape in triple)
 
 
+@collector_paused()
 def build_engine(
     network: nn.Module,
     job: Job,
@@ -266,7 +267,7 @@ def _configure(
             f"TensorRT took {config.num_optimization_profiles} of {profiles} optimization profiles: {recorder.take()}"
         )
     if settings.version_compatible:
-        # The plan carries the lean runtime that later releases load it with; Torch-TensorRT leaves it out.
+        # The engine carries the lean runtime that later releases load it with; Torch-TensorRT leaves it out.
         config.clear_flag(trt.BuilderFlag.EXCLUDE_LEAN_RUNTIME)
     if targets:
         config.num_compute_capabilities = len(targets)

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from qwen_vae_accel.backends.base import Job
-from qwen_vae_accel.backends.tensorrt.logs import make_logger, make_recorder
+from qwen_vae_accel.backends.tensorrt.logs import collector_paused, make_logger, make_recorder
 from qwen_vae_accel.errors import EngineError
-from qwen_vae_accel.plan import EngineKey, Profile, Size, profile_name
+from qwen_vae_accel.plan import EngineKey
+from qwen_vae_accel.sizes import Profile, Size, profile_name
 
 logger = logging.getLogger(__name__)
 
@@ -62,10 +63,13 @@ class Range:
 
 
 @dataclass(frozen=True, slots=True)
-class EngineFacts:
-    """What an engine says of itself.
+class TensorRTEngine:
+    """An engine in device memory, and what it says of itself. TensorRT's objects keep those that they came from alive.
 
     Attributes:
+        trt: TensorRT's bindings.
+        handle: the ``ICudaEngine``.
+        recorder: collects TensorRT's errors, see :func:`.logs.make_recorder`.
         input: its one input.
         output: its one output.
         ranges: one per optimization profile; one for a static engine.
@@ -73,6 +77,9 @@ class EngineFacts:
         weights: bytes of weights.
     """
 
+    trt: ModuleType
+    handle: Any
+    recorder: Any
     input: Port
     output: Port
     ranges: tuple[Range, ...]
@@ -116,24 +123,8 @@ class EngineFacts:
         ]
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedEngine:
-    """An engine in device memory. TensorRT's objects keep those that they came from alive.
-
-    Attributes:
-        trt: TensorRT's bindings.
-        handle: the ``ICudaEngine``.
-        recorder: collects TensorRT's errors, see :func:`.logs.make_recorder`.
-        facts: what it says of itself.
-    """
-
-    trt: ModuleType
-    handle: Any
-    recorder: Any
-    facts: EngineFacts
-
-
-def deserialize(trt: ModuleType, data: bytes, what: str) -> LoadedEngine:
+@collector_paused()
+def deserialize(trt: ModuleType, data: bytes, what: str) -> TensorRTEngine:
     """Bring the engine ``data`` into the memory of the current device. The caller trusts whoever made it.
 
     Raises:
@@ -144,13 +135,13 @@ def deserialize(trt: ModuleType, data: bytes, what: str) -> LoadedEngine:
         raise TensorRTError(f"TensorRT {trt.__version__} gives no runtime here: is there an NVIDIA driver?")
     recorder = make_recorder(trt)
     runtime.error_recorder = recorder
-    # A version-compatible plan carries the runtime that reads it. Whoever calls this trusts the file's code already.
+    # A version-compatible engine carries the runtime that reads it. Whoever calls this trusts the file's code already.
     runtime.engine_host_code_allowed = True
     handle = runtime.deserialize_cuda_engine(data)
     if handle is None:
         reasons = [*_validity(trt, runtime, data), recorder.take()]
         raise TensorRTError(f"TensorRT {trt.__version__} cannot load {what}: {'; '.join(reasons)}")
-    return LoadedEngine(trt, handle, recorder, read_facts(trt, handle))
+    return _read(trt, handle, recorder)
 
 
 def _validity(trt: ModuleType, runtime: Any, data: bytes) -> list[str]:
@@ -162,8 +153,8 @@ def _validity(trt: ModuleType, runtime: Any, data: bytes) -> list[str]:
     return [name.lower().replace("_", " ") for name, member in members.items() if int(member.value) & int(bits)]
 
 
-def read_facts(trt: ModuleType, engine: Any) -> EngineFacts:
-    """Read ``engine``.
+def _read(trt: ModuleType, engine: Any, recorder: Any) -> TensorRTEngine:
+    """The ``ICudaEngine`` with what it says of itself.
 
     Raises:
         TensorRTError: if it has not one floating-point input and one such output in device memory.
@@ -178,7 +169,7 @@ def read_facts(trt: ModuleType, engine: Any) -> EngineFacts:
     ranges = tuple(_range(source, engine.get_tensor_profile_shape(source.name, index)) for index in profiles)
     scratch = tuple(int(engine.get_device_memory_size_for_profile_v2(index)) for index in profiles)
     weights = int(engine.get_engine_stat(trt.EngineStat.TOTAL_WEIGHTS_SIZE)) if hasattr(engine, "get_engine_stat") else 0
-    return EngineFacts(source, result, ranges, scratch, max(0, weights))
+    return TensorRTEngine(trt, engine, recorder, source, result, ranges, scratch, max(0, weights))
 
 
 def _port(trt: ModuleType, engine: Any, name: str) -> Port:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 import threading
@@ -16,6 +17,29 @@ logger = logging.getLogger(__name__)
 _KEPT = 8
 _CONVERSION_LOGGER = "torch_tensorrt [TensorRT Conversion Context]"
 _ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+)")
+_pauses: list[bool] = []  # one for each block that is inside; the first says whether the collector ran before
+_pausing = threading.Lock()
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Around calls into TensorRT that may log: no cyclic garbage collection, in any thread.
+
+    TensorRT holds a lock of its own while it logs, and takes the same one to destroy a builder or a runtime. A logger is
+    Python code, so a collection may begin inside it; if that finds an old builder in a cycle, the thread waits for itself.
+    """
+    with _pausing:
+        _pauses.append(gc.isenabled())
+        gc.disable()
+    try:
+        yield
+    finally:
+        with _pausing:
+            ran = _pauses.pop(0)
+            if _pauses:
+                _pauses[0] = ran
+            elif ran:
+                gc.enable()
 
 
 def make_logger(trt: ModuleType) -> Any:

@@ -52,7 +52,7 @@ class BuildSettings:
         query_limit: queries per run of the attention, see :class:`qwen_vae_accel.model.spelling.ChunkedAttention`.
 
     Raises:
-        ConfigError: for a value that cannot be meant.
+        ConfigError: for an invalid value.
     """
 
     optimization_level: int | None = None

@@ -18,7 +18,7 @@ class Streams(Protocol):
         queued on the caller's after the block is ordered after the run. Memory handed to the run must outlive the block."""
 
 
-class CudaStreams:
+class CudaStreams(Streams):
     """PyTorch's current stream; for CUDA's default stream, one of our own that events tie to it.
 
     On the default stream (handle 0) TensorRT adds a synchronisation of the whole device to each run. All runs of a

@@ -16,13 +16,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from qwen_vae_accel.bench.cases import BenchError
+from qwen_vae_accel.bench.methods import BenchError
 from qwen_vae_accel.demo.tiny_pipeline import TINY_TRANSFORMER, require_pipelines
 from qwen_vae_accel.errors import ConfigError
 from qwen_vae_accel.loading import load_model, load_vae, random_vae
-from qwen_vae_accel.plan import GUIDE_STATIC, STATIC_MULTIPLE, Size
+from qwen_vae_accel.sizes import GUIDE_STATIC, STATIC_MULTIPLE, Size
 
-TASKS = ("t2i", "i2i")
 STEPS = {"t2i": 5, "i2i": 4}
 TRANSFORMERS = ("full", "tiny")
 # The input images of the guide's editing benchmark. The pipeline scales them to an area of 1024^2, sides of 32.
@@ -34,8 +33,8 @@ _GAIN = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """One request of a service.
+class ImageRequest:
+    """What a service is asked for: one image.
 
     Attributes:
         task: ``"t2i"``, or ``"i2i"`` for an editing request with one image.
@@ -82,7 +81,7 @@ def _stored_transformer(folder: Path, device: torch.device, dtype: torch.dtype) 
     return load_model(QwenImageTransformer2DModel, folder, device, dtype)
 
 
-class Service:
+class Pipelines:
     """Both pipelines over one transformer and one VAE.
 
     Args:
@@ -133,7 +132,7 @@ class Service:
             self._pipelines[task] = made
         return self._pipelines[task]
 
-    def run(self, request: Request, output_type: str = "pil") -> Any:
+    def run(self, request: ImageRequest, output_type: str = "pil") -> Any:
         """The images of one request, always from the same seed."""
         generator = torch.Generator().manual_seed(0)
         width = self.transformer.config.joint_attention_dim
@@ -152,7 +151,7 @@ class Service:
             arguments["image"] = picture(request.size)
         return self.pipeline(request.task)(**arguments).images
 
-    def check_finite(self, request: Request) -> None:
+    def check_finite(self, request: ImageRequest) -> None:
         """Run ``request`` up to its latents.
 
         Raises:

@@ -66,7 +66,7 @@ class KernelKey:
         """
         expected = {"kind": str, "in_channels": int, "out_channels": int, "float8": bool, "epilogue": str, "sm90": bool}
         if not isinstance(values, Mapping) or set(values) != {field.name for field in fields(cls)}:
-            raise ValueError(f"{values!r} is no key of a kernel")
+            raise ValueError(f"{values!r} is not the key of a kernel")
         for name, kind in expected.items():
             if type(values[name]) is not kind:
                 raise ValueError(f"{name} of a kernel's key is {values[name]!r}, not of type {kind.__name__}")

@@ -225,7 +225,7 @@ class Tuner:
                     place = (trial.key, trial.problem)
                     spent = self._clock(trial)
                     best[which][place] = min(spent, best[which].get(place, math.inf))
-                self._progress("compare with what ships", 2 * index + which + 1, 2 * rounds)
+                self._progress("compare with the shipped ones", 2 * index + which + 1, 2 * rounds)
         result = []
         for key in self.candidates:
             shipped, chosen = (sum(spent for (k, _), spent in found.items() if k == key) for found in best)

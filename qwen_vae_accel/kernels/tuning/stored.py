@@ -127,13 +127,13 @@ class TunedGpu:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{value!r} is no text")
+        raise ValueError(f"{value!r} is not a string")
     return value
 
 
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{value!r} is no positive number")
+        raise ValueError(f"{value!r} is not a positive number")
     return float(value)
 
 
@@ -188,5 +188,5 @@ def read_tuned(folder: Path, machine: Machine, gpu: Gpu) -> TunedGpu | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        logger.warning("%s is not used, the shipped configurations are: %s", path, error)
+        logger.warning("%s is not used; the shipped configurations serve: %s", path, error)
         return None

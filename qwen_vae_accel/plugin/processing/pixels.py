@@ -49,7 +49,7 @@ def to_pixels(image: Tensor, denormalize: Denormalize) -> np.ndarray | None:
 
 
 def on_device(image: Tensor, denormalize: Denormalize) -> np.ndarray | None:
-    """:func:`to_pixels` by torch, wherever ``image`` is."""
+    """Do the work of :func:`to_pixels` by torch, wherever ``image [B, C, H, W]`` is."""
     batch, channels, height, width = image.shape
     pixels = torch.empty((batch, height, width, channels), dtype=torch.uint8, device=image.device)
     values = denormalize(image)
@@ -60,7 +60,7 @@ def on_device(image: Tensor, denormalize: Denormalize) -> np.ndarray | None:
 
 
 def in_bands(image: Tensor, denormalize: Denormalize) -> np.ndarray | None:
-    """:func:`to_pixels` for the CPU: bands of rows, scaled by numpy as diffusers does."""
+    """Do the work of :func:`to_pixels` on the CPU: ``image [B, C, H, W]`` in bands of rows, scaled by numpy."""
     batch, channels, height, width = image.shape
     pixels = np.empty((batch, height, width, channels), dtype=np.uint8)
     rows = max(1, _CPU_BAND_ELEMENTS // (batch * channels * width))
@@ -80,7 +80,7 @@ def to_array(image: Tensor) -> np.ndarray:
 
 
 def to_host(x: Tensor) -> Tensor:
-    """``x`` in host memory: one asynchronous copy into pinned memory from a GPU, ``x`` itself on the CPU."""
+    """Bring ``x``, of any shape, into host memory: one asynchronous copy into pinned memory from a GPU, ``x`` on the CPU."""
     if not x.is_cuda:
         return x
     host = torch.empty_like(x, device="cpu", pin_memory=True)

@@ -40,8 +40,8 @@ class PostProcessing(Replacement):
     PARTS = ("_denormalize_conditionally", "denormalize", "pt_to_numpy", "numpy_to_pil")
 
     def run(self, processor: Any, image: Any, output_type: str = "pil", do_denormalize: list[bool] | None = None) -> Any:
-        """What the patched method does; arguments, results and errors are those of diffusers."""
-        original = functools.partial(type(processor).postprocess, processor, image, output_type, do_denormalize)
+        """Do the method's work; arguments, results and errors are those of diffusers."""
+        original = functools.partial(self.original(processor), image, output_type, do_denormalize)
         if output_type in ("pt", "latent"):
             return original()
         reason = self._unusual(processor, image, output_type)
@@ -49,13 +49,13 @@ class PostProcessing(Replacement):
             denormalize = functools.partial(processor._denormalize_conditionally, do_denormalize=do_denormalize)
             with torch.no_grad():
                 if output_type == "np":
-                    self._journal.call(self.METHOD, DEVICE)
+                    self._journal.served(self.METHOD, DEVICE)
                     return to_array(denormalize(image))
                 pixels = to_pixels(image, denormalize)
             if pixels is not None:
-                self._journal.call(self.METHOD, DEVICE)
+                self._journal.served(self.METHOD, DEVICE)
                 return to_pil(pixels)
-            reason = "values outside [0, 1], or NaN: what their cast to uint8 gives is up to numpy"
+            reason = "values outside [0, 1], or NaN: numpy decides what their cast to uint8 gives"
         return self.fall_back(original, reason)
 
     def _unusual(self, processor: Any, image: Any, output_type: str) -> str:

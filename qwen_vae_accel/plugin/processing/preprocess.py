@@ -66,8 +66,8 @@ class PreProcessing(Replacement):
         resize_mode: str = "default",
         crops_coords: tuple[int, int, int, int] | None = None,
     ) -> Any:
-        """What the patched method does; arguments, errors and results, but for their device, are those of diffusers."""
-        original = functools.partial(type(processor).preprocess, processor, image, height, width, resize_mode, crops_coords)
+        """Do the method's work; arguments, errors and results, but for their device, are those of diffusers."""
+        original = functools.partial(self.original(processor), image, height, width, resize_mode, crops_coords)
         vae = self._vae()
         device = execution_device(vae) if vae is not None else torch.device("meta")
         reason = self._unusual(processor, image, resize_mode, crops_coords, device)
@@ -80,10 +80,10 @@ class PreProcessing(Replacement):
                 except torch.OutOfMemoryError:
                     reason = f"out of memory on {device}"
                 else:
-                    self._journal.call(self.METHOD, DEVICE)
+                    self._journal.served(self.METHOD, DEVICE)
                     return values
             else:
-                reason = "images without pixels, of different shapes, or of other values than bytes"
+                reason = "images without pixels, of different shapes, or with values other than bytes"
         return self.fall_back(original, reason)
 
     def _unusual(self, processor: Any, image: Any, resize_mode: str, crops_coords: Any, device: torch.device) -> str:
@@ -102,7 +102,7 @@ class PreProcessing(Replacement):
         return ""
 
     def _table(self, processor: Any, device: torch.device) -> Tensor:
-        """What each byte becomes: float32 ``[256]`` on ``device``, computed once by the processor's own methods on the CPU."""
+        """The value of each byte: float32 ``[256]`` on ``device``, computed once by the processor's own methods on the CPU."""
         normalize = bool(processor.config.do_normalize)
         table = self._tables.get((device, normalize))
         if table is None:
@@ -114,7 +114,7 @@ class PreProcessing(Replacement):
 
 
 def _prepared(processor: Any, images: list[Any], height: int | None, width: int | None) -> list[Any]:
-    """What diffusers does with PIL images before it takes their bytes, by the processor's own methods."""
+    """The images as diffusers has them before it takes their bytes, by the processor's own methods."""
     config = processor.config
     if config.do_resize:
         height, width = processor.get_default_height_width(images[0], height, width)

@@ -5,15 +5,15 @@ Only an untouched instance of exactly that class is known well enough; every oth
 
 from __future__ import annotations
 
-import functools
 import logging
-import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from qwen_vae_accel.errors import HandleError
 from qwen_vae_accel.journal import ORIGINAL, Journal
+from qwen_vae_accel.model.custom import plain_class
+from qwen_vae_accel.plugin.patch import Patch, owner_of
 
 logger = logging.getLogger(__name__)
 
@@ -38,25 +38,14 @@ class Replacement:
     def __init__(self, processor: Any, journal: Journal) -> None:
         self._processor = weakref.ref(processor)
         self._journal = journal
-        processor.__dict__[self.METHOD] = types.MethodType(_method(type(self), type(processor)), processor)
-        processor.__dict__[self._state()] = self
-
-    # A copy or a pickle of the processor is a plain one: its method finds no state of its own.
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        return None
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return type(None), ()
+        self._before: Mapping[str, Any]
+        PROCESSOR.install(processor, self, (self.METHOD,))
 
     @classmethod
     def install(cls, processor: Any, journal: Journal, **options: Any) -> Replacement | None:
         """Replace the method, or say in the log and the journal why it is left alone; None then, or if it was done."""
-        state = processor.__dict__.get(cls._state()) if hasattr(processor, "__dict__") else None
-        if isinstance(state, cls) and state.of(processor):
+        if hasattr(processor, "__dict__") and owner_of(processor, cls.METHOD) is not None:
             return None
-        if hasattr(processor, "__dict__"):
-            cls._remove_leftovers(processor)
         why = cls.reasons(processor)
         for reason in why:
             journal.leave_alone(cls.METHOD, reason)
@@ -68,7 +57,7 @@ class Replacement:
         """Why the method of ``processor`` is left alone; empty if it can be replaced."""
         from diffusers.image_processor import VaeImageProcessor
 
-        if type(processor) is not VaeImageProcessor:
+        if plain_class(processor) is not VaeImageProcessor:
             return [f"its image processor is a {type(processor).__name__}, not a VaeImageProcessor"]
         patched = [
             name
@@ -77,28 +66,31 @@ class Replacement:
         ]
         return [f"its image processor has its own {name}" for name in patched]
 
-    def of(self, processor: Any) -> bool:
+    def _is_of(self, processor: Any) -> bool:
         """Whether this is the replacement in ``processor``, not in one it was copied from."""
         return self._processor() is processor
 
     def check_removable(self) -> None:
         """Raise HandleError if something else patched the method since."""
         processor = self._processor()
-        if processor is not None and not getattr(processor.__dict__.get(self.METHOD), "__qwen_vae_accel__", False):
-            raise HandleError(
-                f"image_processor.{self.METHOD} was patched again after accelerate(); undo that first, "
-                "or the other patch would be lost"
-            )
+        patched = PROCESSOR.patched_since(processor, (self.METHOD,)) if processor is not None else ""
+        if patched:
+            raise HandleError(f"{patched}; undo that first, or the other patch would be lost")
 
     def remove(self) -> None:
         """Give the processor back its own method; nothing of this class is left in it."""
         processor = self._processor()
         if processor is not None:
-            self._remove(processor)
+            PROCESSOR.remove(processor, (self.METHOD,), self._before)
 
     def run(self, processor: Any, *args: Any, **kwargs: Any) -> Any:
-        """What the replaced method does; arguments, results and errors are those of diffusers."""
+        """Do the method's work; arguments, results and errors are those of diffusers."""
         raise NotImplementedError
+
+    def original(self, processor: Any) -> Callable[..., Any]:
+        """Diffusers' own method of ``processor``, whose class anybody may have patched by now."""
+        method: Callable[..., Any] = getattr(plain_class(processor), self.METHOD).__get__(processor)
+        return method
 
     def patched_since(self, processor: Any) -> bool:
         """Whether one of :attr:`PARTS` became somebody's own after the replacement."""
@@ -107,27 +99,8 @@ class Replacement:
     def fall_back(self, original: Callable[[], Any], reason: str) -> Any:
         """The result of diffusers' own method, counted as a fallback for ``reason``."""
         result = original()
-        self._journal.call(self.METHOD, ORIGINAL)
-        if self._journal.fallback(self.METHOD, ORIGINAL, reason):
-            logger.warning("%s is not accelerated: %s", self.METHOD, reason)
+        self._journal.served(self.METHOD, ORIGINAL, reason)
         return result
-
-    @classmethod
-    def _state(cls) -> str:
-        return f"_qwen_vae_accel_{cls.METHOD}"
-
-    @classmethod
-    def _remove_leftovers(cls, processor: Any) -> None:
-        """Take out what a copy or a pickle of a replaced processor carries; it has no state of its own."""
-        method = processor.__dict__.get(cls.METHOD)
-        plain = getattr(method, "__func__", None) is getattr(type(processor), cls.METHOD, cls.METHOD)
-        if getattr(method, "__qwen_vae_accel__", False) or (plain and cls._state() in processor.__dict__):
-            cls._remove(processor)
-
-    @classmethod
-    def _remove(cls, processor: Any) -> None:
-        processor.__dict__.pop(cls.METHOD, None)
-        processor.__dict__.pop(cls._state(), None)
 
 
 def _is_diffusers_own(owner: type, name: str) -> bool:
@@ -136,15 +109,8 @@ def _is_diffusers_own(owner: type, name: str) -> bool:
     return own and getattr(function, "__qualname__", None) == f"{owner.__name__}.{name}"
 
 
-def _method(replacement: type[Replacement], owner: type) -> Callable[..., Any]:
-    original = getattr(owner, replacement.METHOD)
+def _run(replacement: Replacement, *args: Any, **kwargs: Any) -> Any:
+    return replacement.run(*args, **kwargs)
 
-    @functools.wraps(original)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        state = self.__dict__.get(replacement._state())
-        if not isinstance(state, replacement) or not state.of(self):
-            return getattr(owner, replacement.METHOD)(self, *args, **kwargs)
-        return state.run(self, *args, **kwargs)
 
-    method.__qwen_vae_accel__ = True  # type: ignore[attr-defined]
-    return method
+PROCESSOR = Patch("image_processor", {"preprocess": _run, "postprocess": _run})

@@ -330,7 +330,7 @@ def replaced(old: str, new: str) -> str:
         (replaced('"triton": "3.6.0"', '"triton": "3.5.1"'), "triton 3.5.1, here 3.6.0"),
         (replaced('"block_rows": 128', '"block_rows": 112'), "not among the configurations"),
         (replaced('"block_rows": 128', '"block_rows": true'), "not among the configurations"),
-        (replaced('"wave": 0.6', '"wave": NaN'), "NaN is no JSON"),
+        (replaced('"wave": 0.6', '"wave": NaN'), "NaN is not JSON"),
         (replaced('"stages": 3', '"steps": 3'), "other fields"),
         (replaced('"conv"', '"comv"'), "valid Kind"),
         (replaced('"in_channels": 384', '"in_channels": 385'), "no kernel conv 385->384 norm"),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qwen_vae_accel.backends.tensorrt.network.reading import Compute, Inputs, Kind, Layer, widened
+from qwen_vae_accel.backends.tensorrt.network.reading import Compute, Inputs, Layer, LayerKind, widened
 
 _Binary = Callable[[Tensor, Tensor], Tensor]
 _Unary = Callable[[Tensor], Tensor]
@@ -170,12 +170,12 @@ def _select(layer: Layer) -> Compute:
 
 
 KINDS = {
-    "ELEMENTWISE": Kind("IElementWiseLayer", ("op",), _elementwise),
-    "UNARY": Kind("IUnaryLayer", ("op",), _unary),
-    "ACTIVATION": Kind("IActivationLayer", ("alpha", "beta"), _activation),
-    "REDUCE": Kind("IReduceLayer", ("axes", "keep_dims", "op"), _reduce),
-    "SOFTMAX": Kind("ISoftMaxLayer", ("axes",), _softmax),
-    "MATRIX_MULTIPLY": Kind("IMatrixMultiplyLayer", ("op0", "op1"), _matrix_multiply),
-    "CAST": Kind("ICastLayer", ("to_type",), _cast),
-    "SELECT": Kind("ISelectLayer", (), _select),
+    "ELEMENTWISE": LayerKind("IElementWiseLayer", ("op",), _elementwise),
+    "UNARY": LayerKind("IUnaryLayer", ("op",), _unary),
+    "ACTIVATION": LayerKind("IActivationLayer", ("alpha", "beta"), _activation),
+    "REDUCE": LayerKind("IReduceLayer", ("axes", "keep_dims", "op"), _reduce),
+    "SOFTMAX": LayerKind("ISoftMaxLayer", ("axes",), _softmax),
+    "MATRIX_MULTIPLY": LayerKind("IMatrixMultiplyLayer", ("op0", "op1"), _matrix_multiply),
+    "CAST": LayerKind("ICastLayer", ("to_type",), _cast),
+    "SELECT": LayerKind("ISelectLayer", (), _select),
 }

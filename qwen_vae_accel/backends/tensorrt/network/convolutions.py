@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen_vae_accel.backends.tensorrt.network.reading import Compute, Kind, Layer, widened
+from qwen_vae_accel.backends.tensorrt.network.reading import Compute, Layer, LayerKind, widened
 
 _PARAMETERS = (
     "bias", "dilation_nd", "kernel", "kernel_size_nd", "num_groups", "num_output_maps", "padding_mode", "padding_nd",
@@ -158,6 +158,6 @@ def _deconvolution(layer: Layer) -> Compute:
 
 
 KINDS = {
-    "CONVOLUTION": Kind("IConvolutionLayer", _PARAMETERS, _convolution),
-    "DECONVOLUTION": Kind("IDeconvolutionLayer", _PARAMETERS, _deconvolution),
+    "CONVOLUTION": LayerKind("IConvolutionLayer", _PARAMETERS, _convolution),
+    "DECONVOLUTION": LayerKind("IDeconvolutionLayer", _PARAMETERS, _deconvolution),
 }

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from qwen_vae_accel.backends.tensorrt.network import arithmetic, convolutions, shapes
-from qwen_vae_accel.backends.tensorrt.network.reading import TYPES, Kind, Layer, NetworkError, sides
+from qwen_vae_accel.backends.tensorrt.network.reading import TYPES, Layer, LayerKind, NetworkError, sides
 
-KINDS: Mapping[str, Kind] = {**shapes.KINDS, **arithmetic.KINDS, **convolutions.KINDS}
+KINDS: Mapping[str, LayerKind] = {**shapes.KINDS, **arithmetic.KINDS, **convolutions.KINDS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Value:
     dtype: torch.dtype
 
     def refuses(self, x: Tensor) -> str:
-        """Why ``x`` cannot be its value; empty if it can."""
+        """Why ``x``, of any shape, cannot be its value; empty if it can."""
         if x.dtype != self.dtype:
             return f"it is of type {x.dtype}, TensorRT says {self.dtype}"
         expected = self.shape
@@ -117,7 +117,7 @@ class Network:
         return Value(tensor.name, sides(tensor.shape), dtype)
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Compute the outputs for ``inputs``, both by name.
+        """Compute the outputs for ``inputs``, both by name, in the shapes that :class:`Value` gives.
 
         Floats are computed on the device of the first input, whole numbers on the CPU. On PyTorch's ``meta`` device no
         value is computed, and the shapes of all tensors are still checked.

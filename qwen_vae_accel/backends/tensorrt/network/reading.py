@@ -37,7 +37,7 @@ class NetworkError(BuildError):
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class LayerKind:
     """How layers of one kind are read.
 
     Attributes:
@@ -63,7 +63,7 @@ class Layer:
         NetworkError: if its kind is not known, or it has parameters that its kind should not have.
     """
 
-    def __init__(self, trt: ModuleType, handle: Any, kinds: Mapping[str, Kind]) -> None:
+    def __init__(self, trt: ModuleType, handle: Any, kinds: Mapping[str, LayerKind]) -> None:
         self.name: str = handle.name
         # The class of some kinds has a "type" of its own, and the object may have been opened before.
         self.kind: str = trt.ILayer.type.__get__(handle).name
@@ -193,7 +193,7 @@ def _bfloat16(trt: ModuleType, weights: Any) -> Tensor:
 
 
 def widened(compute: Callable[..., Tensor], layer: Layer) -> Compute:
-    """``compute`` on inputs of one type; of float32 for 16-bit floats, rounded once at the end as TensorRT's kernels do."""
+    """``compute`` on inputs of one type; 16-bit floats go through float32, and are rounded once at the end as TensorRT does."""
 
     def run(inputs: Inputs) -> Tensor:
         types = {x.dtype for x in inputs if x is not None}
@@ -214,5 +214,5 @@ def present(inputs: Inputs, index: int) -> Tensor | None:
 
 
 def numbers(tensor: Tensor) -> tuple[int, ...]:
-    """The elements of a shape tensor."""
+    """The elements of a shape tensor ``[N]`` or ``[]``."""
     return tuple(int(value) for value in tensor.flatten().tolist())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qwen_vae_accel.backends.tensorrt.network.reading import Compute, Inputs, Kind, Layer, numbers, present
+from qwen_vae_accel.backends.tensorrt.network.reading import Compute, Inputs, Layer, LayerKind, numbers, present
 
 
 def _first(layer: Layer, inputs: Inputs) -> Tensor:
@@ -201,14 +201,16 @@ def _resize(layer: Layer) -> Compute:
 
 
 KINDS = {
-    "CONSTANT": Kind("IConstantLayer", ("shape", "weights"), _constant),
-    "IDENTITY": Kind("IIdentityLayer", (), _identity),
-    "SHAPE": Kind("IShapeLayer", (), _shape),
-    "CONCATENATION": Kind("IConcatenationLayer", ("axis",), _concatenation),
-    "SHUFFLE": Kind("IShuffleLayer", ("first_transpose", "reshape_dims", "second_transpose", "zero_is_placeholder"), _shuffle),
-    "SLICE": Kind("ISliceLayer", ("axes", "mode", "shape", "start", "stride"), _slice),
-    "GATHER": Kind("IGatherLayer", ("axis", "mode", "num_elementwise_dims"), _gather),
-    "RESIZE": Kind(
+    "CONSTANT": LayerKind("IConstantLayer", ("shape", "weights"), _constant),
+    "IDENTITY": LayerKind("IIdentityLayer", (), _identity),
+    "SHAPE": LayerKind("IShapeLayer", (), _shape),
+    "CONCATENATION": LayerKind("IConcatenationLayer", ("axis",), _concatenation),
+    "SHUFFLE": LayerKind(
+        "IShuffleLayer", ("first_transpose", "reshape_dims", "second_transpose", "zero_is_placeholder"), _shuffle
+    ),
+    "SLICE": LayerKind("ISliceLayer", ("axes", "mode", "shape", "start", "stride"), _slice),
+    "GATHER": LayerKind("IGatherLayer", ("axis", "mode", "num_elementwise_dims"), _gather),
+    "RESIZE": LayerKind(
         "IResizeLayer",
         ("coordinate_transformation", "cubic_coeff", "exclude_outside", "nearest_rounding", "resize_mode", "scales",
          "selector_for_single_pixel", "shape"),

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from qwen_vae_accel.bench.cases import BenchError
-from qwen_vae_accel.bench.serve.pipelines import Request, Service
+from qwen_vae_accel.bench.methods import BenchError
+from qwen_vae_accel.bench.serve.pipelines import ImageRequest, Pipelines
 from qwen_vae_accel.bench.serve.stopwatch import MIB, PARTS, Stopwatch
 from qwen_vae_accel.config import AccelConfig
 from qwen_vae_accel.journal import ORIGINAL, Journal
-from qwen_vae_accel.plan import STATIC_MULTIPLE, Size
 from qwen_vae_accel.plugin.handle import Handle, accelerate
 from qwen_vae_accel.plugin.processing import PostProcessing
+from qwen_vae_accel.sizes import STATIC_MULTIPLE, Size
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +49,10 @@ def vae_ms(parts: Mapping[str, float]) -> float:
 
 
 class Measurement:
-    """Measures requests of a service.
+    """Measures requests to pipelines, plain and accelerated.
 
     Args:
-        service: the pipelines.
+        pipelines: which serve them.
         repeats: requests after the first one of each size; their median counts.
         backend: of ``accelerate``.
         engine_dir: where a backend that has engines keeps them; those that are missing are built first. None: none are used.
@@ -62,14 +62,14 @@ class Measurement:
 
     def __init__(
         self,
-        service: Service,
+        pipelines: Pipelines,
         repeats: int,
         backend: str,
         engine_dir: str | None,
         told: Callable[[str], None],
         offload_reference: bool = False,
     ) -> None:
-        self._service = service
+        self._pipelines = pipelines
         self._repeats = repeats
         self._backend = backend
         self._engine_dir = engine_dir
@@ -82,7 +82,7 @@ class Measurement:
         Args:
             wanted: the sizes of each task.
         """
-        requests = {task: [Request(task, size) for size in sizes] for task, sizes in wanted.items()}
+        requests = {task: [ImageRequest(task, size) for size in sizes] for task, sizes in wanted.items()}
         plain = {task: self._plain(task, of_task) for task, of_task in requests.items()}
         # All plain requests come first: what acceleration loads into the process is not counted to them.
         at_rest = self._at_rest()
@@ -92,27 +92,27 @@ class Measurement:
             if at_rest is not None:
                 entry |= {"plain_mib": at_rest, "extra_mib": entry["accelerated_mib"] - at_rest}
             memory.append(entry)
-            seen = {_shapes(Request(task, WARMUP))}
+            seen = {_shapes(ImageRequest(task, WARMUP))}
             for row in zip(of_task, plain[task], ours, strict=True):
                 rows.append({**_row(*row), "new_size": _shapes(row[0]) not in seen})
                 seen.add(_shapes(row[0]))
         return rows, memory
 
-    def _plain(self, task: str, requests: Sequence[Request]) -> list[Done]:
-        warmup = Request(task, WARMUP)
-        self._service.check_finite(warmup)
-        self._service.run(warmup)
+    def _plain(self, task: str, requests: Sequence[ImageRequest]) -> list[Done]:
+        warmup = ImageRequest(task, WARMUP)
+        self._pipelines.check_finite(warmup)
+        self._pipelines.run(warmup)
         return [self._send(request, None) for request in requests]
 
-    def _accelerated(self, task: str, requests: Sequence[Request]) -> tuple[list[Done], Values]:
-        pipeline = self._service.pipeline(task)
+    def _accelerated(self, task: str, requests: Sequence[ImageRequest]) -> tuple[list[Done], Values]:
+        pipeline = self._pipelines.pipeline(task)
         config = self._config(task, [request.size for request in requests])
         start = time.perf_counter()
         if config.engine_dir is not None:
             with accelerate(pipeline, config) as handle:
                 handle.warmup(progress=False)
         with accelerate(pipeline, config) as handle:
-            self._service.run(Request(task, WARMUP))
+            self._pipelines.run(ImageRequest(task, WARMUP))
             warmup_s = time.perf_counter() - start
             done = [self._send(request, handle) for request in requests]
             return done, {"task": task, "warmup_s": warmup_s, "accelerated_mib": self._at_rest()}
@@ -120,12 +120,12 @@ class Measurement:
     def _config(self, task: str, sizes: Sequence[Size]) -> AccelConfig:
         options: Values = {}
         if self._engine_dir is not None:
-            shapes = [shape for size in sizes for shape in _shapes(Request(task, size)) if shape is not None]
+            shapes = [shape for size in sizes for shape in _shapes(ImageRequest(task, size)) if shape is not None]
             names = tuple(dict.fromkeys(map(str, shapes)))
             options = {"engine_dir": self._engine_dir, "sizes": names, "on_miss": "build"}
         return AccelConfig(task=task, backend=self._backend, offload_reference=self._offload_reference, **options)
 
-    def _send(self, request: Request, handle: Handle | None) -> Done:
+    def _send(self, request: ImageRequest, handle: Handle | None) -> Done:
         """The first request of its size, then the others; a failure is told in the values."""
         side = PLAIN if handle is None else ACCELERATED
         try:
@@ -140,16 +140,16 @@ class Measurement:
         self._told(f"{request.task} {request.size!s:>10} {side:<12} {text}")
         return done
 
-    def _measure(self, request: Request, handle: Handle | None) -> Done:
+    def _measure(self, request: ImageRequest, handle: Handle | None) -> Done:
         samples: list[dict[str, float]] = []
         peaks: list[float] = []
         rises: list[dict[str, float]] = []
         before = _served(handle)
-        with Stopwatch(self._service.pipeline(request.task), self._service.device) as watch:
+        with Stopwatch(self._pipelines.pipeline(request.task), self._pipelines.device) as watch:
             for _ in range(1 + self._repeats):
                 watch.start()
                 start = watch.now()
-                images = self._service.run(request)
+                images = self._pipelines.run(request)
                 total = (watch.now() - start) * 1e3
                 parts = {part: watch.ms[part] for part in PARTS if part in watch.ms}
                 samples.append({**parts, "other": total - sum(parts.values()), "total": total})
@@ -161,7 +161,7 @@ class Measurement:
             "median": {part: statistics.median(sample[part] for sample in rest) for part in first},
             "least": {part: min(sample[part] for sample in rest) for part in first},
             "samples": len(rest),
-            "peak_mib": max(peaks[1:]) if self._service.device.type == "cuda" else None,
+            "peak_mib": max(peaks[1:]) if self._pipelines.device.type == "cuda" else None,
             "activation_mib": {part: max(rise[part] for rise in rises[1:]) for part in rises[0]},
         }
         values["first_extra_ms"] = vae_ms(first) - vae_ms(values["median"])
@@ -183,12 +183,12 @@ class Measurement:
 
     def _at_rest(self) -> float | None:
         """MiB of the GPU in use, caches that can be given back given back; None on the CPU."""
-        if self._service.device.type != "cuda":
+        if self._pipelines.device.type != "cuda":
             return None
         gc.collect()
-        torch.cuda.synchronize(self._service.device)
+        torch.cuda.synchronize(self._pipelines.device)
         torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info(self._service.device)
+        free, total = torch.cuda.mem_get_info(self._pipelines.device)
         return float((total - free) / MIB)
 
 
@@ -202,7 +202,7 @@ def _difference(before: Mapping[str, Mapping[str, int]], after: Mapping[str, Map
     return {m: served for m, calls in counts.items() if (served := {n: count for n, count in calls.items() if count})}
 
 
-def _shapes(request: Request) -> tuple[Size | None, Size]:
+def _shapes(request: ImageRequest) -> tuple[Size | None, Size]:
     """The sizes that a request encodes and decodes."""
     if request.task == "t2i":
         return None, request.size.floor(STATIC_MULTIPLE)
@@ -213,7 +213,7 @@ def _shapes(request: Request) -> tuple[Size | None, Size]:
     return encoded, Size(*edit.calculate_dimensions(1024 * 1024, ratio)[:2])
 
 
-def _row(request: Request, plain: Done, ours: Done) -> Values:
+def _row(request: ImageRequest, plain: Done, ours: Done) -> Values:
     encoded, decoded = _shapes(request)
     row: Values = {
         "task": request.task,

@@ -26,12 +26,13 @@ from qwen_vae_accel.backends.registry import direct_backends, engine_backends, g
 from qwen_vae_accel.config import FLOAT8, AccelConfig, dtype_name
 from qwen_vae_accel.errors import AccelError, ConfigError
 from qwen_vae_accel.model import ModelSource
-from qwen_vae_accel.plan import STATIC_MULTIPLE, Size, parse_size
 from qwen_vae_accel.plugin.handle import accelerate
-from qwen_vae_accel.plugin.patch import handle_of
+from qwen_vae_accel.plugin.methods import handle_of
+from qwen_vae_accel.sizes import STATIC_MULTIPLE, Size, parse_size
 
 BASELINE = "diffusers"
-TASKS = ("decode", "encode")
+# What `--task` of the command and `task` of a row name; the configuration's task is a kind of request.
+DIRECTIONS = ("decode", "encode")
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "fp8"}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SUFFIX = "-mp"
@@ -46,7 +47,7 @@ class BenchError(AccelError, RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class Trial:
     """One row: a method on one network at one size."""
 
     method: Method
@@ -55,7 +56,7 @@ class Case:
 
 
 # Gives a function from the network's input [1, C, 1, H, W] to its output [1, C', H', W'], as long as it is open.
-Prepare = Callable[[nn.Module, Case, Path], AbstractContextManager[Run]]
+Prepare = Callable[[nn.Module, Trial, Path], AbstractContextManager[Run]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,43 +99,43 @@ def _require_unpatched(vae: nn.Module) -> None:
 
 
 @contextmanager
-def _diffusers(vae: nn.Module, case: Case, folder: Path) -> Iterator[Run]:
+def _diffusers(vae: nn.Module, trial: Trial, folder: Path) -> Iterator[Run]:
     _require_unpatched(vae)
-    yield _call(vae, case.task)
+    yield _call(vae, trial.task)
     _require_unpatched(vae)
 
 
 @contextmanager
-def _compiled(vae: nn.Module, case: Case, folder: Path) -> Iterator[Run]:
+def _compiled(vae: nn.Module, trial: Trial, folder: Path) -> Iterator[Run]:
     """diffusers with ``torch.compile`` on its network, for any size: one compilation serves a whole run."""
-    network: Any = vae.get_submodule("decoder" if case.task == "decode" else "encoder")
+    network: Any = vae.get_submodule("decoder" if trial.task == "decode" else "encoder")
     network.compile(dynamic=True)
-    with _diffusers(vae, case, folder) as run:
+    with _diffusers(vae, trial, folder) as run:
         yield run
 
 
 @contextmanager
-def _accelerated(vae: nn.Module, case: Case, folder: Path, *, backend: str, multi_profile: bool) -> Iterator[Run]:
+def _accelerated(vae: nn.Module, trial: Trial, folder: Path, *, backend: str, multi_profile: bool) -> Iterator[Run]:
     needs_engines = isinstance(get_backend(backend), EngineBackend)
     config = AccelConfig(
-        task="t2i" if case.task == "decode" else "i2i",
+        task="t2i" if trial.task == "decode" else "i2i",
         backend=backend,
-        engine_dir=str(folder / SHORT[case.method.dtype]) if needs_engines else None,
+        engine_dir=str(folder / SHORT[trial.method.dtype]) if needs_engines else None,
         multi_profile=multi_profile,
-        sizes=None if multi_profile else (str(case.size),),
+        sizes=None if multi_profile else (str(trial.size),),
         on_miss="build" if needs_engines else None,
-        decode_dtype=FLOAT8 if case.method.float8 else None,
+        decode_dtype=FLOAT8 if trial.method.float8 else None,
     )
     with accelerate(vae, config) as handle:
-        yield _call(vae, case.task)
+        yield _call(vae, trial.task)
         report = handle.report().as_dict()
-        if set(report["calls"][case.task]) != {backend}:
+        if set(report["calls"][trial.task]) != {backend}:
             reasons = "; ".join(f["reason"] for f in report["fallbacks"])
-            raise BenchError(f"served by {', '.join(report['calls'][case.task])} instead: {reasons}")
+            raise BenchError(f"served by {', '.join(report['calls'][trial.task])} instead: {reasons}")
 
 
 @contextmanager
-def _fastvae(vae: Any, case: Case, folder: Path) -> Iterator[Run]:
+def _fastvae(vae: Any, trial: Trial, folder: Path) -> Iterator[Run]:
     """fastvae's adapter for Wan 2.1, fed the same weights under the same names."""
     names = set(inspect.signature(AutoencoderKLWan.__init__).parameters)
     wan = AutoencoderKLWan(**{name: value for name, value in vae.config.items() if name in names})
@@ -186,7 +187,7 @@ def default_methods(vae: nn.Module, device: torch.device, dtype: torch.dtype) ->
         names.append("diffusers-compile")
         candidates += [(backend.name, torch.float16) for backend in direct_backends()[:-1] if dtype != torch.float16]
     for name, kind in candidates:
-        if not any(get_backend(name).reasons(environment, Job(task, topology, kind, device)) for task in TASKS):
+        if not any(get_backend(name).reasons(environment, Job(task, topology, kind, device)) for task in DIRECTIONS):
             names.append(f"{name}:{SHORT[kind]}")
     if not get_backend("fused").reasons(environment, Job("decode", topology, torch.bfloat16, device, float8=True)):
         names.append("fused:fp8")
