@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -24,10 +24,14 @@ from qwen_vae_accel.engines.wanted import Wanted
 from qwen_vae_accel.errors import BackendUnavailableError, BuildError, ConfigError, EngineMissingError, EngineRefusedError
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.plan import EngineKey
-from tests.fixtures_cli import Cli
 from tests.helpers import CPU, Reference, decoded, moments, picture, randn
 from tests.tensorrt.conftest import job_of, key_of, missing_rtx
 from tests.tensorrt.standin import StandIn, engine_file
+
+if TYPE_CHECKING:
+    from tests.fixtures_cli import Cli
+
+pytest_plugins = ["tests.fixtures_cli"]
 
 CLASSIC = {"torch-tensorrt": "2.14.0", "tensorrt": "11.1.0.5"}
 RTX = {"torch-tensorrt-rtx": "2.13.0", "tensorrt-rtx": "1.5.0.114"}
