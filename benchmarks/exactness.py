@@ -16,7 +16,7 @@ from qwen_vae_accel.backends.samples import sample_input
 from qwen_vae_accel.engines.selfcheck import exact_output, published_error
 from qwen_vae_accel.loading import load_vae
 from qwen_vae_accel.model import ModelSource
-from qwen_vae_accel.plan import Size
+from qwen_vae_accel.sizes import Size
 
 TINY = Path(__file__).parents[1] / "examples" / "data" / "tiny_qwen_image_vae"
 SIZES = (Size(64, 64), Size(128, 96))

@@ -18,7 +18,8 @@ import torch
 from qwen_vae_accel.documents import parse_json, read_json
 from qwen_vae_accel.errors import ConfigError, shown
 from qwen_vae_accel.files import is_path
-from qwen_vae_accel.plan import LATENT_SCALE, Plan
+from qwen_vae_accel.plan import Plan
+from qwen_vae_accel.sizes import LATENT_SCALE, PRESETS, Size
 
 logger = logging.getLogger(__name__)
 
@@ -79,13 +80,15 @@ class AccelConfig:
     """How a VAE is to be accelerated. All fields have a default; all are checked when the value is made.
 
     Attributes:
-        task: ``"t2i"`` (text-to-image) or ``"i2i"`` (image editing); ``build`` and ``warmup`` leave the encoder out for t2i.
+        task: ``"t2i"`` (text-to-image) or ``"i2i"`` (image editing); ``warmup`` leaves the encoder out for t2i.
         backend: ``"auto"`` takes an engine where one fits, else the first backend that can run; a name is taken or
             refused with its reasons.
         engine_dir: folder of compiled engines; None: no engines.
-        multi_profile: one engine of several optimization profiles instead of one engine per size.
-        sizes: sizes to have engines for: the guide's names, ``"WIDTHxHEIGHT"``, and with ``multi_profile``
-            ``"MIN:OPT:MAX"``. None: the guide's five sizes or nine profiles.
+        multi_profile: one engine of several optimization profiles instead of one engine per size. None: for ``"i2i"`` where no
+            ``sizes`` are given.
+        sizes: sizes to have engines for: names, ``"WIDTHxHEIGHT"``, with ``multi_profile`` also ``"MIN:OPT:MAX"``; or a mapping
+            of names to these, kept as ``"NAME=SIZE"``; or the name of a whole table, ``"guide"`` or ``"lightx2v"``.
+            None: the guide's five sizes or nine profiles.
         dtype: compute dtype, ``"float32"``, ``"bfloat16"`` or ``"float16"``; None: the VAE's. Results always come back
             in the VAE's dtype.
         encode_dtype: overrides ``dtype`` for encoding (its error compounds over edits).
@@ -104,7 +107,7 @@ class AccelConfig:
     task: str = "t2i"
     backend: str = "auto"
     engine_dir: str | None = None
-    multi_profile: bool = False
+    multi_profile: bool | None = None
     sizes: tuple[str, ...] | None = None
     dtype: str | None = None
     encode_dtype: str | None = None
@@ -123,8 +126,9 @@ class AccelConfig:
         if self.on_miss is not None:
             self._one_of("on_miss", ON_MISS)
         for name in ("multi_profile", "verify", "preprocess", "postprocess", "offload_reference"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be true or false, not {shown(getattr(self, name))}")
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (name == "multi_profile" and value is None):
+                raise ConfigError(f"{name} must be true or false, not {shown(value)}")
         for name in ("dtype", "encode_dtype", "decode_dtype"):
             value = getattr(self, name)
             if value is not None:
@@ -145,10 +149,7 @@ class AccelConfig:
             raise ConfigError(f"max_resident must be a whole number from 1 to 1024, not {shown(limit)}")
         object.__setattr__(self, "vram_budget", parse_bytes(self.vram_budget))
         if self.sizes is not None:
-            sizes = self._listed("sizes")
-            if isinstance(self.sizes, str) or not all(isinstance(size, str) for size in sizes):
-                raise ConfigError(f"sizes must be a list of names or WIDTHxHEIGHT texts, not {shown(self.sizes)}")
-            object.__setattr__(self, "sizes", sizes)
+            object.__setattr__(self, "sizes", _size_texts(self.sizes))
         self.plan()
         if self.on_miss == "build" and self.engine_dir is None:
             raise ConfigError("on_miss='build' needs an engine_dir to build into")
@@ -168,18 +169,16 @@ class AccelConfig:
                 f"with decode_dtype {FLOAT8!r} the other layers compute in dtype: bfloat16 or float16, not 'float32'"
             )
 
-    def _listed(self, name: str) -> tuple[Any, ...]:
-        value = getattr(self, name)
-        try:
-            return tuple(value)
-        except TypeError:
-            raise ConfigError(f"{name} must be a list, not {shown(value)}") from None
-
     # What follows from the fields.
 
-    def plan(self, scale: int = LATENT_SCALE, multiple: int = 1) -> Plan:
-        """The sizes engines are made for, with ``scale`` and ``multiple`` of the VAE's topology."""
-        return Plan.make(self.sizes, self.multi_profile, scale, multiple)
+    def plan(self, scale: int = LATENT_SCALE, multiple: int = 1, held: Mapping[str, Size] | None = None) -> Plan:
+        """The sizes engines are made for, with ``scale`` and ``multiple`` of the VAE's topology and what a directory holds."""
+        return Plan.make(self.sizes, self.has_profiles, scale, multiple, held)
+
+    @property
+    def has_profiles(self) -> bool:
+        """``multi_profile`` with its default filled in: editing takes images of any size."""
+        return self.task == "i2i" and self.sizes is None if self.multi_profile is None else self.multi_profile
 
     @property
     def miss_policy(self) -> str:
@@ -190,7 +189,7 @@ class AccelConfig:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """The networks the task uses: text-to-image only decodes."""
+        """The networks that the task runs, and a warm-up loads: text-to-image only decodes."""
         return ("decode",) if self.task == "t2i" else ("encode", "decode")
 
     def compute_dtype(self, method: str, vae_dtype: torch.dtype) -> torch.dtype:
@@ -242,7 +241,7 @@ class AccelConfig:
         """The same from parsed JSON."""
         if not isinstance(document, Mapping):
             raise ConfigError(f"a config is a JSON object, not {type(document).__name__}")
-        if "vae_type" in document or "trt_vae_config" in document:
+        if not _GUIDE_MARKS.isdisjoint(document):
             return cls(**_from_guide(document))
         values = dict(document)
         version = values.pop("version", VERSION)
@@ -272,11 +271,45 @@ class AccelConfig:
         return cls.from_dict({**base.as_dict(), **overrides})
 
 
+def _size_texts(sizes: Any) -> tuple[str, ...]:
+    """``sizes`` in whatever form they were given, as a tuple of texts for :meth:`Plan.make`."""
+    if isinstance(sizes, Mapping):
+        for name, size in sizes.items():
+            if not isinstance(name, str) or not isinstance(size, str):
+                raise ConfigError(
+                    f'sizes: {shown(name)}: {shown(size)} does not map a name to a size; write it as {{"4_3": "1472x1104"}}'
+                )
+        return tuple(f"{name}={size}" for name, size in sizes.items())
+    if isinstance(sizes, str) and sizes in PRESETS:
+        return (sizes,)
+    try:
+        texts = tuple(sizes)
+    except TypeError:
+        texts = (None,)
+    if isinstance(sizes, str) or not all(isinstance(text, str) for text in texts):
+        raise ConfigError(
+            f"sizes must be a list of names or WIDTHxHEIGHT texts, a mapping of names to these, or one of "
+            f"{', '.join(PRESETS)}, not {shown(sizes)}"
+        )
+    return texts
+
+
+# Any of these keys tells a document of the guide's host, whole or as the guide shortens it, from one of ours.
+_GUIDE_MARKS = frozenset(("vae_type", "trt_vae_config", "model_cls", "infer_steps"))
+
+
 def _from_guide(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields from the guide's document; the keys of its pipelines (``infer_steps``, ...) are not ours and ignored."""
-    kind = document.get("vae_type", "tensorrt")
-    if kind != "tensorrt":
-        raise ConfigError(f"vae_type must be 'tensorrt', not {shown(kind)}")
+    """Fields from a document of the guide's host; what is not about the VAE's engines (``infer_steps``, ...) is ignored."""
+    kind = document.get("vae_type", "tensorrt" if "trt_vae_config" in document else "baseline")
+    if kind not in ("tensorrt", "baseline"):
+        raise ConfigError(f"vae_type must be 'tensorrt' or 'baseline', not {shown(kind)}")
+    read = {"task", "vae_type"} | ({"trt_vae_config"} if kind == "tensorrt" else set())
+    ignored = sorted(shown(key) for key in set(document) - read)
+    if ignored:
+        logger.debug("keys of the guide's host that are ignored: %s", ", ".join(ignored))
+    fields = {"task": document.get("task", "t2i")}
+    if kind == "baseline":  # the host runs no engines then
+        return fields
     section = document.get("trt_vae_config")
     if not isinstance(section, Mapping):
         raise ConfigError('vae_type \'tensorrt\' needs trt_vae_config: {"trt_engine_path": ..., "multi_profile": ...}')
@@ -286,11 +319,8 @@ def _from_guide(document: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"trt_vae_config: {unknown_key(key, allowed)}")
     if "trt_engine_path" not in section:
         raise ConfigError("trt_vae_config has no trt_engine_path")
-    ignored = sorted(shown(key) for key in set(document) - {"task", "vae_type", "trt_vae_config"})
-    if ignored:
-        logger.info("keys of the guide's pipelines are ignored: %s", ", ".join(ignored))
     return {
-        "task": document.get("task", "t2i"),
+        **fields,
         "backend": "tensorrt",
         "engine_dir": section["trt_engine_path"],
         "multi_profile": section.get("multi_profile", False),

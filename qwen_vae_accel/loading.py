@@ -1,4 +1,7 @@
-"""A VAE from a folder, or a full-size one with random weights. For the command line; ``accelerate`` takes loaded models."""
+"""A VAE from a folder or a file, or a full-size one with random weights.
+
+For the command line; ``accelerate`` takes loaded models.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qwen_vae_accel.checkpoints import read_weights, vae_from_weights
 from qwen_vae_accel.documents import read_json
 from qwen_vae_accel.errors import UnsupportedVAEError, shown
 from qwen_vae_accel.model.published import CLASSES
@@ -62,18 +66,23 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 
 def load_vae(path: str | Path, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
-    """The VAE of a VAE's or pipeline's folder, ready for inference.
+    """The VAE of a VAE's or pipeline's folder, or of one safetensors file, ready for inference.
 
     Args:
-        path: the folder.
+        path: the folder; or a file of weights in diffusers' names or the original ones (:mod:`qwen_vae_accel.checkpoints`).
         device: where to.
         dtype: of its parameters; None: the one they are stored in.
 
     Raises:
-        UnsupportedVAEError: if the folder holds none of the family, or it cannot be loaded.
+        UnsupportedVAEError: if the folder or file holds none of the family, or it cannot be loaded.
     """
     import diffusers
 
+    file = Path(os.path.expanduser(path))
+    if os.path.exists(file) and not os.path.isdir(file):
+        weights = read_weights(file)
+        stored = next((value.dtype for value in weights.values()), torch.float32)
+        return vae_from_weights(weights, str(path)).to(device, dtype or stored)
     folder = vae_folder(path)
     name = _class_name(folder)
     if not hasattr(diffusers, name):

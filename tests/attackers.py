@@ -22,7 +22,8 @@ from qwen_vae_accel.engines.inspect import Inspector
 from qwen_vae_accel.engines.store import EngineStore, hash_file
 from qwen_vae_accel.engines.wanted import Wanted
 from qwen_vae_accel.errors import AccelError, EngineMissingError, EngineRefusedError
-from qwen_vae_accel.plan import EngineKey, Profile, Size
+from qwen_vae_accel.plan import EngineKey
+from qwen_vae_accel.sizes import Profile, Size
 from tests.conftest import random_vae
 from tests.helpers import FakeBackend, decoded, latents
 from tests.processes import IDENTITY, drop_privileges, expected, maker

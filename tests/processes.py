@@ -23,7 +23,8 @@ from qwen_vae_accel.backends.eager import EagerBackend
 from qwen_vae_accel.engines.manifest import EngineRecord
 from qwen_vae_accel.engines.store import EngineStore
 from qwen_vae_accel.engines.wanted import Wanted
-from qwen_vae_accel.plan import EngineKey, Profile, Size
+from qwen_vae_accel.plan import EngineKey
+from qwen_vae_accel.sizes import Profile, Size
 from tests.conftest import random_vae
 from tests.helpers import FakeBackend, Reference, decoded, randn
 

@@ -28,7 +28,7 @@ from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.page.charts import png
 from qwen_vae_accel.page.markdown import to_markdown
 from qwen_vae_accel.page.sheet import Chart
-from qwen_vae_accel.plan import Size
+from qwen_vae_accel.sizes import Size
 from tests.helpers import CPU, FakeBackend
 
 if TYPE_CHECKING:

@@ -53,11 +53,11 @@ def by_path(document: dict) -> dict[str, dict]:
 
 def test_build_keeps_what_is_current(cli: Cli, fake: FakeBackend, micro_folder: Path, tmp_path: Path) -> None:
     arguments = ("build", "--vae", micro_folder, "--backend", "tensorrt", "--engine-dir", tmp_path, "--json")
-    first = cli(*arguments, "--sizes", "32x32", "--task", "i2i")
+    first = cli(*arguments, "--sizes", "32x32")
     assert first.code == 0
     assert {path: entry["status"] for path, entry in by_path(first.document).items()} == {ENCODER: "built", DECODER: "built"}
     assert (tmp_path / DECODER).stat().st_size == by_path(first.document)[DECODER]["bytes"]
-    second = cli(*arguments, "--sizes", "32x32,48x32")
+    second = cli(*arguments, "--sizes", "32x32,48x32", "--method", "decode")
     assert {path: entry["status"] for path, entry in by_path(second.document).items()} == {
         DECODER: "current",
         "48x32/vae_decoder.fake": "built",
@@ -72,7 +72,7 @@ def test_build_goes_on_after_a_failure(cli: Cli, fake: FakeBackend, micro_folder
 
     fake.on_build = fail_once
     arguments = ("build", "--vae", micro_folder, "--backend", "tensorrt", "--engine-dir", tmp_path, "--sizes", "32x32,48x32")
-    result = cli(*arguments, "--json")
+    result = cli(*arguments, "--method", "decode", "--json")
     assert result.code == 1
     engines = by_path(result.document)
     assert engines[DECODER]["status"] == "failed"
@@ -88,7 +88,7 @@ def test_build_reads_a_config_file_and_options_override_it(
     file.write_text(AccelConfig(backend="tensorrt", engine_dir=tmp_path / "a", sizes=["32x32"], on_miss="error").to_json())
     result = cli("build", "--vae", micro_folder, "--config", file, "--engine-dir", tmp_path / "b", "--json")
     assert result.document["engine_dir"] == str(tmp_path / "b")
-    assert set(by_path(result.document)) == {DECODER}
+    assert set(by_path(result.document)) == {ENCODER, DECODER}
 
 
 def test_auto_builds_with_the_first_backend_that_can(cli: Cli, fake: FakeBackend, micro_folder: Path, tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_prune_removes_only_when_told(cli: Cli, engines: Path, fake: FakeBackend
 
 
 def test_prune_removes_what_is_not_planned(cli: Cli, engines: Path, fake: FakeBackend) -> None:
-    cli("prune", "--engine-dir", engines, "--sizes", "32x32,48x32", "--task", "t2i", "--yes")
+    cli("prune", "--engine-dir", engines, "--sizes", "32x32,48x32", "--method", "decode", "--yes")
     assert set(EngineStore(engines).manifest().engines) == {DECODER, "48x32/vae_decoder.fake"}
 
 

@@ -14,7 +14,7 @@ from qwen_vae_accel import AccelConfig
 from qwen_vae_accel.config import BACKENDS, ON_MISS, TASKS, parse_bytes
 from qwen_vae_accel.errors import AccelError, ConfigError
 from qwen_vae_accel.files import is_path
-from qwen_vae_accel.plan import GUIDE_PROFILES, GUIDE_STATIC
+from qwen_vae_accel.sizes import GUIDE_PROFILES, GUIDE_STATIC, LIGHTX2V_PROFILES, LIGHTX2V_STATIC, PRESETS, STATIC_NAMES
 
 GUIDE_T2I = (
     '{"task": "t2i", "vae_type": "tensorrt", '
@@ -35,15 +35,18 @@ wxh = st.builds("{}x{}".format, st.integers(16, 8192), st.integers(16, 8192))
 def configs(draw) -> AccelConfig:
     multi_profile = draw(st.booleans())
     names = st.sampled_from([*GUIDE_STATIC, *GUIDE_PROFILES])
-    sizes = st.none() | st.lists(wxh | names, min_size=1, max_size=4, unique=True)
-    engine_dir = draw(st.none() | st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(is_path))
+    renamed = st.sampled_from([*GUIDE_PROFILES] if multi_profile else [*STATIC_NAMES])
+    mapping = st.builds(lambda name, size: {name: size}, renamed, wxh)
+    sizes = st.none() | st.lists(wxh | names, min_size=1, max_size=4, unique=True) | mapping | st.sampled_from([*PRESETS])
+    paths = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(is_path)
+    engine_dir = draw(st.none() | paths.filter(lambda path: not path.startswith("~")))  # "~0" is nobody's home
     on_miss = draw(st.none() | st.sampled_from(ON_MISS if engine_dir else ON_MISS[1:]))
     fields = {
         "task": draw(st.sampled_from(TASKS)),
         "backend": draw(st.sampled_from(BACKENDS)),
         "engine_dir": engine_dir,
-        "multi_profile": multi_profile,
-        "sizes": draw(sizes),
+        "sizes": (drawn := draw(sizes)),
+        "multi_profile": None if drawn is None and draw(st.booleans()) else multi_profile,
         "dtype": draw(dtypes),
         "encode_dtype": draw(dtypes),
         "decode_dtype": draw(dtypes),
@@ -85,12 +88,52 @@ def test_sizes_may_be_any_iterable():
     assert AccelConfig(sizes=(f"{side}x{side}" for side in (64, 128))).sizes == ("64x64", "128x128")
 
 
+def test_sizes_may_map_names_to_sizes():
+    config = AccelConfig(sizes={"4_3": "1472x1104", "512x640": "512x640"})
+    assert config.sizes == ("4_3=1472x1104", "512x640=512x640")
+    assert [(p.name, str(p.optimum)) for p in config.plan().profiles] == [("4_3", "1472x1104"), ("512x640", "512x640")]
+    assert config == AccelConfig.from_json('{"sizes": {"4_3": "1472x1104", "512x640": "512x640"}}')
+    assert config == AccelConfig.from_json(config.to_json())
+    profiles = AccelConfig(sizes={"1_1_512": "256x256:512x512:640x640"}, multi_profile=True).plan().profiles
+    assert [p.text for p in profiles] == ["1_1_512=256x256:512x512:640x640"]
+
+
+def test_a_whole_table_goes_by_its_name():
+    for sizes in ("lightx2v", ["lightx2v"]):
+        static, multi = (AccelConfig(sizes=sizes, multi_profile=multi).plan() for multi in (False, True))
+        assert {p.name: p.optimum for p in static.profiles} == LIGHTX2V_STATIC and not static.open
+        assert {p.name: p.optimum for p in multi.profiles} == LIGHTX2V_PROFILES
+    assert AccelConfig(sizes="guide", multi_profile=True).plan() == AccelConfig(multi_profile=True).plan()
+    assert AccelConfig(sizes="guide").plan().profiles == AccelConfig().plan().profiles
+    extended = AccelConfig(sizes=["lightx2v", "512x640", "1472x1104", "4_3"]).plan().profiles
+    assert [p.name for p in extended] == [*LIGHTX2V_STATIC, "512x640"], (
+        "the table's 4_3 is what 4_3 and its size mean beside it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "profiles"),
+    [
+        ({}, False),
+        ({"task": "i2i"}, True),
+        ({"task": "i2i", "sizes": ["16_9"]}, False),
+        ({"task": "i2i", "multi_profile": False}, False),
+        ({"task": "t2i", "multi_profile": True}, True),
+    ],
+)
+def test_editing_alone_means_the_guides_profiles(fields, profiles):
+    config = AccelConfig.resolve(None, **fields)
+    assert config.has_profiles is config.plan().multi_profile is profiles
+    assert AccelConfig.from_json(config.to_json()) == config
+    assert AccelConfig.resolve(AccelConfig(task="t2i"), task="i2i").has_profiles
+
+
 # The guide's documents.
 
 
 def test_the_guides_text_to_image_document():
     config = AccelConfig.from_json(GUIDE_T2I)
-    assert config == AccelConfig(task="t2i", backend="tensorrt", engine_dir="path/to/vae_trt_t2i_static")
+    assert config == AccelConfig(task="t2i", backend="tensorrt", engine_dir="path/to/vae_trt_t2i_static", multi_profile=False)
     assert [p.name for p in config.plan().profiles] == list(GUIDE_STATIC)
     assert config.methods == ("decode",)
 
@@ -104,17 +147,18 @@ def test_the_guides_editing_document():
 
 def test_keys_of_the_guides_pipelines_are_ignored_in_its_schema_only(caplog):
     document = {**json.loads(GUIDE_T2I), "infer_steps": 8, "guidance_scale": 1.0, "target_height": 928}
-    with caplog.at_level("INFO", "qwen_vae_accel"):
+    with caplog.at_level("DEBUG", "qwen_vae_accel"):
         assert AccelConfig.from_dict(document) == AccelConfig.from_json(GUIDE_T2I)
-    assert "infer_steps" in caplog.text
-    with pytest.raises(ConfigError, match="infer_steps"):
-        AccelConfig.from_dict({"task": "t2i", "infer_steps": 8})
+    (record,) = caplog.records
+    assert record.levelname == "DEBUG" and "'guidance_scale', 'infer_steps', 'target_height'" in record.message
+    with pytest.raises(ConfigError, match="guidance_scale"):
+        AccelConfig.from_dict({"task": "t2i", "guidance_scale": 1.0})
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"vae_type": "baseline"}, "vae_type"),
+        ({"vae_type": "tensorRT"}, "vae_type must be 'tensorrt' or 'baseline'"),
         ({"trt_vae_config": None}, "trt_vae_config"),
         ({"trt_vae_config": "engines"}, "trt_vae_config"),
         ({"trt_vae_config": {}}, "trt_engine_path"),
@@ -128,6 +172,32 @@ def test_keys_of_the_guides_pipelines_are_ignored_in_its_schema_only(caplog):
 def test_the_guides_document_with_mistakes(change, message):
     with pytest.raises(ConfigError, match=message):
         AccelConfig.from_dict({**json.loads(GUIDE_T2I), **change})
+
+
+HOST = {
+    "model_cls": "qwen_image",
+    "model_path": "/models/Qwen-Image-2512",
+    "infer_steps": 50,
+    "aspect_ratio": "16:9",
+    "attn_type": "flash_attn3",
+    "enable_cfg": True,
+    "vae_scale_factor": 8,
+    "in_channels": 64,
+    "cpu_offload": False,
+    "lora_configs": None,
+    "sizes": "a key that means something else there",
+}
+
+
+def test_a_whole_configuration_of_the_host_is_taken():
+    engines = {"vae_type": "tensorrt", "trt_vae_config": {"multi_profile": True, "trt_engine_path": "e"}}
+    config = AccelConfig.from_dict({**HOST, "task": "i2i", **engines})
+    assert config == AccelConfig(task="i2i", backend="tensorrt", engine_dir="e", multi_profile=True)
+    for plain in ({}, {"vae_type": "baseline"}, {"vae_type": "baseline", "trt_vae_config": {"trt_engine_path": "e"}}):
+        assert AccelConfig.from_dict({**HOST, "task": "i2i", **plain}) == AccelConfig(task="i2i"), "it would run no engines"
+    assert AccelConfig.resolve({**HOST, **engines}, backend="auto", sizes="lightx2v").sizes == ("lightx2v",)
+    with pytest.raises(ConfigError, match="task must be one of t2i, i2i"):
+        AccelConfig.from_dict({**HOST, "task": "t2v"})
 
 
 # Mistakes.
@@ -177,6 +247,25 @@ def test_a_key_like_no_other_is_answered_with_all_names():
         ({"preprocess": "yes"}, "preprocess"),
         ({"postprocess": 1}, "postprocess"),
         ({"sizes": "16_9"}, "list"),
+        ({"sizes": "lightx2w"}, "guide, lightx2v"),
+        ({"sizes": {}}, "empty"),
+        ({"sizes": {"4_3": 1472}}, "'4_3': 1472 does not map a name to a size"),
+        ({"sizes": {"4_3": None}}, "does not map"),
+        ({"sizes": {"4_3": ["1472x1104"]}}, "does not map"),
+        ({"sizes": {43: "1472x1104"}}, "does not map"),
+        ({"sizes": {"4_4": "1472x1104"}}, "'4_4' is neither the size itself nor one of .*Did you mean '4_3'"),
+        ({"sizes": {"": "1472x1104"}}, "neither the size itself"),
+        ({"sizes": {"4_3": "1472"}}, "'4_3=1472': after the name comes its size, WIDTHxHEIGHT"),
+        ({"sizes": {"4_3": "16_9"}}, "after the name comes its size"),
+        ({"sizes": {"4_3": "guide"}}, "after the name comes its size"),
+        ({"sizes": {"4_3": "1472x9999"}}, "between 8 and 8192"),
+        ({"sizes": {"4_3": "1472x1104", "3_2": "1472x1104"}}, "4_3 and 3_2 are names for one size, 1472x1104"),
+        ({"sizes": {"4_3": "1472x1140", "3_2": "1472x1136"}}, "4_3 and 3_2 are names for one size, 1472x1136"),
+        ({"sizes": ["guide", "lightx2v"]}, "4_3 stands for two sizes, 1472x1136 and 1472x1104"),
+        ({"sizes": {"4_3": "256x256:512x512:1024x1024"}}, "multi_profile"),
+        ({"sizes": {"1_1": "512x512"}, "multi_profile": True}, "'1_1' is neither .*1_1_512"),
+        ({"sizes": {"1_1_512": "512x512", "512x512": "512x512"}, "multi_profile": True}, "two different ranges"),
+        ({"sizes": ["1_1_512", "1_1_512=640x640"], "multi_profile": True}, "two different ranges have the name 1_1_512"),
         ({"sizes": 5}, "list"),
         ({"sizes": [1664, 928]}, "list"),
         ({"sizes": []}, "empty"),

@@ -12,8 +12,8 @@ import pytest
 from tests.helpers import ROOT
 
 PACKAGE = ROOT / "qwen_vae_accel"
-PARTS = ("model", "backends", "engines", "plugin")
-FILES = sorted([PACKAGE / "plan.py", *(file for part in PARTS for file in (PACKAGE / part).rglob("*.py"))])
+PARTS = ("sizes", "plan", "model", "backends", "engines", "plugin")
+FILES = sorted(file for part in PARTS for file in [*PACKAGE.glob(f"{part}.py"), *(PACKAGE / part).rglob("*.py")])
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 

@@ -238,7 +238,8 @@ def test_a_folder_that_is_not_utf8_is_refused_before_torch_aborts(cli: Cli, micr
     folder.mkdir()
     with pytest.raises(RuntimeError, match=r"names in UTF-8.*\\udcff"):
         inductor._spelled(folder / "engine.pt2")
-    build = ("build", "--vae", micro_folder, "--backend", "inductor", "--sizes", "16x16", "--engine-dir", folder)
+    place = ("--vae", micro_folder, "--engine-dir", folder)
+    build = ("build", *place, "--backend", "inductor", "--sizes", "16x16", "--method", "decode")
     result = cli(*build, "--json")
     assert result.code == 1
     assert "name another folder" in strict(result)["engines"][0]["reason"]
@@ -415,7 +416,8 @@ for spoil in (closed, full, pipe):
     command(f"help {spoil.__name__}", ["--help"], (spoil, 1))
 command("missing", ["list", "--engine-dir", named + "x"])
 command("named", ["list", "--engine-dir", named])
-command("build", ["build", "--vae", vae, "--backend", "inductor", "--sizes", "16x16", "--engine-dir", named])
+place = ["--vae", vae, "--engine-dir", named]
+command("build", ["build", *place, "--backend", "inductor", "--sizes", "16x16", "--method", "decode"])
 """
 
 

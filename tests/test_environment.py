@@ -20,7 +20,7 @@ from qwen_vae_accel.config import BACKENDS
 from qwen_vae_accel.engines.selfcheck import machine_id, psnr_db
 from qwen_vae_accel.errors import AccelError, BackendUnavailableError
 from qwen_vae_accel.model import inspect_vae
-from qwen_vae_accel.plan import Size
+from qwen_vae_accel.sizes import Size
 from tests.conftest import random_vae
 from tests.helpers import CPU, ROOT
 

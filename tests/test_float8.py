@@ -24,7 +24,7 @@ from qwen_vae_accel.errors import BackendUnavailableError, ConfigError
 from qwen_vae_accel.kernels.float8 import calibrated_layers, input_scales, simulate
 from qwen_vae_accel.kernels.network import published
 from qwen_vae_accel.model import ModelSource
-from qwen_vae_accel.plan import Size
+from qwen_vae_accel.sizes import Size
 from tests.helpers import CPU, TINY_VAE, FakeBackend, as_if_on, decoded, latents, randn
 
 if TYPE_CHECKING:

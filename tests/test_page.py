@@ -28,7 +28,7 @@ from qwen_vae_accel.page.console import to_terminal
 from qwen_vae_accel.page.html import to_html
 from qwen_vae_accel.page.markdown import to_markdown
 from qwen_vae_accel.page.sheet import Answer, Chart, Drawing, Sheet, Table
-from qwen_vae_accel.plan import Size, parse_size
+from qwen_vae_accel.sizes import Size, parse_size
 from qwen_vae_accel.terminal import Terminal
 from tests import browser
 from tests.helpers import CPU, DATA, ROOT

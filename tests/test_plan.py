@@ -9,18 +9,18 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from qwen_vae_accel.errors import ConfigError
-from qwen_vae_accel.plan import (
+from qwen_vae_accel.plan import Choice, EngineKey, Miss, Plan
+from qwen_vae_accel.sizes import (
     GUIDE_MAX_SIDE,
     GUIDE_PROFILES,
     GUIDE_STATIC,
+    LIGHTX2V_PROFILES,
+    LIGHTX2V_STATIC,
     MAX_SIDE,
     MIN_SIDE,
     MODEL_CARD,
     PIPELINE_DEFAULT,
-    Choice,
-    EngineKey,
-    Miss,
-    Plan,
+    STATIC_NAMES,
     Profile,
     Size,
     parse_size,
@@ -141,6 +141,85 @@ def test_every_shape_of_the_edit_pipelines_is_served():
         for method in METHODS:
             choice = I2I.select(method, shape)
             assert isinstance(choice, Choice), f"{method} at {shape}: {choice}"
+
+
+# Names: of hosts that came after the guide, with a size of their own, and of what a directory holds.
+
+
+def names(plan: Plan) -> dict[str, str]:
+    return {profile.name: str(profile.optimum) for profile in plan.profiles}
+
+
+@pytest.mark.parametrize(
+    ("request_size", "folder"),
+    [
+        ("1664x928", "16_9"),
+        ("928x1664", "9_16"),
+        ("1328x1328", "1_1"),
+        ("1472x1104", "4_3"),
+        ("1104x1472", "3_4"),
+        ("1056x1584", "3_2"),
+        ("1584x1056", "2_3"),
+    ],
+)
+def test_static_sizes_of_the_guides_host(request_size, folder):
+    plan = Plan.make(["lightx2v"], False)
+    assert plan.select("decode", size(request_size)).key.stem == f"{folder}/vae_decoder"
+    assert len(plan.profiles) == len(LIGHTX2V_STATIC) == 7
+
+
+def test_profiles_of_the_guides_host_are_1088_high():
+    plan = Plan.make(["lightx2v"], True)
+    assert [p.name for p in plan.profiles] == list(GUIDE_PROFILES), "the host counts on their order"
+    assert plan.select("decode", Size(1920, 1088)).profile.name == "16_9_1080p"
+    assert plan.select("encode", Size(1088, 1920)).profile.name == "9_16_1080p"
+    differing = {name for name, profile in LIGHTX2V_PROFILES.items() if profile != GUIDE_PROFILES[name]}
+    assert differing == {"16_9_1080p", "9_16_1080p"}
+
+
+def test_names_that_only_the_host_has_are_its_sizes():
+    assert names(Plan.make(["3_2", "2_3"], False)) == {"3_2": "1056x1584", "2_3": "1584x1056"}
+    assert names(Plan.make(["4_3", "3_4"], False)) == {"4_3": "1472x1136", "3_4": "768x1024"}, "the guide's stay the default"
+    assert names(Plan.make(None, False)) == {n: str(s.floor(16)) for n, s in GUIDE_STATIC.items()}
+
+
+def test_a_name_may_be_given_a_size():
+    plan = Plan.make(["4_3=1472x1104", "1_1=1664x928", "16_9"], False)
+    assert names(plan) == {"4_3": "1472x1104", "1_1": "1664x928"}, "16_9 is that size too, and has an engine already"
+    assert plan.select("decode", Size(1664, 928)).key.name == "1_1"
+    assert Plan.make(["3_4=1104x1472"], False, scale=16, multiple=32).profiles[0].optimum == Size(1088, 1472)
+
+
+def test_a_folder_holds_what_its_engine_says():
+    held = {"4_3": Size(1472, 1104), "3_2": Size(1056, 1584)}
+    default = Plan.make(None, False, held=held)
+    assert names(default)["4_3"] == "1472x1104" and len(default.profiles) == 5
+    assert default.select("decode", Size(1472, 1104)).key.name == "4_3"
+    assert default.select("decode", Size(1056, 1584)).key.name == "3_2"
+    assert default.select("decode", Size(1472, 1136)).key.name == "1472x1136", "not built over the engine in 4_3"
+    assert T2I.surprises(held) == ["folder 4_3 holds an engine for 1472x1104, where 1472x1136 was expected"]
+    assert default.surprises(held) == []
+
+    closed = Plan.make(["4_3"], False, held=held)
+    assert closed.select("decode", Size(1472, 1104)).key.name == "4_3"
+    assert isinstance(closed.select("decode", Size(1472, 1136)), Miss)
+    assert isinstance(closed.select("decode", Size(1056, 1584)), Miss), "held, but not in the list"
+
+
+@pytest.mark.parametrize("text", ["1472x1136", "1472x1140", "4_3=1472x1140"])
+def test_a_size_that_is_written_out_is_meant(text):
+    held = {"4_3": Size(1472, 1104)}
+    assert names(Plan.make([text], False, held=held)) == {"1472x1136": "1472x1136"}
+    assert names(Plan.make([text], False)) == {"4_3": "1472x1136"}
+    assert names(Plan.make([text], False, held={"1472x1136": Size(1472, 1136)})) == {"1472x1136": "1472x1136"}, "it is there"
+
+
+def test_an_engine_under_any_name_is_found_by_its_size():
+    held = {"1584x1056": Size(1584, 1056), "16_9": Size(640, 640)}
+    plan = Plan.make(None, False, held=held)
+    assert plan.select("decode", Size(1584, 1056)).key.name == "1584x1056", "as releases before the name 2_3 built it"
+    assert plan.select("decode", Size(640, 640)).key.name == "16_9"
+    assert names(Plan.make(["2_3"], False, held=held)) == {"1584x1056": "1584x1056"}
 
 
 # The default static plan is open; a list of sizes is closed.
@@ -294,6 +373,25 @@ def test_the_chosen_profile_contains_the_shape_and_is_the_nearest(plan, method, 
         assert choice.profile.minimum.height // step <= shape.height // step <= choice.profile.maximum.height // step
     else:
         assert plan.open
+
+
+@given(plans(), st.dictionaries(st.sampled_from(sorted(STATIC_NAMES)), any_size.map(lambda s: s.floor(16))), request_sizes)
+def test_no_plan_builds_over_an_engine_of_another_size(plan, held, shape):
+    assume(not plan.multi_profile and all(min(s.width, s.height) for s in held.values()))
+    texts = None if plan.open else [profile.text for profile in plan.profiles]
+    settled = Plan.make(texts, False, held=held)
+    choice = settled.select("encode", shape)
+    keys = [*settled.engines("encode"), *([choice.key] if isinstance(choice, Choice) else [])]
+    for key in keys:
+        assert held.get(key.name, key.profiles[0].optimum) == key.profiles[0].optimum
+    if isinstance(choice, Choice):
+        assert choice.profile.optimum == shape
+
+
+@given(plans())
+def test_a_plan_survives_the_texts_of_its_profiles(plan):
+    again = Plan.make([profile.text for profile in plan.profiles], plan.multi_profile)
+    assert again.profiles == plan.profiles
 
 
 @given(plans(), st.sampled_from(METHODS), request_sizes)

@@ -17,7 +17,8 @@ from qwen_vae_accel.loading import load_vae
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.model.source import fingerprint, image_state
 from qwen_vae_accel.model.topology import Topology
-from qwen_vae_accel.plan import Miss, Plan, Size
+from qwen_vae_accel.plan import Miss, Plan
+from qwen_vae_accel.sizes import Size
 from tests.conftest import MICRO_21, random_vae
 from tests.helpers import CPU, Reference, decoded, moments, picture, randn
 

@@ -16,7 +16,7 @@ from qwen_vae_accel import accelerate
 from qwen_vae_accel.engines.manifest import NAME
 from qwen_vae_accel.engines.store import hash_file
 from qwen_vae_accel.errors import EngineError
-from qwen_vae_accel.plan import GUIDE_STATIC
+from qwen_vae_accel.sizes import GUIDE_STATIC
 from tests.helpers import SIZES, Reference, decoded, distance, image, latents, moments, open_engines
 
 pytestmark = pytest.mark.usefixtures("no_grad")

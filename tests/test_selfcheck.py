@@ -15,7 +15,7 @@ from qwen_vae_accel.engines import selfcheck
 from qwen_vae_accel.engines.manifest import NAME
 from qwen_vae_accel.errors import EngineMissingError, UnsupportedVAEError
 from qwen_vae_accel.model import ModelSource
-from qwen_vae_accel.plan import Size
+from qwen_vae_accel.sizes import Size
 from tests.conftest import random_vae
 from tests.helpers import CPU, FakeProgram, Reference, decoded, latents, open_engines
 

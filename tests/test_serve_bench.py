@@ -22,7 +22,7 @@ from qwen_vae_accel.bench.serve.request_sheet import make_document, make_sheet
 from qwen_vae_accel.bench.serve.stopwatch import Stopwatch
 from qwen_vae_accel.demo.tiny_pipeline import TINY_TRANSFORMER
 from qwen_vae_accel.page.markdown import to_markdown
-from qwen_vae_accel.plan import Size
+from qwen_vae_accel.sizes import Size
 from tests.helpers import CPU, FakeBackend
 
 if TYPE_CHECKING:

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from qwen_vae_accel.config import AccelConfig
 from qwen_vae_accel.files import read_file
 from qwen_vae_accel.model import ModelSource, Topology
-from qwen_vae_accel.plan import EngineKey, Profile, Size
+from qwen_vae_accel.plan import EngineKey
+from qwen_vae_accel.sizes import Profile, Size
 
 _PACKAGES = ("torch", "triton", "diffusers", "torch-tensorrt", "torch-tensorrt-rtx", "tensorrt", "tensorrt-rtx")
 

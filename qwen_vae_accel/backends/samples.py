@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen_vae_accel.backends.base import Job
-from qwen_vae_accel.plan import Size
+from qwen_vae_accel.sizes import Size
 
 
 def sample_input(job: Job, size: Size, config: Mapping[str, Any]) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qwen_vae_accel.plan import Size
+from qwen_vae_accel.sizes import Size
 
 LABEL = "TensorRT guide, H100"
 

@@ -26,7 +26,7 @@ from qwen_vae_accel.bench.methods import BASELINE, SHORT, BenchError, Method, Ru
 from qwen_vae_accel.engines.selfcheck import psnr_db
 from qwen_vae_accel.kernels.timing import elapsed_ms
 from qwen_vae_accel.model import ModelSource
-from qwen_vae_accel.plan import Size
+from qwen_vae_accel.sizes import Size
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from qwen_vae_accel.bench.methods import SHORT
 from qwen_vae_accel.errors import BackendUnavailableError
 from qwen_vae_accel.kernels.timing import first_ms
 from qwen_vae_accel.model import ModelSource
-from qwen_vae_accel.plan import Size
+from qwen_vae_accel.sizes import Size
 
 PROGRAMS = ("decode", "encode", "decode float8")
 _MATRIX = 8192

@@ -26,9 +26,9 @@ from qwen_vae_accel.backends.registry import direct_backends, engine_backends, g
 from qwen_vae_accel.config import FLOAT8, AccelConfig, dtype_name
 from qwen_vae_accel.errors import AccelError, ConfigError
 from qwen_vae_accel.model import ModelSource
-from qwen_vae_accel.plan import STATIC_MULTIPLE, Size, parse_size
 from qwen_vae_accel.plugin.handle import accelerate
 from qwen_vae_accel.plugin.methods import handle_of
+from qwen_vae_accel.sizes import STATIC_MULTIPLE, Size, parse_size
 
 BASELINE = "diffusers"
 # What `--task` of the command and `task` of a row name; the configuration's task is a kind of request.

@@ -14,7 +14,7 @@ from qwen_vae_accel.bench.methods import BASELINE, DIRECTIONS
 from qwen_vae_accel.bench.result import Document, head_of, short_ms
 from qwen_vae_accel.page.charts import COLOURS, GOLD, GREY
 from qwen_vae_accel.page.sheet import Answer, Block, Chart, Panel, Sheet, Table
-from qwen_vae_accel.plan import parse_size
+from qwen_vae_accel.sizes import parse_size
 
 KIND = "bench"
 _GUIDE = "published_tensorrt_h100_ms"

@@ -15,23 +15,35 @@ import typer
 from qwen_vae_accel.backends.base import default_device
 from qwen_vae_accel.config import AccelConfig
 from qwen_vae_accel.errors import ConfigError, shown
+from qwen_vae_accel.model.topology import METHODS
 from qwen_vae_accel.progress import progress_bar
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else there.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens to standard error.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: the GPU where there is one.")]
-Vae = Annotated[Path, typer.Option(help="Folder of a VAE, or of a pipeline that has one in vae/.")]
-OptionalVae = Annotated[Path | None, typer.Option("--vae", help="Folder of a VAE or pipeline: compare weights too.")]
+Vae = Annotated[Path, typer.Option(help="Folder of a VAE, or of a pipeline that has one in vae/; or a .safetensors file.")]
+OptionalVae = Annotated[
+    Path | None,
+    typer.Option("--vae", help="Folder or .safetensors file of a VAE, or folder of a pipeline: compare weights too."),
+]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="JSON configuration; options below override its fields.")]
 EngineDir = Annotated[Path | None, typer.Option(help="Folder of the engines.")]
-Task = Annotated[str | None, typer.Option(help="t2i: decoders. i2i: encoders too.")]
+Task = Annotated[
+    str | None,
+    typer.Option(help="t2i: the five static sizes; i2i: the nine profiles; unless --sizes or --multi-profile say otherwise."),
+]
 Backend = Annotated[str | None, typer.Option(help="auto, or a backend's name.")]
 Sizes = Annotated[
-    str | None, typer.Option(help="Names or WxH, comma-separated, such as 16_9,1_1,768x1024; ranges as MIN:OPT:MAX.")
+    str | None,
+    typer.Option(
+        help="Names or WxH, comma-separated, such as 16_9,1_1,768x1024; ranges as MIN:OPT:MAX; 4_3=1472x1104 gives a name a "
+        "size; guide or lightx2v: a whole table."
+    ),
 ]
 MultiProfile = Annotated[
     bool | None, typer.Option("--multi-profile/--static", help="One engine of several profiles, or one engine per size.")
 ]
+Method = Annotated[str | None, typer.Option(help="encode or decode. Default: both.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: as the weights are stored.")]
 EncodeDtype = Annotated[str | None, typer.Option(help="Overrides --dtype for encoding.")]
 DecodeDtype = Annotated[str | None, typer.Option(help="Overrides --dtype for decoding.")]
@@ -59,6 +71,17 @@ def parse_device(text: str | None) -> torch.device:
             raise ConfigError(f"device {text!r}: there are {count} CUDA devices here")
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     return device
+
+
+def parse_methods(text: str | None) -> tuple[str, ...]:
+    """The networks that ``--method`` names; all where it is not given.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    if text is not None and text not in METHODS:
+        raise ConfigError(f"method {shown(text)} is not one of {', '.join(METHODS)}")
+    return METHODS if text is None else (text,)
 
 
 def split(text: str | None) -> tuple[str, ...] | None:

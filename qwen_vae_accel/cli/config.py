@@ -12,6 +12,7 @@ from qwen_vae_accel.backends.registry import direct_backends, engine_backends
 from qwen_vae_accel.cli import common, edge
 from qwen_vae_accel.loading import load_vae, published_vae
 from qwen_vae_accel.model import ModelSource
+from qwen_vae_accel.model.topology import METHODS
 from qwen_vae_accel.terminal import plain
 
 
@@ -63,7 +64,7 @@ def config(
                     {"name": p.name, "min": str(p.minimum), "opt": str(p.optimum), "max": str(p.maximum)} for p in key.profiles
                 ],
             }
-            for method in settings.methods
+            for method in METHODS
             for key in plan.engines(method)
         ]
         document = {

@@ -23,6 +23,7 @@ from qwen_vae_accel.engines.wanted import Wanted
 from qwen_vae_accel.errors import AccelError, ConfigError, EngineError
 from qwen_vae_accel.loading import load_vae
 from qwen_vae_accel.model import ModelSource
+from qwen_vae_accel.sizes import LATENT_SCALE
 from qwen_vae_accel.terminal import plain, stderr
 
 _Directory = Annotated[Path, typer.Option("--engine-dir", help="Folder of the engines.")]
@@ -49,6 +50,7 @@ def build(
     dtype: common.Dtype = None,
     encode_dtype: common.EncodeDtype = None,
     decode_dtype: common.DecodeDtype = None,
+    method: common.Method = None,
     device: common.Device = None,
     config: common.ConfigFile = None,
     compute_capability: Annotated[
@@ -83,7 +85,7 @@ def build(
         given = _tensorrt(settings, compute_capability, setting)
         target = given.target_environment() if given is not None and given.targets else None
         where = common.parse_device("cpu" if target is not None and device is None else device)
-        builder = Builder(settings, _source(vae, where), where, given, target)
+        builder = Builder(settings, _source(vae, where), where, given, target, common.parse_methods(method))
         with common.progress(len(builder.wanted), "build") as update, _builder_steps(builder.backend, update):
 
             def told(wanted: Wanted, result: BuildResult | None) -> None:
@@ -191,6 +193,7 @@ def prune(
     task: common.Task = None,
     sizes: common.Sizes = None,
     multi_profile: common.MultiProfile = None,
+    method: common.Method = None,
     device: common.Device = None,
     yes: Annotated[bool, typer.Option("--yes", help="Delete. Without it, only show what would be removed.")] = False,
     as_json: common.Json = False,
@@ -198,7 +201,8 @@ def prune(
 ) -> None:
     """Remove leftovers of killed builds and engines that would not be run here; with a plan, also those not in it.
 
-    A plan is given by --config, --sizes or --multi-profile. Engine files without a record are never removed.
+    A plan is given by --config, --sizes or --multi-profile; --method makes it one of one network, as for build. Engine files
+    without a record are never removed.
     """
 
     def work() -> edge.Outcome:
@@ -208,8 +212,7 @@ def prune(
         planned = None
         if config is not None or sizes is not None or multi_profile is not None:
             settings = common.resolve(config, task=task, sizes=sizes, multi_profile=multi_profile)
-            methods = settings.methods if config is not None or task is not None else ("encode", "decode")
-            planned = _planned_paths(settings, methods, inspector, source)
+            planned = _planned_paths(settings, common.parse_methods(method), inspector, source)
         removals = inspector.prunable(planned)
         failures, kept = [], {}
         for removal in removals if yes else ():
@@ -243,9 +246,15 @@ def prune(
 def _planned_paths(
     settings: AccelConfig, methods: tuple[str, ...], inspector: Inspector, source: ModelSource | None
 ) -> set[str]:
-    plan = settings.plan() if source is None else settings.plan(source.topology.scale, source.topology.multiple)
-    stems = {key.stem for method in methods for key in plan.engines(method)}
-    return {path for path in inspector.store.manifest().engines if path.rpartition(".")[0] in stems}
+    """The engines of the directory that the plan has, as the directory has it."""
+    manifest = inspector.store.manifest()
+    scale, multiple = (LATENT_SCALE, 1) if source is None else (source.topology.scale, source.topology.multiple)
+    return {
+        key.stem + suffix
+        for suffix in {Path(path).suffix for path in manifest.engines}
+        for method in methods
+        for key in settings.plan(scale, multiple, manifest.held(method, suffix)).engines(method)
+    }
 
 
 def adopt(
@@ -298,8 +307,10 @@ def adopt(
                         table.add_row(name, plain("refused", style="red"), "", plain(str(error)))
                     else:
                         checks = record.verification.values()
-                        engines.append({"path": name, "adopted": True, "psnr_db": [str(c.psnr_db) for c in checks]})
-                        table.add_row(name, "adopted", ", ".join(f"{c.psnr_db:.1f}" for c in checks), "")
+                        note = inspector.surprise(record, settings)
+                        entry = {"path": name, "adopted": True, "psnr_db": [str(c.psnr_db) for c in checks]}
+                        engines.append({**entry, "note": note} if note else entry)
+                        table.add_row(name, "adopted", ", ".join(f"{c.psnr_db:.1f}" for c in checks), plain(note))
                     update(name, True)
         view: RenderableType = table if names else plain("every engine file has a record; there is nothing to adopt")
         good = all(entry["adopted"] for entry in engines)

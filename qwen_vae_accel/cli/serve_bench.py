@@ -22,7 +22,7 @@ from qwen_vae_accel.cli import common, edge
 from qwen_vae_accel.config import TASKS, AccelConfig
 from qwen_vae_accel.errors import ConfigError
 from qwen_vae_accel.page.console import to_terminal
-from qwen_vae_accel.plan import Size, parse_size
+from qwen_vae_accel.sizes import Size, parse_size
 from qwen_vae_accel.terminal import stderr
 
 _POSTPROCESS_SIZE = Size(1328, 1328)

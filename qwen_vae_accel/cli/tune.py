@@ -20,8 +20,8 @@ from qwen_vae_accel.engines.store import EngineStore
 from qwen_vae_accel.errors import BackendUnavailableError, ConfigError, EngineError
 from qwen_vae_accel.kernels import device_reasons
 from qwen_vae_accel.kernels.reasons import DTYPES as KERNEL_DTYPES
-from qwen_vae_accel.plan import Size, parse_size
 from qwen_vae_accel.progress import progress_bar
+from qwen_vae_accel.sizes import Size, parse_size
 from qwen_vae_accel.terminal import plain
 
 _SIZES = ("512x512", "1024x1024", "1664x928")

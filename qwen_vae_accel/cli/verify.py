@@ -19,7 +19,7 @@ from qwen_vae_accel.engines.manifest import Verification
 from qwen_vae_accel.errors import AccelError, BackendUnavailableError, ConfigError
 from qwen_vae_accel.loading import load_vae
 from qwen_vae_accel.model import ModelSource
-from qwen_vae_accel.plan import parse_size
+from qwen_vae_accel.sizes import parse_size
 from qwen_vae_accel.terminal import plain
 
 _SIZE = "512x512"

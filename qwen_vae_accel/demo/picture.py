@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qwen_vae_accel.errors import InvalidInputError
 from qwen_vae_accel.files import open_regular
-from qwen_vae_accel.plan import STATIC_MULTIPLE, Size
+from qwen_vae_accel.sizes import STATIC_MULTIPLE, Size
 
 _MARGIN, _CAPTION = 12, 48
 _INK, _PAPER = (32, 32, 32), (255, 255, 255)

@@ -23,7 +23,7 @@ from qwen_vae_accel.errors import AccelError, BuildError, ConfigError, Unsupport
 from qwen_vae_accel.files import write_atomically
 from qwen_vae_accel.loading import load_vae, stored_dtype, vae_folder
 from qwen_vae_accel.model import ModelSource
-from qwen_vae_accel.plan import LATENT_SCALE
+from qwen_vae_accel.sizes import LATENT_SCALE
 
 _DATA = Path(qwen_vae_accel.__file__).resolve().parents[1] / "examples" / "data"
 

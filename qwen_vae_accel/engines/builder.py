@@ -20,7 +20,9 @@ from qwen_vae_accel.engines.store import EngineStore
 from qwen_vae_accel.engines.wanted import Wanted
 from qwen_vae_accel.errors import AccelError, BackendUnavailableError, ConfigError
 from qwen_vae_accel.journal import Journal
-from qwen_vae_accel.model import ModelSource
+from qwen_vae_accel.model import ModelSource, Topology
+from qwen_vae_accel.model.topology import METHODS
+from qwen_vae_accel.plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +92,7 @@ class Builder:
         source: the VAE's networks.
         device: where the engines are to run; for another machine (``target``) where the VAE is.
         backend: to build with, instead of the one that ``config`` names.
+        methods: networks to build.
         target: the machine that the engines are for, where it is not this one. They are checked there; here,
             what their compiler is handed is.
 
@@ -105,23 +108,30 @@ class Builder:
         device: torch.device,
         backend: EngineBackend | None = None,
         target: Environment | None = None,
+        methods: tuple[str, ...] = METHODS,
     ) -> None:
         if config.engine_dir is None:
             raise ConfigError("there is no engine_dir to build into: give --engine-dir")
         environment = target or Environment.detect(device)
-        stored = {method: source.placement(method).dtype for method in config.methods}
+        stored = {method: source.placement(method).dtype for method in methods}
         jobs = {method: Job.of(config, method, source.topology, device, dtype, environment) for method, dtype in stored.items()}
         self.backend = engine_backend(config, environment, jobs.values(), backend)
         self.store = EngineStore(config.engine_dir)
         verify = config.verify and target is None
         networks = config.verify and target is not None
         self._runtime = EngineRuntime(self.store, source, Journal(), None, config.vram_budget, verify, networks)
-        plan = config.plan(source.topology.scale, source.topology.multiple)
         self.wanted = tuple(
             Wanted(self.backend, key, job.dtype, device, source.fingerprint(method, job.dtype), environment)
             for method, job in jobs.items()
-            for key in plan.engines(method)
+            for key in self._plan(config, source.topology, method).engines(method)
         )
+
+    def _plan(self, config: AccelConfig, topology: Topology, method: str) -> Plan:
+        """The plan as the directory has it: an engine that is there for another size is not built over."""
+        held = self.store.known().held(method, self.backend.suffix)
+        for text in config.plan(topology.scale, topology.multiple).surprises(held):
+            logger.warning("%s: %s", self.store.root, text)
+        return config.plan(topology.scale, topology.multiple, held)
 
     def estimate(self, wanted: Wanted) -> float | None:
         """Seconds that a build of its kind took before in this directory; None where there was none."""

@@ -30,7 +30,8 @@ from qwen_vae_accel.errors import (
 )
 from qwen_vae_accel.journal import Journal
 from qwen_vae_accel.model import ModelSource, Topology
-from qwen_vae_accel.plan import MULTI_PROFILE, EngineKey, Profile, folder_name, parse_size, static_multiple
+from qwen_vae_accel.plan import MULTI_PROFILE, EngineKey
+from qwen_vae_accel.sizes import STATIC_NAMES, Profile, Size, folder_fits, parse_size, static_multiple
 
 logger = logging.getLogger(__name__)
 
@@ -279,7 +280,7 @@ class Inspector:
             if profiles is None:
                 key = self._key(path, method, name, config, source.topology)
             else:
-                key = _key_of(path, method, name, profiles, source.topology)
+                key = _key_of(path, method, name, profiles)
             program = backend.load(image, job, key)
             checks = {}
             for index, profile in enumerate(key.profiles):
@@ -306,6 +307,14 @@ class Inspector:
         self.store.add(path, record)
         return record
 
+    def surprise(self, record: EngineRecord, config: AccelConfig) -> str:
+        """Say which other size the plan of ``config`` expected in the folder of a static engine; empty if it expected none."""
+        if self._source is None or not record.key.is_static:
+            return ""
+        topology = self._source.topology
+        held = {record.name: record.profiles[0].optimum}
+        return "; ".join(config.plan(topology.scale, topology.multiple).surprises(held))
+
     def _backend(self, path: str, config: AccelConfig) -> EngineBackend:
         suffix = PurePosixPath(path).suffix
         fitting = [backend for backend in engine_backends() if backend.suffix == suffix]
@@ -328,27 +337,32 @@ class Inspector:
     def _key(path: str, method: str, name: str, config: AccelConfig, topology: Topology) -> EngineKey:
         """The engine that a file is, where only its place says so."""
         if name == MULTI_PROFILE:
-            if not config.multi_profile:
+            if not config.has_profiles:
                 raise ConfigError(f"{path} has several profiles: say which with --multi-profile and --sizes")
             return EngineKey(method, MULTI_PROFILE, config.plan(topology.scale, topology.multiple).profiles)
-        size = parse_size(name).floor(static_multiple(topology.scale))
-        folder = folder_name(size, topology.scale)
-        if folder != name:
-            raise EngineRefusedError(path, [f"engines of {size} belong in the folder {folder}"])
+        planned = () if config.has_profiles else config.plan(topology.scale, topology.multiple).profiles
+        size = next((profile.optimum for profile in planned if profile.name == name), None)
+        size = size or parse_size(name).floor(static_multiple(topology.scale))
+        _check_folder(path, name, size)
         return EngineKey(method, name, (Profile.static(name, size),))
 
 
-def _key_of(path: str, method: str, name: str, profiles: tuple[Profile, ...], topology: Topology) -> EngineKey:
+def _key_of(path: str, method: str, name: str, profiles: tuple[Profile, ...]) -> EngineKey:
     """The engine that a file is, where it says itself which profiles it has; its place must not say otherwise."""
     if name == MULTI_PROFILE:
         return EngineKey(method, MULTI_PROFILE, profiles)
     size = profiles[0].optimum
     if len(profiles) != 1 or profiles[0].minimum != profiles[0].maximum:
         raise EngineRefusedError(path, ["it takes a range of sizes, so it belongs in a file named ..._multi_profile"])
-    folder = folder_name(size, topology.scale)
-    if folder != name:
-        raise EngineRefusedError(path, [f"it is for {size}, so it belongs in the folder {folder}"])
+    _check_folder(path, name, size)
     return EngineKey(method, name, (Profile.static(name, size),))
+
+
+def _check_folder(path: str, name: str, size: Size) -> None:
+    if not folder_fits(name, size):
+        raise EngineRefusedError(
+            path, [f"it is for {size}, so it belongs in the folder {size}, or in one of {', '.join(STATIC_NAMES)}"]
+        )
 
 
 def _held(store: EngineStore, leftover: Path) -> bool:

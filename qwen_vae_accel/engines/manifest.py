@@ -18,7 +18,8 @@ from typing import Any
 from qwen_vae_accel.documents import read_json
 from qwen_vae_accel.errors import EngineError, shown
 from qwen_vae_accel.files import is_path
-from qwen_vae_accel.plan import EngineKey, Profile, Size
+from qwen_vae_accel.plan import EngineKey
+from qwen_vae_accel.sizes import Profile, Size, folder_fits
 
 VERSION = 1
 NAME = "manifest.json"
@@ -194,6 +195,23 @@ class Manifest:
     """All records of a directory, by path relative to it, newest last."""
 
     engines: dict[str, list[EngineRecord]] = field(default_factory=dict)
+
+    def newest(self, path: str) -> EngineRecord | None:
+        """The newest record of the file ``path``."""
+        records = self.engines.get(path)
+        return records[-1] if records else None
+
+    def held(self, method: str, suffix: str) -> dict[str, Size]:
+        """The sizes of the static engines of one network, by folder: what their records say, whatever folders are called."""
+        found = {}
+        for path in self.engines:
+            record = self.newest(path)
+            if record is None or (path, record.method) != (record.key.stem + suffix, method) or not record.key.is_static:
+                continue
+            name, size = record.name, record.profiles[0].optimum
+            if record.profiles == (Profile.static(name, size),) and folder_fits(name, size):
+                found[name] = size
+        return found
 
     def dumps(self) -> str:
         """The text of the file."""

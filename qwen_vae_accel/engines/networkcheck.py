@@ -15,7 +15,8 @@ from qwen_vae_accel.engines import selfcheck
 from qwen_vae_accel.engines.manifest import EngineRecord, Verification, check_name
 from qwen_vae_accel.errors import EngineRefusedError
 from qwen_vae_accel.model import ModelSource
-from qwen_vae_accel.plan import EngineKey, Profile, Size
+from qwen_vae_accel.plan import EngineKey
+from qwen_vae_accel.sizes import Profile, Size
 
 # In place of a machine, in the names of checks.
 NETWORK = "network"

@@ -24,7 +24,7 @@ from qwen_vae_accel.errors import BuildError, EngineRefusedError
 from qwen_vae_accel.journal import EngineLoad, Journal
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.model.source import build_model
-from qwen_vae_accel.plan import Profile
+from qwen_vae_accel.sizes import Profile
 from qwen_vae_accel.visits import fork_safe_lock
 
 logger = logging.getLogger(__name__)

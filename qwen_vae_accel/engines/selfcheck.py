@@ -18,7 +18,7 @@ from qwen_vae_accel.errors import UnsupportedVAEError
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.model.original import published_network
 from qwen_vae_accel.model.tiling import run_banded
-from qwen_vae_accel.plan import Profile, Size
+from qwen_vae_accel.sizes import Profile, Size
 
 # e4m3 has no yardstick in diffusers. Trained weights stay under 3e-2 (47 dB), but random ones of full size reach 1.4e-1:
 # only garbage is refused.

@@ -64,6 +64,13 @@ class EngineStore:
         """The records, as they are on disk now."""
         return Manifest.read(self.root)
 
+    def known(self) -> Manifest:
+        """The records, or none where they cannot be read, which :meth:`find` and :meth:`load` then say."""
+        try:
+            return self.manifest()
+        except EngineError:
+            return Manifest()
+
     def stamp(self) -> tuple[int, int, int] | None:
         """Number, time of writing and size of the manifest's file, which change with every write; None where there is none."""
         try:

@@ -73,11 +73,8 @@ class Wanted:
     def build_command(self, root: Path) -> str:
         """The command that builds it into ``root``."""
         key = self.key
-        sizes = key.name
-        if not key.is_static:
-            sizes = ",".join(f"{p.minimum}:{p.optimum}:{p.maximum}" for p in key.profiles)
-        task = "i2i" if key.method == "encode" else "t2i"
-        options = f"--backend {self.backend.name} --task {task} --dtype {dtype_name(self.dtype)} --sizes {sizes}"
+        sizes = ",".join(profile.text for profile in key.profiles)
+        options = f"--backend {self.backend.name} --method {key.method} --dtype {dtype_name(self.dtype)} --sizes {sizes}"
         multi = "" if key.is_static else " --multi-profile"
         return f"qwen-vae-accel build {options}{multi} --engine-dir {shlex.quote(str(root))} --vae PATH"
 
@@ -94,11 +91,7 @@ class Wanted:
         if record.weights != self.weights:
             found.append(f"weights: built from {record.weights[:12]}..., the VAE has {self.weights[:12]}...")
         if record.profiles != self.key.profiles:
-            theirs, ours = (
-                ", ".join(f"{p.name} [{p.minimum}..{p.optimum}..{p.maximum}]" for p in profiles)
-                for profiles in (record.profiles, self.key.profiles)
-            )
-            found.append(f"sizes: built for {theirs}, wanted {ours}")
+            found.append(f"sizes: built for {record.key.ranges()}, wanted {self.key.ranges()}")
         identity = self.backend.identity(self.environment)
         for name in sorted(set(record.identity) | set(identity)):
             theirs, ours = record.identity.get(name, "nothing"), identity.get(name, "nothing")

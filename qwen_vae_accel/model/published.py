@@ -27,6 +27,8 @@ CLASSES = {
 # Layers of torch that the networks are made of; all others are their modules' own classes.
 _LAYERS = (nn.Conv2d, nn.Dropout, nn.Identity, nn.ModuleList, nn.Sequential, nn.SiLU, nn.ZeroPad2d)
 _KEPT = 16
+# A weight that the VAE of the original programs has (Wan 2.1's, which Qwen-Image's is too), and none in diffusers' names.
+ORIGINAL_NAME = "decoder.middle.0.residual.0.gamma"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,4 +122,9 @@ def _another_class(vae: object) -> str:
     text = f"it is a {kind.__module__}.{kind.__qualname__}, not one of diffusers' {', '.join(CLASSES)}"
     if hasattr(vae, "_orig_mod"):
         text += "; torch.compile has wrapped it: accelerate the VAE inside, vae._orig_mod"
+    elif isinstance(vae, nn.Module) and any(name == ORIGINAL_NAME for name, _ in vae.named_parameters()):
+        text += (
+            "; its weights have the original program's names: qwen_vae_accel.checkpoints.vae_from_weights(vae.state_dict(), "
+            "'vae') makes a VAE of diffusers over the same memory"
+        )
     return text

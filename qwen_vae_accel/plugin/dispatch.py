@@ -16,6 +16,7 @@ from torch import Tensor
 from qwen_vae_accel.backends.base import Backend, DirectBackend, EngineBackend, Environment, Job, Program
 from qwen_vae_accel.backends.registry import direct_backends, engine_backends, get_backend
 from qwen_vae_accel.config import AccelConfig
+from qwen_vae_accel.engines.manifest import Manifest
 from qwen_vae_accel.engines.runtime import EngineRuntime
 from qwen_vae_accel.engines.store import EngineStore
 from qwen_vae_accel.engines.wanted import Wanted
@@ -23,7 +24,8 @@ from qwen_vae_accel.errors import BackendUnavailableError, ConfigError, EngineEr
 from qwen_vae_accel.journal import Journal
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.model.offload import Placement
-from qwen_vae_accel.plan import EngineKey, Miss, Plan, Profile, Size
+from qwen_vae_accel.plan import EngineKey, Miss, Plan
+from qwen_vae_accel.sizes import Profile, Size
 from qwen_vae_accel.visits import fork_safe_lock
 
 logger = logging.getLogger(__name__)
@@ -121,7 +123,8 @@ class Dispatcher:
         self._environments: dict[torch.device, Environment] = {}
         self._routes: dict[tuple[Job, bool, tuple[str, ...]], _Route] = {}
         self._misses: dict[tuple[str, Job, Size, str], tuple[object, str]] = {}  # with the directory's state at the time
-        self._adopted: dict[tuple[str, str], Plan] = {}
+        self._plans: dict[tuple[str, str], tuple[object, Plan]] = {}  # by backend and method, with the directory's state
+        self._told: set[str] = set()
         self._lock = fork_safe_lock()
         self._engines = self._engine_candidates()
         self._direct = self._direct_candidates()
@@ -261,16 +264,33 @@ class Dispatcher:
         return output
 
     def _plan(self, backend: EngineBackend, method: str) -> Plan:
-        """The plan; where no sizes are asked for, with the profiles of a multi-profile engine that was made elsewhere."""
-        if self.runtime is None or not self.plan.multi_profile or self._config.sizes is not None:
+        """The plan as the directory has it now: the sizes of an engine that is there are what the engine says."""
+        if self.runtime is None:
             return self.plan
-        key = (backend.name, method)
-        if key not in self._adopted:
+        store, key = self.runtime.store, (backend.name, method)
+        stamp = store.stamp()
+        known = self._plans.get(key)
+        if known is None or known[0] != stamp:
+            self._plans[key] = known = stamp, self._plan_with(store.known(), backend, method)
+        return known[1]
+
+    def _plan_with(self, manifest: Manifest, backend: EngineBackend, method: str) -> Plan:
+        if self.plan.multi_profile:
             path = self.plan.engines(method)[0].stem + backend.suffix
-            record = next(iter(self.runtime.store.manifest().engines.get(path, [])[-1:]), None)
-            adopted = record is not None and record.origin == "adopted"
-            self._adopted[key] = replace(self.plan, profiles=record.profiles) if record and adopted else self.plan
-        return self._adopted[key]
+            record = manifest.newest(path)
+            if self._config.sizes is not None or record is None or record.profiles == self.plan.profiles:
+                return self.plan
+            self._tell(f"{path} has {len(record.profiles)} optimization profiles of its own: {record.key.ranges()}")
+            return replace(self.plan, profiles=record.profiles)
+        held = manifest.held(method, backend.suffix)
+        for text in self.plan.surprises(held):
+            self._tell(text)
+        return self._config.plan(self._source.topology.scale, self._source.topology.multiple, held)
+
+    def _tell(self, surprise: str) -> None:
+        if surprise not in self._told:
+            self._told.add(surprise)
+            logger.warning("%s", surprise)
 
     def wanted(self, backend: EngineBackend, job: Job, key: EngineKey) -> Wanted:
         """The engine of ``key`` over the VAE's current weights."""

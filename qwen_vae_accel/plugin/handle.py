@@ -13,20 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from qwen_vae_accel.config import AccelConfig
-from qwen_vae_accel.errors import HandleError, InvalidInputError, UnsupportedVAEError
+from qwen_vae_accel.errors import HandleError, InvalidInputError
 from qwen_vae_accel.journal import ORIGINAL, Journal, Report
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.model.custom import custom_method
 from qwen_vae_accel.model.offload import Placement, run_pre_forward
 from qwen_vae_accel.model.topology import METHODS
-from qwen_vae_accel.plan import MIN_SIDE, Size
 from qwen_vae_accel.plugin.compiled import Traced
 from qwen_vae_accel.plugin.dispatch import Dispatcher, Request
+from qwen_vae_accel.plugin.hosts import find_vae, held_vae
 from qwen_vae_accel.plugin.methods import PATCHED, VAE, OwnMethods, handle_of, pack
 from qwen_vae_accel.plugin.parking import Parking
 from qwen_vae_accel.plugin.plain import not_image, not_plain
 from qwen_vae_accel.plugin.processing import PostProcessing, PreProcessing, Replacement, processors_of
 from qwen_vae_accel.progress import progress_bar
+from qwen_vae_accel.sizes import MIN_SIDE, Size
 from qwen_vae_accel.visits import Visits, fork_safe_lock
 
 _REQUESTS = 256  # kinds of calls remembered
@@ -37,8 +38,10 @@ def accelerate(target: Any, config: AccelConfig | Mapping[str, Any] | str | Path
     """Make ``encode`` and ``decode`` of a Qwen-Image VAE fast, in place.
 
     Args:
-        target: a diffusers pipeline with a ``vae``, or the VAE itself.
-        config: an :class:`AccelConfig`, a dict or JSON file of one, or the TensorRT guide's JSON. None: the defaults.
+        target: a diffusers pipeline with a ``vae``, an object of another host that holds one (``docs/hosts.md``), or the VAE
+            itself.
+        config: an :class:`AccelConfig`, a dict or JSON file of one, or the TensorRT guide's JSON, with whatever else its host
+            has in there. None: the defaults.
         overrides: fields of :class:`AccelConfig` that replace those of ``config``.
 
     Returns:
@@ -52,7 +55,7 @@ def accelerate(target: Any, config: AccelConfig | Mapping[str, Any] | str | Path
         HandleError: if the VAE is accelerated already with another config.
     """
     wanted = AccelConfig.resolve(config, **overrides)
-    vae = _find_vae(target)
+    vae = find_vae(target)
     existing: Handle | None = handle_of(vae)
     if existing is not None and not existing._active:  # an interrupt ended its restore()
         existing.restore()
@@ -67,20 +70,6 @@ def accelerate(target: Any, config: AccelConfig | Mapping[str, Any] | str | Path
             f"  there: {existing.config}\n  asked: {wanted}"
         )
     return Handle(vae, wanted, None if target is vae else target)
-
-
-def _find_vae(target: Any) -> nn.Module:
-    if isinstance(target, nn.Module) and hasattr(target, "encode") and hasattr(target, "decode"):
-        return target
-    vae = getattr(target, "vae", None)
-    if isinstance(vae, nn.Module):
-        return vae
-    if vae is None and hasattr(target, "vae"):
-        raise UnsupportedVAEError(type(target).__name__, ["its vae is None: load the pipeline with its VAE first"])
-    raise UnsupportedVAEError(
-        type(target).__name__,
-        ["it is neither a VAE (an nn.Module with encode and decode) nor a pipeline with a .vae"],
-    )
 
 
 class Handle:
@@ -218,7 +207,7 @@ class Handle:
         if not self._active:
             return "this VAE was restored; accelerate() makes a new handle"
         pipelines = [pipeline for reference in self._pipelines if (pipeline := reference()) is not None]
-        if any(getattr(pipeline, "vae", None) is not self.vae for pipeline in pipelines):
+        if any(held_vae(pipeline) is not self.vae for pipeline in pipelines):
             return "the pipeline's VAE was replaced after accelerate(); the new one is not accelerated: call accelerate() again"
         return ""
 

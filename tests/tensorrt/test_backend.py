@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -24,10 +24,14 @@ from qwen_vae_accel.engines.wanted import Wanted
 from qwen_vae_accel.errors import BackendUnavailableError, BuildError, ConfigError, EngineMissingError, EngineRefusedError
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.plan import EngineKey
-from tests.fixtures_cli import Cli
 from tests.helpers import CPU, Reference, decoded, moments, picture, randn
 from tests.tensorrt.conftest import job_of, key_of, missing_rtx
 from tests.tensorrt.standin import StandIn, engine_file
+
+if TYPE_CHECKING:
+    from tests.fixtures_cli import Cli
+
+pytest_plugins = ["tests.fixtures_cli"]
 
 CLASSIC = {"torch-tensorrt": "2.14.0", "tensorrt": "11.1.0.5"}
 RTX = {"torch-tensorrt-rtx": "2.13.0", "tensorrt-rtx": "1.5.0.114"}
@@ -400,6 +404,28 @@ def test_foreign_engines_are_adopted_by_what_they_say_and_served(
         references[1].check(moments(micro, x))
         assert handle.report().as_dict()["calls"] == {"decode": {"tensorrt": 1}, "encode": {"tensorrt": 1}}
     assert trt.violations == []
+
+
+def test_a_foreign_engine_in_a_folder_of_another_size_serves_its_own(
+    plugin: Callable[..., None], cli: Cli, micro: nn.Module, tmp_path: Path, no_grad: None
+) -> None:
+    """As the guide's host has them by now: its folder ``4_3`` is for another size than the guide's."""
+    plugin()
+    vae, engines = tmp_path / "vae", tmp_path / "engines"
+    micro.save_pretrained(vae)
+    job, key = job_of(ModelSource(micro), "decode"), key_of("decode", "64x48")
+    ranges = [tuple(shape[2:] for shape in t) for t in input_shapes(job, key)]
+    (engines / "4_3").mkdir(parents=True)
+    (engines / "4_3" / "vae_decoder.trt").write_bytes(engine_file("decode", ranges))  # type: ignore[arg-type]
+    result = cli("adopt", "--engine-dir", engines, "--vae", vae, "--trust", "--json")
+    (entry,) = result.document["engines"]
+    assert entry["adopted"] and entry["note"] == "folder 4_3 holds an engine for 64x48, where 1472x1136 was expected"
+    z = randn(1, 4, 1, 6, 8)
+    reference = Reference(micro, "decode", z)
+    guide = {"task": "t2i", "vae_type": "tensorrt", "trt_vae_config": {"trt_engine_path": str(engines)}}
+    with accelerate(micro, guide, on_miss="error") as handle:
+        reference.check(decoded(micro, z))
+        assert handle.report().as_dict()["engines"] == ["4_3/vae_decoder.trt"]
 
 
 def test_a_foreign_engine_of_another_vae_or_place_is_refused(

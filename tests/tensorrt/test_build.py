@@ -35,7 +35,8 @@ from qwen_vae_accel.errors import BuildError
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.model.layers import RMSNorm
 from qwen_vae_accel.model.spelling import QUERY_LIMIT, PlainNorm, query_chunks, spell
-from qwen_vae_accel.plan import Plan, Profile, Size
+from qwen_vae_accel.plan import Plan
+from qwen_vae_accel.sizes import Profile, Size
 from tests.conftest import random_vae
 from tests.helpers import CPU, TINY_VAE, Reference, picture, randn
 from tests.tensorrt.conftest import job_of, key_of
@@ -371,8 +372,20 @@ def test_the_command_builds_a_directory_for_another_machine(
         yield lambda text, advance: shown.append(text)
 
     monkeypatch.setattr(common, "progress", progress)
-    options = ["--vae", str(TINY_VAE), "--engine-dir", str(tmp_path / "engines"), "--sizes", "64x64", "--json"]
-    command = ["build", *options, "--backend", "tensorrt", "--compute-capability", "8.9", "--dtype", "fp16"]
+    options = ["--vae", str(TINY_VAE), "--engine-dir", str(tmp_path / "engines"), "--sizes", "64x64"]
+    command = [
+        "build",
+        *options,
+        "--json",
+        "--method",
+        "decode",
+        "--backend",
+        "tensorrt",
+        "--compute-capability",
+        "8.9",
+        "--dtype",
+        "fp16",
+    ]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     assert any(re.search(r" \d+/\d+$", text) for text in shown), "the builder's own steps are shown"

@@ -31,7 +31,8 @@ from qwen_vae_accel.engines import networkcheck
 from qwen_vae_accel.engines.store import EngineStore
 from qwen_vae_accel.errors import EngineRefusedError
 from qwen_vae_accel.model import ModelSource
-from qwen_vae_accel.plan import GUIDE_PROFILES, MULTI_PROFILE, EngineKey, Profile, Size
+from qwen_vae_accel.plan import MULTI_PROFILE, EngineKey
+from qwen_vae_accel.sizes import GUIDE_PROFILES, Profile, Size
 from tests.conftest import MICRO, MICRO_21
 from tests.helpers import CPU, picture, randn, spread_gammas
 from tests.tensorrt.conftest import job_of
@@ -246,7 +247,7 @@ def command(rtx: Flavour, tmp_path_factory: pytest.TempPathFactory) -> list[str]
     folder = tmp_path_factory.mktemp("vae")
     vae: Any = small_vae("Qwen-Image")
     vae.save_pretrained(folder)
-    place = ["--vae", str(folder), "--sizes", "64x64"]
+    place = ["--vae", str(folder), "--sizes", "64x64", "--method", "decode"]
     return ["build", *place, "--backend", "tensorrt", "--compute-capability", "8.9", "--dtype", "fp32", "--json"]
 
 

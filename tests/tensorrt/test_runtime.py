@@ -15,6 +15,7 @@ from qwen_vae_accel.backends.tensorrt.engine import TensorRTError, deserialize
 from qwen_vae_accel.backends.tensorrt.runtime import TensorRTProgram
 from qwen_vae_accel.errors import EngineError
 from qwen_vae_accel.model import ModelSource
+from qwen_vae_accel.sizes import Size
 from tests.helpers import CPU, Reference, randn
 from tests.tensorrt.conftest import job_of, key_of
 from tests.tensorrt.standin import ExecutionContextAllocationStrategy, StandIn, engine_file
@@ -292,13 +293,21 @@ def test_profiles_are_compared_with_the_plan_in_their_order(trt: StandIn, source
     assert len(swapped) == 2 and "optimization profile 0 is 8x8..16x16..24x24" in swapped[0]
 
 
-def test_sizes_are_read_back_as_the_plan_writes_them(trt: StandIn, source: ModelSource) -> None:
-    guide = key_of("decode", "1_1_1024,16_9_1080p", multi_profile=True)
+@pytest.mark.parametrize("sizes", ["1_1_1024,16_9_1080p", "lightx2v"])
+def test_sizes_are_read_back_as_the_plan_writes_them(trt: StandIn, source: ModelSource, sizes: str) -> None:
+    guide = key_of("decode", sizes, multi_profile=True)
     job = job_of(source, "decode")
     ranges = [tuple(map(job.input_hw, (p.minimum, p.optimum, p.maximum))) for p in guide.profiles]
-    sizes = program(trt, engine_file("decode", ranges)).engine.sizes("decode", 8)  # type: ignore[arg-type]
-    assert [p.name for p in sizes] == ["1_1_1024", "16_9_1080p"]
-    assert [p.optimum for p in sizes] == [p.optimum for p in guide.profiles]
+    found = program(trt, engine_file("decode", ranges)).engine.sizes("decode", 8)  # type: ignore[arg-type]
+    assert [p.name for p in found] == [p.name for p in guide.profiles]
+    assert [p.optimum for p in found] == [p.optimum.floor(8) for p in guide.profiles]
+
+
+def test_profiles_of_two_hosts_in_one_engine_have_names_of_their_own(trt: StandIn, source: ModelSource) -> None:
+    job, sizes = job_of(source, "decode"), (Size(1920, 1080), Size(1920, 1088))
+    ranges = [tuple(map(job.input_hw, (Size(960, 544), size, Size(1920, 1632)))) for size in sizes]
+    found = program(trt, engine_file("decode", ranges)).engine.sizes("decode", 8)  # type: ignore[arg-type]
+    assert [p.name for p in found] == ["16_9_1080p", "1920x1088"]
 
 
 # The stand-in is no wider than the thing.

@@ -15,7 +15,7 @@ from qwen_vae_accel.documents import read_json
 from qwen_vae_accel.files import write_atomically
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.model.ranges import activation_peaks
-from qwen_vae_accel.plan import Size
+from qwen_vae_accel.sizes import Size
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,8 @@ from qwen_vae_accel.backends.tensorrt.runtime import TensorRTProgram
 from qwen_vae_accel.backends.tensorrt.settings import BuildSettings, Capability, capability_text
 from qwen_vae_accel.backends.tensorrt.streams import CudaStreams, Streams
 from qwen_vae_accel.errors import BuildError
-from qwen_vae_accel.plan import EngineKey, Profile
+from qwen_vae_accel.plan import EngineKey
+from qwen_vae_accel.sizes import Profile
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,8 @@ import torch
 from qwen_vae_accel.backends.base import Job
 from qwen_vae_accel.backends.tensorrt.logs import collector_paused, make_logger, make_recorder
 from qwen_vae_accel.errors import EngineError
-from qwen_vae_accel.plan import GUIDE_PROFILES, EngineKey, Profile, Size
+from qwen_vae_accel.plan import EngineKey
+from qwen_vae_accel.sizes import Profile, Size, profile_name
 
 logger = logging.getLogger(__name__)
 
@@ -88,11 +89,12 @@ class TensorRTEngine:
     def sizes(self, method: str, scale: int) -> tuple[Profile, ...]:
         """Its profiles in pixels of the image, named like a plan's of the same ranges."""
         factor = 1 if method == "encode" else scale
-        profiles = []
+        profiles: list[Profile] = []
         for r in self.ranges:
             low, best, high = (Size(w * factor, h * factor) for h, w in (r.minimum, r.optimum, r.maximum))
-            guide = (n for n, s in GUIDE_PROFILES.items() if s.floor(factor) == best and low != high)
-            profiles.append(Profile(next(guide, str(best)), low, best, high))
+            name = str(best) if low == high else profile_name(best, factor)
+            taken = any(name == profile.name for profile in profiles)  # hosts give one name to two sizes
+            profiles.append(Profile(str(best) if taken else name, low, best, high))
         return tuple(profiles)
 
     def differences(self, job: Job) -> list[str]:

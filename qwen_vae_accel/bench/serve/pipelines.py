@@ -20,7 +20,7 @@ from qwen_vae_accel.bench.methods import BenchError
 from qwen_vae_accel.demo.tiny_pipeline import TINY_TRANSFORMER, require_pipelines
 from qwen_vae_accel.errors import ConfigError
 from qwen_vae_accel.loading import load_model, load_vae, random_vae
-from qwen_vae_accel.plan import GUIDE_STATIC, STATIC_MULTIPLE, Size
+from qwen_vae_accel.sizes import GUIDE_STATIC, STATIC_MULTIPLE, Size
 
 STEPS = {"t2i": 5, "i2i": 4}
 TRANSFORMERS = ("full", "tiny")

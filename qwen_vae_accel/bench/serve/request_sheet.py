@@ -12,7 +12,7 @@ from qwen_vae_accel.bench.machine import device_name, on_gpu
 from qwen_vae_accel.bench.result import Document, head_of, short_ms
 from qwen_vae_accel.bench.serve.measurement import ACCELERATED, PLAIN
 from qwen_vae_accel.page.sheet import Answer, Block, Chart, Panel, Sheet, Table
-from qwen_vae_accel.plan import parse_size
+from qwen_vae_accel.sizes import parse_size
 
 KIND = "serve-bench"
 _TITLES = {"t2i": "Text-to-image", "i2i": "Editing"}
