@@ -174,7 +174,7 @@ NARROW_21 = dataclasses.replace(QWEN_IMAGE_21, decoder_widths=tuple(width * 4 //
 @interpreted
 @pytest.mark.parametrize(("method", "shape"), [("decode", (2, 64, 2, 3)), ("encode", (1, 4, 48, 32))])
 def test_shortcuts_around_levels(method, shape, monkeypatch):
-    """Of the residual networks: orders of channels, copies and averages, the wide attention, the first and last convolutions."""
+    """Of the residual networks: orders of channels, copies and averages, the wide attention, both ends."""
     described = describe(NARROW_21, method)
     state = random_state(described)
     monkeypatch.setattr("qwen_vae_accel.kernels.fused.network_of", lambda state: described)
@@ -339,6 +339,10 @@ def test_smaller_gpus_get_smaller_tiles():
 
 
 def test_import_needs_no_triton():
-    code = "import sys; sys.modules['triton'] = None; from qwen_vae_accel.kernels import state_reasons as f; print(f({}, sm90=True))"
+    code = """import sys
+sys.modules["triton"] = None
+from qwen_vae_accel.kernels import state_reasons
+print(state_reasons({}, sm90=False))
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
