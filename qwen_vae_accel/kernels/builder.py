@@ -30,7 +30,7 @@ from qwen_vae_accel.kernels.overlap import Matrix, Overlap, link
 from qwen_vae_accel.kernels.triton.attention import attention, qkv
 from qwen_vae_accel.kernels.triton.conv3x3 import conv
 from qwen_vae_accel.kernels.triton.conv_in import conv_in
-from qwen_vae_accel.kernels.triton.conv_out import conv_out, head_products, sum_taps
+from qwen_vae_accel.kernels.triton.conv_out import head_products, sum_taps
 from qwen_vae_accel.kernels.triton.downsample_conv import downsample_conv
 from qwen_vae_accel.kernels.triton.flatten import flatten
 from qwen_vae_accel.kernels.triton.pool import pool
@@ -41,8 +41,6 @@ from qwen_vae_accel.kernels.tuning.selection import Tuning
 from qwen_vae_accel.kernels.weights import (
     AttentionWeights,
     ConvWeights,
-    HeadWeights,
-    NetworkWeights,
     Norm,
     ResidualWeights,
     SmallConvWeights,
@@ -60,11 +58,6 @@ class Activations:
     grid: Grid
     x: Slot | None
     normed: Slot | None
-
-
-def _is(slot: Slot | None, entry: Slot | None) -> bool:
-    """Whether a block's input is what the shortcut around its level reads."""
-    return entry is not None and slot is entry
 
 
 def _widths(weights: ConvWeights) -> str:
@@ -167,8 +160,54 @@ class LaunchBuilder:
 
         return Overlap(layer, Matrix(a, grid), on(beside or grid, others), on(after, outputs))
 
-    def conv_in(self, weights: SmallConvWeights | ConvWeights, grid: Grid, norm: Norm) -> Activations:
-        """List the first convolution, of the input image or latent; ``norm`` is the first one behind it."""
+    @property
+    def flops(self) -> int:
+        """Operations of what is listed so far."""
+        return sum(step.flops for step in self.steps)
+
+    def sum_taps(self, products: Slot, bias: Tensor, grid: Grid, image: int | None, rows: range, start: int) -> None:
+        """List the end of conv_out: ``rows`` of one image, or of all, from the products of the pixels of ``grid``.
+
+        ``start``: the row of the image with which ``grid`` begins.
+        """
+        batch, channels = 1 if image is not None else grid.batch, bias.numel()
+
+        def launch(m: Memory) -> None:
+            output = m.output if image is None else m.output[image : image + 1, :, rows.start : rows.stop]
+            sum_taps(m[products], bias, grid, output, first=rows.start - start)
+
+        part = Grid(batch, len(rows), grid.width)
+        self.add(f"conv_out sum {channels}", part, 9 * channels * part.pixels, launch)
+        self.arena.give(products)
+
+    def copy_rows(self, level: Activations, rows: range, whole: Activations, image: int, first: int) -> None:
+        """List the copy of ``rows`` of a band to one image of ``whole``, from its row ``first`` on, with the zeros around."""
+        pairs = [(level.x, whole.x), (level.normed, whole.normed)]
+        large = whole.grid
+        onto = range(first, first + len(rows))
+
+        def launch(m: Memory) -> None:
+            for part, all_of_it in pairs:
+                assert part is not None and all_of_it is not None
+                matrix, lines = m[all_of_it], (large.height + 1) * large.pitch
+                at = image * lines + (first + 1) * large.pitch
+                source = m[part][(rows.start + 1) * large.pitch : (rows.stop + 1) * large.pitch]
+                matrix[at : at + len(rows) * large.pitch].copy_(source)
+                if first == 0:
+                    matrix[image * lines : image * lines + large.pitch].zero_()
+                if onto.stop == large.height:
+                    end = at + len(rows) * large.pitch
+                    matrix[end : end + large.pitch].zero_()
+
+        self.add("copy rows", Grid(1, len(rows), large.width), 0, launch)
+
+    def conv_in(
+        self, weights: SmallConvWeights | ConvWeights, grid: Grid, norm: Norm, part: tuple[int, range] | None = None
+    ) -> Activations:
+        """List the first convolution, of the input image or latent; ``norm`` is the first one behind it.
+
+        ``part``: an image of the batch and the rows of it that ``grid`` is of; None: all.
+        """
         out = weights.out_channels
         x, normed = self.take(grid, out), self.take(grid, out, norm.scale)
         gpu = self.gpu
@@ -182,7 +221,8 @@ class LaunchBuilder:
         config = self.tuning.conv(key, grid, gpu)
 
         def launch(m: Memory) -> None:
-            conv_in(m.image, weights, x=m[x], normed=m[normed], norm=norm, config=config, gpu=gpu)
+            image = m.image if part is None else m.image[part[0] : part[0] + 1, :, part[1].start : part[1].stop]
+            conv_in(image, weights, x=m[x], normed=m[normed], norm=norm, config=config, gpu=gpu)
 
         flops = 2 * grid.pixels * out * 9 * weights.in_channels
         self.add(f"conv_in {weights.in_channels}->{out}", grid, flops, launch, key, grid)
@@ -324,7 +364,8 @@ class LaunchBuilder:
     ) -> Activations:  # fmt: skip
         """List a step to another resolution: ``kind`` is UP or DOWN, ``norm`` the first one of the next level.
 
-        ``residual`` and ``lower``: a shortcut around the level, as ``kernels/shortcuts.py`` describes it.
+        ``residual`` and ``lower``: a shortcut around the level, as ``kernels/shortcuts.py`` describes it. ``level.x`` and
+        ``residual`` are the caller's to give back.
         """
         up, grid, gpu = kind is Kind.UP, level.grid, self.gpu
         after = grid.doubled() if up else grid.halved()
@@ -349,7 +390,6 @@ class LaunchBuilder:
         name = f"{kind}sample {_widths(weights)}" + (" residual" if residual is not None else "")
         key = KernelKey.of(kind, weights, sm90=layer is not None)
         self.add(name, after, weights.flops(tiled.pixels), launch, key, tiled, overlap)
-        self.arena.give(level.x, residual)
         return Activations(after, x, normed)
 
     def middle(
@@ -361,66 +401,3 @@ class LaunchBuilder:
         level = self.residual_block(level, first, between.norm)
         level = self.attention(level, between, last.norm1)
         return self.residual_block(level, last, norm, keep_x=keep_x)
-
-
-def decoder_launches(weights: NetworkWeights, latent: tuple[int, ...], builder: LaunchBuilder) -> LaunchList:
-    """List the launches of a decoder for latents of shape ``[B, C, h, w]``."""
-    assert isinstance(weights.conv_out, HeadWeights)
-    batch, _, height, width = latent
-    head, bias = weights.conv_out.columns, weights.conv_out.bias
-    channels = bias.numel()
-    level = builder.conv_in(weights.conv_in, Grid(batch, height, width), weights.middle[0].norm1)
-    level = builder.middle(level, weights.middle, weights.levels[0].blocks[0].norm1, keep_x=True)
-    for this, after in zip(weights.levels, (*weights.levels[1:], None), strict=True):
-        entry = level.x if this.shortcut is not None else None
-        for block, following in zip(this.blocks[:-1], this.blocks[1:], strict=True):
-            level = builder.residual_block(level, block, following.norm1, keep_input=_is(level.x, entry))
-        if this.resampling is not None and after is not None:
-            lower = 0 if this.shortcut is None else this.shortcut.lower
-            level = builder.residual_block(
-                level,
-                this.blocks[-1],
-                None,
-                x_scale=this.resampling.input_scale,
-                keep_input=_is(level.x, entry),
-            )
-            level = builder.resample(level, this.resampling, after.blocks[0].norm1, Kind.UP, entry, lower)
-        else:
-            products = builder.last_block(level, this.blocks[-1], weights.norm_out, head, 9 * channels)
-    grid = level.grid
-    builder.add(
-        f"conv_out sum {channels}", grid, 9 * channels * grid.pixels,
-        lambda m: sum_taps(m[products], bias, grid, m.output),
-    )  # fmt: skip
-    return builder.launches((batch, channels, grid.height, grid.width))
-
-
-def encoder_launches(weights: NetworkWeights, image: tuple[int, ...], builder: LaunchBuilder) -> LaunchList:
-    """List the launches of an encoder for images of shape ``[B, C, H, W]``."""
-    assert isinstance(weights.conv_out, ConvWeights)
-    batch, _, height, width = image
-    level = builder.conv_in(weights.conv_in, Grid(batch, height, width), weights.levels[0].blocks[0].norm1)
-    for this, after in zip(weights.levels, (*weights.levels[1:], None), strict=True):
-        pooled = entry = None
-        if this.shortcut is not None:
-            if this.shortcut.pooled:
-                pooled = builder.pool(level)
-            else:
-                entry = level.x
-        for block, following in zip(this.blocks[:-1], this.blocks[1:], strict=True):
-            level = builder.residual_block(level, block, following.norm1, keep_input=_is(level.x, entry))
-        if this.resampling is not None and after is not None:
-            level = builder.residual_block(level, this.blocks[-1], None)
-            level = builder.resample(level, this.resampling, after.blocks[0].norm1, Kind.DOWN, pooled)
-        else:
-            level = builder.residual_block(
-                level, this.blocks[-1], weights.middle[0].norm1, keep_input=_is(level.x, entry), adds=entry
-            )
-            builder.arena.give(entry)
-    level = builder.middle(level, weights.middle, weights.norm_out, keep_x=False)
-    normed, grid, out, gpu = level.normed, level.grid, weights.conv_out, builder.gpu
-    builder.add(
-        f"conv_out {out.in_channels}->{out.out_channels}", grid, out.flops(grid.pixels),
-        lambda m: conv_out(m[normed], grid, out, m.output, gpu=gpu),
-    )  # fmt: skip
-    return builder.launches((batch, out.out_channels, grid.height, grid.width))

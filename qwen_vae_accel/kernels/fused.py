@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qwen_vae_accel.kernels import compiling
+from qwen_vae_accel.kernels.bands import Bands, Listed, choose_bands
 from qwen_vae_accel.kernels.compiling import Progress, Tasks
 from qwen_vae_accel.kernels.gpu import Gpu, describe_gpu
 from qwen_vae_accel.kernels.graphs import GraphCache
@@ -43,12 +44,14 @@ class FusedConfig:
         graph_after: uses of an input shape, with the same scratch block, before it is captured.
         tuning: tile configurations.
         gpu: what to know of the GPU, None to ask it.
+        memory_limit: bytes of scratch memory of a call; what takes more runs in bands of rows (bands.py). None: no limit.
     """
 
     graphs: int = 8
     graph_after: int = 2
     tuning: Tuning = field(default_factory=Tuning)
     gpu: Gpu | None = None
+    memory_limit: int | None = None
 
 
 class KernelTime(NamedTuple):
@@ -137,17 +140,32 @@ class _FusedNetwork:
 
         return Sm90Layers(self.device, tuning)
 
-    def _list(self, shape: tuple[int, ...], builder: LaunchBuilder) -> LaunchList:
+    def _listed(
+        self, shape: tuple[int, ...], builder: LaunchBuilder, bands: Bands | None = None, *, sample: bool = False
+    ) -> Listed:  # fmt: skip
         raise NotImplementedError
+
+    def _list(self, shape: tuple[int, ...], tuning: Tuning, layers: Sm90Layers | None) -> LaunchList:
+        """List the launches for inputs of ``shape``, in bands where the memory limit asks for them."""
+        from qwen_vae_accel.kernels.builder import LaunchBuilder
+
+        def listed(bands: Bands | None, *, sample: bool = True) -> Listed:
+            builder = LaunchBuilder(self.dtype, self._gpu, tuning, layers)
+            return self._listed(shape, builder, bands, sample=sample and bands is not None)
+
+        limit, network = self.config.memory_limit, self.description
+        bands = None
+        if limit is not None:
+            rows = shape[2] * (network.scale if network.decodes else 1)
+            bands = choose_bands(limit, len(network.levels) - 1, rows, listed)
+        return listed(bands, sample=False).launches
 
     def launches(self, shape: tuple[int, ...]) -> LaunchList:
         """The launches for inputs of ``shape``; listing them takes one or two milliseconds and no GPU work."""
-        from qwen_vae_accel.kernels.builder import LaunchBuilder
-
         with self._lock:
             found = self._lists.pop(shape, None)
             if found is None:
-                found = self._list(shape, LaunchBuilder(self.dtype, self._gpu, self.config.tuning, self._sm90))
+                found = self._list(shape, self.config.tuning, self._sm90)
             while len(self._lists) >= _LISTS:
                 self._lists.popitem(last=False)
             self._lists[shape] = found
@@ -159,11 +177,9 @@ class _FusedNetwork:
         Raises:
             ValueError: ``tuning`` goes without sm90/, and this network has given its weights to that.
         """
-        from qwen_vae_accel.kernels.builder import LaunchBuilder
-
         if self._sm90 is not None and not tuning.sm90:
             raise ValueError("this network was made with Tuning(sm90=True): its weights are not where Triton's kernels read")
-        return self._list(shape, LaunchBuilder(self.dtype, self._gpu, tuning, self._sm90_layers(tuning)))
+        return self._list(shape, tuning, self._sm90_layers(tuning))
 
     def __call__(self, image: Tensor) -> Tensor:
         """Run the network on the current stream, from a graph where this shape is used often.
@@ -250,10 +266,12 @@ class FusedDecoder(_FusedNetwork):
 
     _method = "decode"
 
-    def _list(self, shape: tuple[int, ...], builder: LaunchBuilder) -> LaunchList:
-        from qwen_vae_accel.kernels.builder import decoder_launches
+    def _listed(
+        self, shape: tuple[int, ...], builder: LaunchBuilder, bands: Bands | None = None, *, sample: bool = False
+    ) -> Listed:  # fmt: skip
+        from qwen_vae_accel.kernels.order import decoder_launches
 
-        return decoder_launches(self._weights, shape, builder)
+        return decoder_launches(self._weights, shape, builder, bands, sample=sample)
 
 
 class FusedEncoder(_FusedNetwork):
@@ -264,7 +282,9 @@ class FusedEncoder(_FusedNetwork):
 
     _method = "encode"
 
-    def _list(self, shape: tuple[int, ...], builder: LaunchBuilder) -> LaunchList:
-        from qwen_vae_accel.kernels.builder import encoder_launches
+    def _listed(
+        self, shape: tuple[int, ...], builder: LaunchBuilder, bands: Bands | None = None, *, sample: bool = False
+    ) -> Listed:  # fmt: skip
+        from qwen_vae_accel.kernels.order import encoder_launches
 
-        return encoder_launches(self._weights, shape, builder)
+        return encoder_launches(self._weights, shape, builder, bands, sample=sample)

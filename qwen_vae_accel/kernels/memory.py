@@ -25,12 +25,22 @@ def aligned(nbytes: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A matrix ``[rows, columns]`` in the arena, the ``index``-th that was taken."""
+    """A matrix ``[rows, columns]`` in the arena, the ``index``-th that was taken, or rows of it from ``first`` on."""
 
     index: int
     rows: int
     columns: int
     dtype: torch.dtype
+    first: int = 0
+
+    def part(self, first: int, rows: int) -> Slot:
+        """View ``rows`` rows from ``first`` on; only the whole is given back."""
+        return Slot(self.index, rows, self.columns, self.dtype, self.first + first)
+
+    @property
+    def start(self) -> int:
+        """Bytes of the whole in front of it."""
+        return self.first * self.columns * self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
@@ -114,7 +124,7 @@ class Memory:
     image: Tensor
     output: Tensor
     overlapped: bool = False  # launched in order after zeroing the counters (overlap.py); else every kernel waits for the last
-    _views: dict[int | torch.dtype, Tensor] = field(default_factory=dict)  # made once per call: launches share them
+    _views: dict[Slot | torch.dtype, Tensor] = field(default_factory=dict)  # made once per call: launches share them
 
     def get(self, slot: Slot | None) -> Tensor | None:
         """The matrix, or None of None."""
@@ -123,11 +133,11 @@ class Memory:
     def __getitem__(self, slot: Slot | None) -> Tensor:
         if slot is None:
             raise ValueError("a launch reads a matrix that nothing wrote")
-        view = self._views.get(slot.index)
+        view = self._views.get(slot)
         if view is None:
             base = self._views.get(slot.dtype)
             if base is None:
                 base = self._views[slot.dtype] = self.scratch.view(slot.dtype)
-            start = self.offsets[slot.index] // slot.dtype.itemsize
-            view = self._views[slot.index] = base.as_strided((slot.rows, slot.columns), (slot.columns, 1), start)
+            start = (self.offsets[slot.index] + slot.start) // slot.dtype.itemsize
+            view = self._views[slot] = base.as_strided((slot.rows, slot.columns), (slot.columns, 1), start)
         return view

@@ -74,7 +74,7 @@ def link(steps: Sequence[Overlap | None], offsets: Sequence[int]) -> list[Slot]:
 def overlaps(first: Overlap, second: Overlap, offsets: Sequence[int]) -> bool:
     """Whether a tile of ``second`` may run once the tiles of ``first`` around it have."""
     written = {matrix.slot.index for matrix in first.outputs}
-    if second.input.slot.index not in written or any(matrix.slot.index in written for matrix in second.others):
+    if second.input not in first.outputs or any(matrix.slot.index in written for matrix in second.others):
         return False
     if not all(matrix.grid.pixels for matrix in second.outputs):  # too small an image, which is refused later
         return False
@@ -85,12 +85,16 @@ def overlaps(first: Overlap, second: Overlap, offsets: Sequence[int]) -> bool:
 
 
 def _apart(a: Matrix, b: Matrix, offsets: Sequence[int]) -> bool:
-    start, other = offsets[a.slot.index], offsets[b.slot.index]
+    start, other = _start(a, offsets), _start(b, offsets)
     return start + a.slot.nbytes <= other or other + b.slot.nbytes <= start
+
+
+def _start(matrix: Matrix, offsets: Sequence[int]) -> int:
+    return offsets[matrix.slot.index] + matrix.slot.start
 
 
 def _same(a: Matrix, b: Matrix, offsets: Sequence[int]) -> bool:
     def shape(m: Matrix) -> tuple[Any, ...]:
-        return offsets[m.slot.index], m.slot.rows, m.slot.columns, m.slot.dtype, m.grid
+        return _start(m, offsets), m.slot.rows, m.slot.columns, m.slot.dtype, m.grid
 
     return shape(a) == shape(b)

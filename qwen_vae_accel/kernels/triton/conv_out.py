@@ -54,12 +54,12 @@ def head_products(a: Tensor, head: Tensor, products: Tensor, *, gpu: Gpu, block_
 
 
 @TritonKernel
-@triton.jit(do_not_specialize=["height", "width", "rows", "pixels"])
+@triton.jit(do_not_specialize=["height", "width", "image_rows", "first", "rows", "pixels", "stride_b", "stride_c"])
 def _sum_taps_kernel(
     products,  # [9 * C, rows] fp32
     bias,  # [C] fp32
-    image,  # [B, C, H, W]
-    height, width, rows, pixels,
+    image,  # [B, C, H, W], rows and pixels dense
+    height, width, image_rows, first, rows, pixels, stride_b, stride_c,
     C: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -67,7 +67,7 @@ def _sum_taps_kernel(
     line = i // width
     b = line // height
     y = line % height
-    row = (b * (height + 1) + y + 1) * (width + 1) + x + 1
+    row = (b * image_rows + y + first + 1) * (width + 1) + x + 1
     mask = i < pixels
     plane = tl.cast(rows, tl.int64)
     for c in tl.static_range(C):
@@ -78,18 +78,25 @@ def _sum_taps_kernel(
             r = tl.where(r < rows, r, 0)
             total += tl.load(products + (tap * C + c) * plane + r, mask=mask, other=0.0)
         total = clamp(total, -1.0, 1.0)
-        to = (b.to(tl.int64) * C + c) * height * width + y * width + x
+        to = b.to(tl.int64) * stride_b + tl.cast(c, tl.int64) * stride_c + y * width + x
         tl.store(image + to, total.to(image.dtype.element_ty), mask=mask)
 
 
-def sum_taps(products: Tensor, bias: Tensor, grid: Grid, image: Tensor, *, block: int = 512) -> None:
-    """``products`` [9 * C, rows] fp32 -> ``image`` [B, C, H, W] contiguous, clamped to [-1, 1]."""
-    channels = image.shape[1]
-    if tuple(products.shape) != (9 * channels, grid.rows) or not image.is_contiguous():
+def sum_taps(products: Tensor, bias: Tensor, grid: Grid, image: Tensor, *, first: int = 0, block: int = 512) -> None:
+    """``products`` [9 * C, rows] fp32 -> ``image`` [B, C, H, W] with dense rows, clamped to [-1, 1].
+
+    ``image`` may have fewer rows than ``grid``: those from ``first`` on.
+    """
+    batch, channels, height, width = image.shape
+    dense = image.stride(3) == 1 and image.stride(2) == width
+    fits = batch == grid.batch and width == grid.width and 0 <= first <= grid.height - height
+    if tuple(products.shape) != (9 * channels, grid.rows) or not (dense and fits):
         raise ValueError(f"products {list(products.shape)} or image {list(image.shape)} do not fit {grid}")
-    _sum_taps_kernel[(triton.cdiv(grid.pixels, block),)](
-        products, bias, image, grid.height, grid.width, grid.rows, grid.pixels, C=channels, BM=block, num_warps=4
-    )
+    pixels = batch * height * width
+    _sum_taps_kernel[(triton.cdiv(pixels, block),)](
+        products, bias, image, height, width, grid.height + 1, first, grid.rows, pixels, image.stride(0), image.stride(1),
+        C=channels, BM=block, num_warps=4,
+    )  # fmt: skip
 
 
 def sum_taps_reference(products: Tensor, bias: Tensor, grid: Grid) -> Tensor:
