@@ -23,6 +23,9 @@ from qwen_vae_accel.kernels.tuning.keys import KernelKey
 from qwen_vae_accel.kernels.tuning.tables import H200_ATTENTION, H200_CONVS
 
 
+_PARTIAL_BYTES = 512 << 20  # of partial results; beyond, the waves are many
+
+
 @dataclass(frozen=True, slots=True)
 class Tuning:
     """Which configuration each kernel runs with.
@@ -69,7 +72,7 @@ class Tuning:
     def attention_splits(self, key: KernelKey, grid: Grid, gpu: Gpu) -> int:
         """Choose how many blocks share the keys of a tile of queries, so that they fill the GPU best."""
         config = self.attention_on(key, gpu)
-        most = max(1, min(8, grid.height * grid.width // 256))
+        most = max(1, min(8, grid.height * grid.width // 256, _PARTIAL_BYTES // (4 * key.in_channels * grid.pixels)))
         return min(range(1, most + 1), key=lambda splits: attention_seconds(config, key, grid, gpu, splits))
 
     def schedules(self, key: KernelKey) -> tuple[Schedule, ...]:
