@@ -31,7 +31,7 @@ class _Decoder:
         self.head, self.bias = weights.conv_out.columns, weights.conv_out.bias
 
     def blocks(self, index: int, level: Activations) -> tuple[Activations, Slot | None]:
-        """List the residual blocks of a level before an upsampling; returned with the level's input, if its shortcut reads it."""
+        """List the residual blocks of a level before an upsampling; with them comes its input, if its shortcut reads that."""
         this, builder = self.levels[index], self.builder
         assert this.resampling is not None
         entry = level.x if this.shortcut is not None else None

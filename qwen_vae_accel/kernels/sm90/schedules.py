@@ -149,6 +149,7 @@ _PAIR = Schedule(split=2, kc=32, mb=2, a_stages=3, b_stages=9, r_stages=3, stagg
 # A tile of one 8x8 block per warpgroup loads its weights for half as many pixels. The same chunks, so that both take their
 # weights from one packing.
 _SMALL_192 = Schedule(split=2, kc=32, mb=1, a_stages=4, b_stages=16, r_stages=3, cost=1.25)
+_SMALL_PAIR = replace(_PAIR, mb=1, a_stages=4, b_stages=12, cost=1.02)
 _SMALL_384 = Schedule(split=4, kc=32, mb=1, a_stages=4, b_stages=16, r_stages=3, cost=1.25)
 
 
@@ -162,6 +163,7 @@ _SMALL_1152 = replace(_SMALL_144, split=8, cost=1.0)
 _SMALL_768 = Schedule(split=8, kc=32, mb=1, a_stages=4, b_stages=16, r_stages=3)
 _UP_288 = replace(_LARGE_288, a_stages=3, stagger=0), replace(_SMALL_288, cost=1.17)
 _UP_576 = replace(_LARGE_576, a_stages=3, stagger=0), replace(_SMALL_576, cost=1.06)
+_UP_1152 = replace(_LARGE_144, split=8, a_stages=3), replace(_SMALL_1152, stagger=0, cost=1.16)
 
 
 # (mode, input channels, output channels) -> candidates, the fastest on a full GPU first. Measured on one NVIDIA H200, partly
@@ -171,8 +173,8 @@ SCHEDULES: dict[tuple[Mode, int, int], tuple[Schedule, ...]] = {
     (Mode.CONV, 96, 96): (_RESIDENT,),
     (Mode.CONV, 96, 192): (replace(_WIDE, a_stages=2, b_stages=11), _SMALL_192),
     (Mode.CONV, 192, 192): (_WIDE, _SMALL_192),
-    (Mode.CONV, 192, 384): (_PAIR, _SMALL_384),
-    (Mode.CONV, 384, 384): (_PAIR, _SMALL_384),
+    (Mode.CONV, 192, 384): (_PAIR, _SMALL_PAIR),
+    (Mode.CONV, 384, 384): (_PAIR, _SMALL_PAIR),
     (Mode.UPSAMPLE, 384, 192): (replace(_WIDE, a_stages=4, b_stages=11), replace(_SMALL_192, a_stages=5, cost=1.43)),
     (Mode.UPSAMPLE, 192, 96): (_RESIDENT,),
     (Mode.DOWNSAMPLE, 96, 96): (_DEEP_RESIDENT,),
@@ -189,11 +191,11 @@ SCHEDULES: dict[tuple[Mode, int, int], tuple[Schedule, ...]] = {
     (Mode.CONV, 576, 576): (_LARGE_576, _SMALL_576),
     (Mode.CONV, 576, 288): (_LARGE_288, _SMALL_288),
     (Mode.CONV, 288, 288): (_LARGE_288, _SMALL_288),
-    (Mode.CONV, 288, 144): (_LARGE_144, _SMALL_144),
+    (Mode.CONV, 288, 144): (replace(_LARGE_144, a_stages=3), replace(_SMALL_144, cost=1.07)),
     (Mode.CONV, 144, 144): (_LARGE_144, _SMALL_144),
     (Mode.CONV, 384, 768): (_SMALL_768,),
     (Mode.CONV, 768, 768): (_SMALL_768,),
-    (Mode.UPSAMPLE, 1152, 1152): (replace(_SMALL_1152, stagger=0),),
+    (Mode.UPSAMPLE, 1152, 1152): _UP_1152,
     (Mode.UPSAMPLE, 576, 576): _UP_576,
     (Mode.UPSAMPLE, 288, 288): _UP_288,
     (Mode.DOWNSAMPLE, 768, 768): (_SMALL_768,),
@@ -222,7 +224,7 @@ FLOAT8_SCHEDULES: dict[tuple[Mode, int, int], tuple[Schedule, ...]] = {
     (Mode.CONV, 288, 288): _float8(_LARGE_288, _SMALL_288),
     (Mode.CONV, 288, 144): _float8(_LARGE_144, _SMALL_144),
     (Mode.CONV, 144, 144): _float8(_LARGE_144, _SMALL_144),
-    (Mode.UPSAMPLE, 1152, 1152): _float8(replace(_SMALL_1152, stagger=0)),
+    (Mode.UPSAMPLE, 1152, 1152): _float8(*_UP_1152),
     (Mode.UPSAMPLE, 576, 576): _float8(*_UP_576),
     (Mode.UPSAMPLE, 288, 288): _float8(*_UP_288),
 }

@@ -24,8 +24,8 @@ from qwen_vae_accel.kernels.layout import Grid
 from qwen_vae_accel.kernels.triton.attention import flat_row, load_tokens, token_tile
 from qwen_vae_accel.kernels.triton.blocks import check_flat
 
-TILE = 128  # queries and keys of a tile, and channels of a tile of values
-_DEPTH = 64  # channels that a step multiplies
+TILE = 128  # queries and keys of a tile
+_DEPTH = 64  # channels, or keys, that a step multiplies
 _CHUNK_BYTES = 64 << 20  # of weights, if that is more than a tile of queries
 
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # below all scores that are numbers, yet finite
@@ -68,9 +68,10 @@ def _values_kernel(
     tops, sums,  # [B * chunk, tiles] fp32
     out,  # [rows, C]
     count, width, chunk, first, tiles,
-    C: tl.constexpr, TILE: tl.constexpr, TMA: tl.constexpr,
+    C: tl.constexpr, TILE: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    column = tl.program_id(0) * TILE
+    STEPS: tl.constexpr = TILE // BK
+    column = tl.program_id(0) * BN
     queries = tl.program_id(1) * TILE
     b = tl.program_id(2)
     i = queries + tl.arange(0, TILE)
@@ -79,19 +80,21 @@ def _values_kernel(
     for t in range(tiles):
         top = tl.maximum(top, tl.load(tops + row * tiles + t))
     total = tl.zeros([TILE], tl.float32)
-    acc = tl.zeros([TILE, TILE], tl.float32)
-    for t in tl.range(0, tiles):
-        factor = tl.exp2(tl.load(tops + row * tiles + t) - top)
-        total += factor * tl.load(sums + row * tiles + t)
+    for t in range(tiles):
+        total += tl.exp2(tl.load(tops + row * tiles + t) - top) * tl.load(sums + row * tiles + t)
+    acc = tl.zeros([TILE, BN], tl.float32)
+    for step in tl.range(0, tiles * STEPS):
+        factor = tl.exp2(tl.load(tops + row * tiles + step // STEPS) - top)
         if TMA:
-            p = weights.load([b, queries, t * TILE]).reshape([TILE, TILE])
+            p = weights.load([b, queries, step * BK]).reshape([TILE, BK])
         else:
-            p = tl.load(weights + row.to(tl.int64)[:, None] * (tiles * TILE) + (t * TILE + tl.arange(0, TILE))[None, :])
-        value = load_tokens(v, b, t * TILE, 2 * C + column, count, 3 * C, TILE, TILE, TMA)
-        acc += tl.dot(p, value) * factor[:, None]
+            p = tl.load(weights + row.to(tl.int64)[:, None] * (tiles * TILE) + (step * BK + tl.arange(0, BK))[None, :])
+        value = load_tokens(v, b, step * BK, 2 * C + column, count, 3 * C, BK, BN, TMA)
+        acc = tl.dot((p.to(tl.float32) * factor[:, None]).to(value.dtype), value, acc)
     token = first + i
-    to = flat_row(token, b, count, width).to(tl.int64)[:, None] * C + (column + tl.arange(0, TILE))[None, :]
-    written = ((i < chunk) & (token < count))[:, None]
+    channel = (column + tl.arange(0, BN))[None, :]
+    to = flat_row(token, b, count, width).to(tl.int64)[:, None] * C + channel
+    written = ((i < chunk) & (token < count))[:, None] & (channel < C)
     tl.store(out + to, (acc / total[:, None]).to(out.dtype.element_ty), mask=written)
 
 
@@ -126,14 +129,15 @@ def wide_attention(tokens: Tensor, grid: Grid, out: Tensor, *, weights: Tensor, 
         check_flat(matrix, grid.batch * chunk, tiles, torch.float32, name)
     part = token_tile(tokens, grid.batch, TILE, _DEPTH, gpu)
     stages = 3 if gpu.shared_memory >= 150 << 10 else 2
+    columns = 256 if gpu.bulk_copies else 128  # of a tile of values; only bulk copies may reach past the last one
     for first in range(0, count, chunk):
         queries = triton.cdiv(min(chunk, count - first), TILE)
         _scores_kernel[(tiles, queries, grid.batch)](
             part, part, weights, tops, sums, count, chunk, first, tiles, channels**-0.5 * math.log2(math.e),
             C=channels, TILE=TILE, BK=_DEPTH, TMA=gpu.bulk_copies, num_warps=8, num_stages=stages,
         )  # fmt: skip
-        _values_kernel[(channels // TILE, queries, grid.batch)](
-            token_tile(weights, grid.batch, TILE, TILE, gpu), token_tile(tokens, grid.batch, TILE, TILE, gpu), tops, sums, out,
-            count, grid.width, chunk, first, tiles,
-            C=channels, TILE=TILE, TMA=gpu.bulk_copies, num_warps=8, num_stages=stages - 1,
+        _values_kernel[(triton.cdiv(channels, columns), queries, grid.batch)](
+            token_tile(weights, grid.batch, TILE, _DEPTH, gpu), token_tile(tokens, grid.batch, _DEPTH, columns, gpu),
+            tops, sums, out, count, grid.width, chunk, first, tiles,
+            C=channels, TILE=TILE, BK=_DEPTH, BN=columns, TMA=gpu.bulk_copies, num_warps=8, num_stages=stages,
         )  # fmt: skip
