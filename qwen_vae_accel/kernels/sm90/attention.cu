@@ -49,6 +49,7 @@ struct Args {
   float* partial;  // SPLIT: [splits * tokens, CHANNELS]
   float* tops;     // SPLIT: [splits * tokens], log2 of the softmax denominators
   int count, width, all_tokens, splits;  // count: tokens of one image
+  int first;       // query of the first block
   float scale;     // of the scores, times log2(e)
 };
 static_assert(sizeof(Args) == ARGS_BYTES, "_Args in attention.py must agree");
@@ -231,7 +232,7 @@ attention(const __grid_constant__ TensorMap queries, const __grid_constant__ Ten
   const Shared s{smem_address(memory)};
   const u32 rank = CLUSTER > 1 ? cluster_ctarank() : 0;
   const int blocks = (args.count + KEYS - 1) / KEYS;
-  const Range range{int(blockIdx.z), int(blockIdx.x) * WARPGROUPS * ROWS, blocks * int(blockIdx.y) / args.splits * KEYS,
+  const Range range{int(blockIdx.z), args.first + int(blockIdx.x) * WARPGROUPS * ROWS, blocks * int(blockIdx.y) / args.splits * KEYS,
                     blocks * int(blockIdx.y + 1) / args.splits * KEYS};
   if (threadIdx.x == 0) {
     tensormap_prefetch(&queries);

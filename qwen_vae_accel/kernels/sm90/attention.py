@@ -61,14 +61,14 @@ class _Args(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("out", "partial", "tops")),
-        *((name, ctypes.c_int) for name in ("count", "width", "all_tokens", "splits")),
+        *((name, ctypes.c_int) for name in ("count", "width", "all_tokens", "splits", "first")),
         ("scale", ctypes.c_float),
     ]
 
 
 @functools.lru_cache(maxsize=256)
 def _prepare(
-    device: int, dtype: torch.dtype, grid: Grid, splits: int, tokens: int, out: int, partial: int, tops: int
+    device: int, dtype: torch.dtype, grid: Grid, splits: int, queries: range, tokens: int, out: int, partial: int, tops: int
 ) -> driver.PreparedLaunch:
     driver.bind_context(device)  # describing tensors needs one, and this thread may be new to CUDA
     width, count = 3 * CHANNELS, grid.height * grid.width
@@ -78,14 +78,16 @@ def _prepare(
         return driver.encode_tensor_map(tokens, dtype, shape, strides, (64, rows, 1), (1, 1, 1), 128)
 
     scale = CHANNELS**-0.5 * math.log2(math.e)
-    args = _Args(out, partial, tops, count, grid.width, grid.pixels, splits, scale)
+    args = _Args(out, partial, tops, count, grid.width, grid.pixels, splits, queries.start, scale)
     with torch.cuda.device(device):
         kernel = _load(splits > 1, dtype)
-    tiles = -(-count // (2 * _ROWS * _CLUSTER)) * _CLUSTER
+    tiles = -(-len(queries) // (2 * _ROWS * _CLUSTER)) * _CLUSTER
     return driver.PreparedLaunch(kernel, (tiles, splits, grid.batch), _THREADS, (boxes(_ROWS), boxes(KEYS // _CLUSTER), args))
 
 
-def attention_sm90(tokens: Tensor, grid: Grid, out: Tensor, partial: Tensor | None, tops: Tensor | None, splits: int) -> None:
+def attention_sm90(
+    tokens: Tensor, grid: Grid, out: Tensor, partial: Tensor | None, tops: Tensor | None, splits: int, queries: range
+) -> None:
     """Launch the kernel on the current stream; ``kernels.triton.attention.attention`` checks the arguments and merges."""
     tasks = listed()
     if tasks is not None:
@@ -93,4 +95,4 @@ def attention_sm90(tokens: Tensor, grid: Grid, out: Tensor, partial: Tensor | No
         tasks.setdefault(("attention", *kernel), functools.partial(_load, *kernel))
         return
     addresses = (0 if t is None else t.data_ptr() for t in (tokens, out, partial, tops))
-    _prepare(tokens.get_device(), tokens.dtype, grid, splits, *addresses)()
+    _prepare(tokens.get_device(), tokens.dtype, grid, splits, queries, *addresses)()

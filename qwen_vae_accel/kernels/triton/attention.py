@@ -102,19 +102,19 @@ _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 @TritonKernel
-@triton.jit(do_not_specialize=["count", "width", "all_tokens", "splits", "scale"])
+@triton.jit(do_not_specialize=["count", "width", "all_tokens", "splits", "first_query", "scale"])
 def _attention_kernel(
     q0, q1, k0, k1, v0, v1,  # [B, T, 3 * C] tokens, as tiles of N0 and N1 columns
     out,  # [rows, C]
     partial,  # [splits * B * T, C] fp32
     tops,  # [splits * B * T] fp32, log2 of the softmax denominators
-    count, width, all_tokens, splits, scale,
+    count, width, all_tokens, splits, first_query, scale,
     C: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, SPLIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(1)
     b = tl.program_id(2)
-    first = tl.program_id(0) * BM
+    first = first_query + tl.program_id(0) * BM
     blocks = tl.cdiv(count, BN)
     begin = blocks * split // splits * BN
     end = blocks * (split + 1) // splits * BN
@@ -195,9 +195,11 @@ def _merge_kernel(
 
 def attention(
     tokens: Tensor, grid: Grid, out: Tensor, *, config: AttentionConfig, gpu: Gpu, splits: int = 1,
-    partial: Tensor | None = None, tops: Tensor | None = None,
+    partial: Tensor | None = None, tops: Tensor | None = None, queries: range | None = None,
 ) -> None:  # fmt: skip
     """``tokens`` [B * H * W, 3 * C] -> ``out`` [rows, C], pixels only: its halo keeps what it held.
+
+    ``queries``: of every image, whose results are wanted; the others may come out as anything. None: all.
 
     ``splits`` programs share a tile of queries, each taking a range of keys; then ``partial`` [splits * B * H * W, C]
     and ``tops`` [splits * B * H * W], both fp32, hold their results until they are merged.
@@ -213,13 +215,14 @@ def attention(
     count, bm, bn = grid.height * grid.width, config.block_queries, KEYS if config.sm90 else config.block_keys
     if splits > -(-count // bn):  # one without keys waits for them forever
         raise ValueError(f"{splits} splits of {count} keys, {bn} at a time, leave some empty")
+    queries = range(count) if queries is None else queries
     if config.sm90:
-        attention_sm90(tokens, grid, out, partial, tops, splits)
+        attention_sm90(tokens, grid, out, partial, tops, splits, queries)
     else:
         parts = [token_tile(tokens, grid.batch, rows, columns, gpu) for rows in (bm, bn, bn) for columns in (n0, n1)]
-        _attention_kernel[(triton.cdiv(count, bm), splits, grid.batch)](
+        _attention_kernel[(triton.cdiv(len(queries), bm), splits, grid.batch)](
             *parts, out, out if partial is None else partial, out if tops is None else tops,
-            count, grid.width, grid.pixels, splits, channels**-0.5 * math.log2(math.e),
+            count, grid.width, grid.pixels, splits, queries.start, channels**-0.5 * math.log2(math.e),
             C=channels, N0=n0, N1=n1, SPLIT=splits > 1, BM=bm, BN=bn, TMA=gpu.bulk_copies,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
