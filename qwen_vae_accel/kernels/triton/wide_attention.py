@@ -110,12 +110,17 @@ def chunk_of(grid: Grid) -> int:
     return TILE * max(1, min(tiles, fitting))
 
 
-def wide_attention(tokens: Tensor, grid: Grid, out: Tensor, *, weights: Tensor, tops: Tensor, sums: Tensor, gpu: Gpu) -> None:
+def wide_attention(
+    tokens: Tensor, grid: Grid, out: Tensor, *, weights: Tensor, tops: Tensor, sums: Tensor, gpu: Gpu,
+    queries: range | None = None,
+) -> None:  # fmt: skip
     """``tokens`` [B * H * W, 3 * C] -> ``out`` [rows, C], pixels only: its halo keeps what it held. C a multiple of 128.
 
     Args:
         weights: room for ``[B * chunk_of(grid), tiles_of(grid) * TILE]`` in the dtype of the tokens.
         tops, sums: room for ``[B * chunk_of(grid), tiles_of(grid)]`` fp32.
+        gpu: decides about bulk copies and buffers.
+        queries: of every image, whose results are wanted; the others may come out as anything. None: all.
 
     Raises:
         ValueError: a matrix does not fit ``grid``.
@@ -130,13 +135,14 @@ def wide_attention(tokens: Tensor, grid: Grid, out: Tensor, *, weights: Tensor, 
     part = token_tile(tokens, grid.batch, TILE, _DEPTH, gpu)
     stages = 3 if gpu.shared_memory >= 150 << 10 else 2
     columns = 256 if gpu.bulk_copies else 128  # of a tile of values; only bulk copies may reach past the last one
-    for first in range(0, count, chunk):
-        queries = triton.cdiv(min(chunk, count - first), TILE)
-        _scores_kernel[(tiles, queries, grid.batch)](
+    queries = range(count) if queries is None else queries
+    for first in range(queries.start, queries.stop, chunk):
+        blocks = triton.cdiv(min(chunk, queries.stop - first), TILE)
+        _scores_kernel[(tiles, blocks, grid.batch)](
             part, part, weights, tops, sums, count, chunk, first, tiles, channels**-0.5 * math.log2(math.e),
             C=channels, TILE=TILE, BK=_DEPTH, TMA=gpu.bulk_copies, num_warps=8, num_stages=stages,
         )  # fmt: skip
-        _values_kernel[(triton.cdiv(channels, columns), queries, grid.batch)](
+        _values_kernel[(triton.cdiv(channels, columns), blocks, grid.batch)](
             token_tile(weights, grid.batch, TILE, _DEPTH, gpu), token_tile(tokens, grid.batch, _DEPTH, columns, gpu),
             tops, sums, out, count, grid.width, chunk, first, tiles,
             C=channels, TILE=TILE, BK=_DEPTH, BN=columns, TMA=gpu.bulk_copies, num_warps=8, num_stages=stages,
