@@ -9,7 +9,6 @@ where a band is served by another schedule of kernels.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -31,9 +30,9 @@ class Bands:
     level: int
     count: int
 
-    def of(self, rows: int) -> Iterator[range]:
-        """Divide so many rows."""
-        edges = [rows * i // self.count for i in range(self.count + 1)]
+    def of(self, rows: range) -> Iterator[range]:
+        """Divide ``rows``."""
+        edges = [rows.start + len(rows) * i // self.count for i in range(self.count + 1)]
         return (range(start, stop) for start, stop in zip(edges[:-1], edges[1:], strict=True) if stop > start)
 
 
@@ -123,6 +122,6 @@ def rows_of_levels(height: int, count: int, *, decodes: bool) -> list[int]:
     return [height * 2**i if decodes else height // 2**i for i in range(count)]
 
 
-def largest(bands: Bands, rows: int) -> range:
+def largest(bands: Bands, rows: range) -> range:
     """One of the largest bands, away from the edges if there are so many."""
-    return max(bands.of(rows), key=lambda band: (len(band), -abs(band.start + band.stop - rows), -math.inf))
+    return max(bands.of(rows), key=lambda band: (len(band), -abs(band.start + band.stop - rows.start - rows.stop)))

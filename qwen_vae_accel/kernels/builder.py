@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from qwen_vae_accel.kernels.compiling import listed
 from qwen_vae_accel.kernels.float8 import FLOAT8
 from qwen_vae_accel.kernels.gpu import Gpu
 from qwen_vae_accel.kernels.launches import LaunchList, Step
@@ -49,6 +50,7 @@ from qwen_vae_accel.kernels.weights import (
 if TYPE_CHECKING:
     from qwen_vae_accel.kernels.sm90.conv3x3 import Conv3x3
     from qwen_vae_accel.kernels.sm90.layers import Sm90Layers
+    from qwen_vae_accel.share import Share
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,11 @@ class Activations:
     grid: Grid
     x: Slot | None
     normed: Slot | None
+
+
+def _unlisted(launch: Callable[[Memory], None]) -> Callable[[Memory], None]:
+    """Not made where launches are collected to be compiled."""
+    return lambda m: None if listed() is not None else launch(m)
 
 
 def _widths(weights: ConvWeights) -> str:
@@ -72,10 +79,13 @@ class LaunchBuilder:
         dtype: of what is not float8: bfloat16 or float16.
         gpu: decides tiles and splits, with ``tuning``.
         sm90: makes the convolutions of ``sm90/``; None for Triton's everywhere.
+        share: of several processes that compute one image; None for all of it.
     """
 
-    def __init__(self, dtype: torch.dtype, gpu: Gpu, tuning: Tuning, sm90: Sm90Layers | None = None) -> None:
-        self.dtype, self.gpu, self.tuning, self.sm90 = dtype, gpu, tuning, sm90
+    def __init__(
+        self, dtype: torch.dtype, gpu: Gpu, tuning: Tuning, sm90: Sm90Layers | None = None, share: Share | None = None
+    ) -> None:
+        self.dtype, self.gpu, self.tuning, self.sm90, self.share = dtype, gpu, tuning, sm90, share
         self.arena = Arena()
         self.steps: list[Step] = []
         self.overlaps: list[Overlap | None] = []
@@ -98,6 +108,30 @@ class LaunchBuilder:
     def layer(self, weights: ConvWeights, kind: Kind) -> Conv3x3 | None:
         """The layer of ``sm90/``, or None where the Triton kernel runs."""
         return None if self.sm90 is None else self.sm90.layer(weights, kind)
+
+    def mine(self, rows: int) -> range:
+        """The rows that this process computes."""
+        return range(rows) if self.share is None else self.share.rows(rows)
+
+    def exchange(self, grid: Grid, *slots: Slot | None) -> None:
+        """List the exchange of rows of flat matrices between the processes of an image."""
+        share = self.share
+        if share is None:
+            return
+
+        def launch(m: Memory) -> None:
+            for slot in slots:
+                for image in range(grid.batch if slot is not None else 0):
+                    lines = m[slot][(image * (grid.height + 1) + 1) * grid.pitch :].view(-1, grid.pitch, m[slot].shape[1])
+                    share.exchange(grid.height, lines)
+
+        self.add("exchange", grid, 0, _unlisted(launch))
+
+    def exchange_image(self) -> None:
+        """List the exchange of rows of the output."""
+        share = self.share
+        if share is not None:
+            self.add("exchange", Grid(0, 0, 0), 0, _unlisted(lambda m: share.exchange_image(m.output)))
 
     def take(self, grid: Grid, channels: int, scale: float | None = None) -> Slot:
         """Take a flat matrix ``[grid.rows, channels]``, in float8 if it has the ``scale`` of a float8 input."""
@@ -291,65 +325,67 @@ class LaunchBuilder:
 
     def attention(self, level: Activations, block: AttentionWeights, norm: Norm) -> Activations:
         """List the attention: ``level.normed`` holds its own norm of x, and afterwards ``norm`` of the sum."""
-        grid, gpu, tuning = level.grid, self.gpu, self.tuning
+        grid, gpu, weights = level.grid, self.gpu, block.qkv
         channels = block.proj.in_channels
-        tokens = self.arena.take(grid.pixels, 3 * channels, self.dtype)
-        qkv_key = KernelKey.of(Kind.QKV, block.qkv)
-        qkv_config = tuning.conv(qkv_key, grid, gpu)
+        tokens = self.take_tokens(grid, 3 * channels)
+        key = KernelKey.of(Kind.QKV, weights)
+        config = self.tuning.conv(key, grid, gpu)
+
+        def launch(m: Memory) -> None:
+            qkv(m[level.normed], grid, weights, m[tokens], config=config, gpu=gpu)
+
+        self.add(f"qkv {channels}->{3 * channels}", grid, weights.flops(grid.pixels), launch, key, grid)
+        mine = self.mine(grid.height)
+        queries = range(mine.start * grid.width, mine.stop * grid.width)
+        attend = self._wide_attention if channels > 384 else self._attention
+        attend(level, tokens, queries)
+        self.exchange(grid, level.normed)
+        self.arena.give(tokens)
+        normed = self.take(grid, block.proj.out_channels)
+        self.conv(level, level.normed, block.proj, x=level.x, normed=normed, norm=norm, residual=level.x)
+        self.arena.give(level.normed)
+        return replace(level, normed=normed)
+
+    def take_tokens(self, grid: Grid, columns: int) -> Slot:
+        """Take a matrix of the pixels of ``grid`` without halo."""
+        return self.arena.take(grid.pixels, columns, self.dtype)
+
+    def _attention(self, level: Activations, tokens: Slot, queries: range) -> None:
+        """List the attention of ``tokens`` onto ``level.normed``, for the ``queries`` of every image."""
+        grid, gpu, tuning = level.grid, self.gpu, self.tuning
+        channels, count = tokens.columns // 3, grid.height * grid.width
         key = KernelKey(Kind.ATTENTION, channels, channels)
         config = tuning.attention_on(key, gpu)
-        count = grid.height * grid.width
-        if channels > 384:
-            self.add(
-                f"qkv {channels}->{3 * channels}",
-                grid,
-                block.qkv.flops(grid.pixels),
-                lambda m: qkv(m[level.normed], grid, block.qkv, m[tokens], config=qkv_config, gpu=gpu),
-                qkv_key,
-                grid,
-            )
-            return self._wide_attention(level, block, norm, tokens)
         splits = tuning.attention_splits(key, grid, gpu)
         partial = tops = None
         if splits > 1:
             partial = self.arena.take(splits * grid.pixels, channels, torch.float32)
             tops = self.arena.take(splits * grid.pixels, 1, torch.float32)
 
-        def launch_qkv(m: Memory) -> None:
-            qkv(m[level.normed], grid, block.qkv, m[tokens], config=qkv_config, gpu=gpu)
-
-        def launch_attention(m: Memory) -> None:
+        def launch(m: Memory) -> None:
             attention(
                 m[tokens], grid, m[level.normed], config=config, gpu=gpu, splits=splits,
-                partial=m.get(partial), tops=m.get(tops),
+                partial=m.get(partial), tops=m.get(tops), queries=queries,
             )  # fmt: skip
 
-        self.add(f"qkv {channels}->{3 * channels}", grid, block.qkv.flops(grid.pixels), launch_qkv, qkv_key, grid)
-        flops = 4 * grid.batch * count * count * channels
-        self.add(f"attention {channels}", grid, flops, launch_attention, key, grid)
-        self.arena.give(tokens, partial, tops)
-        return self._projection(level, block, norm)
+        self.add(f"attention {channels}", grid, 4 * grid.batch * len(queries) * count * channels, launch, key, grid)
+        self.arena.give(partial, tops)
 
-    def _wide_attention(self, level: Activations, block: AttentionWeights, norm: Norm, tokens: Slot) -> Activations:
-        """List the attention of ``tokens`` where a tile cannot hold its channels, and the projection."""
-        grid, gpu, channels = level.grid, self.gpu, block.proj.in_channels
-        chunk, tiles, count = chunk_of(grid), tiles_of(grid), grid.height * grid.width
+    def _wide_attention(self, level: Activations, tokens: Slot, queries: range) -> None:
+        """The same where a tile cannot hold the channels."""
+        grid, gpu = level.grid, self.gpu
+        channels, count = tokens.columns // 3, grid.height * grid.width
+        chunk, tiles = chunk_of(grid), tiles_of(grid)
         weights = self.arena.take(grid.batch * chunk, tiles * TILE, self.dtype)
         tops, sums = (self.arena.take(grid.batch * chunk, tiles, torch.float32) for _ in range(2))
-        self.add(
-            f"attention {channels}", grid, 4 * grid.batch * count * count * channels,
-            lambda m: wide_attention(
-                m[tokens], grid, m[level.normed], weights=m[weights], tops=m[tops], sums=m[sums], gpu=gpu
-            ),
-        )  # fmt: skip
-        self.arena.give(tokens, weights, tops, sums)
-        return self._projection(level, block, norm)
 
-    def _projection(self, level: Activations, block: AttentionWeights, norm: Norm) -> Activations:
-        normed = self.take(level.grid, block.proj.out_channels)
-        self.conv(level, level.normed, block.proj, x=level.x, normed=normed, norm=norm, residual=level.x)
-        self.arena.give(level.normed)
-        return replace(level, normed=normed)
+        def launch(m: Memory) -> None:
+            wide_attention(
+                m[tokens], grid, m[level.normed], weights=m[weights], tops=m[tops], sums=m[sums], gpu=gpu, queries=queries
+            )
+
+        self.add(f"attention {channels}", grid, 4 * grid.batch * len(queries) * count * channels, launch)
+        self.arena.give(weights, tops, sums)
 
     def pool(self, level: Activations) -> Slot:
         """List the means of 2x2 pixels of ``level.x``."""

@@ -24,6 +24,7 @@ from qwen_vae_accel.kernels.segments import OwnSegments
 from qwen_vae_accel.kernels.timing import launch_ms
 from qwen_vae_accel.kernels.tuning.selection import Tuning
 from qwen_vae_accel.kernels.weights import NetworkWeights, Packer, pack_network, with_each
+from qwen_vae_accel.share import Share, divides
 
 # The kernels' modules need Triton, so they are imported when a network is made.
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class _FusedNetwork:
 
     def __init__(
         self, state: Mapping[str, Tensor], *, dtype: torch.dtype, device: torch.device,
-        config: FusedConfig | None = None, float8: Mapping[str, float] | None = None,
+        config: FusedConfig | None = None, float8: Mapping[str, float] | None = None, share: Share | None = None,
     ):  # fmt: skip
         """Pack the weights; the GPU holds a copy of its own.
 
@@ -99,6 +100,7 @@ class _FusedNetwork:
             device: a CUDA device.
             config: launch options.
             float8: layers of a decoder that compute in float8 -> scale of their input (``float8.input_scales``).
+            share: of several processes that compute every image together, on a GPU each; None: alone.
 
         Raises:
             ValueError: there are no kernels for a network with these weights; the message says why.
@@ -125,7 +127,8 @@ class _FusedNetwork:
             torch.cuda.current_stream(self.device).synchronize()  # other threads use them on other streams
         self._lists: OrderedDict[tuple, LaunchList] = OrderedDict()
         self._lock = threading.Lock()
-        use_graphs = self.config.graphs > 0 and self.device.type == "cuda"
+        self._share = share
+        use_graphs = self.config.graphs > 0 and self.device.type == "cuda" and share is None
         self._graphs = GraphCache(segments, self.config.graphs, self.config.graph_after) if use_graphs else None
 
     @property
@@ -149,8 +152,11 @@ class _FusedNetwork:
         """List the launches for inputs of ``shape``, in bands where the memory limit asks for them."""
         from qwen_vae_accel.kernels.builder import LaunchBuilder
 
+        latent_rows = shape[2] if self.description.decodes else shape[2] // self.description.scale
+        share = divides(self._share, latent_rows)
+
         def listed(bands: Bands | None, *, sample: bool = True) -> Listed:
-            builder = LaunchBuilder(self.dtype, self._gpu, tuning, layers)
+            builder = LaunchBuilder(self.dtype, self._gpu, tuning, layers, share)
             return self._listed(shape, builder, bands, sample=sample and bands is not None)
 
         limit, network = self.config.memory_limit, self.description

@@ -61,7 +61,8 @@ class _Decoder:
         blocks = [len(level.blocks) for level in self.levels]
         before = builder.flops
         for image in range(1 if sample else grid.batch):
-            for rows in (largest(bands, heights[-1]),) if sample else bands.of(heights[-1]):
+            mine = builder.mine(heights[-1])
+            for rows in (largest(bands, mine),) if sample else bands.of(mine):
                 level, around, start = whole, entry, 0
                 for index, need in enumerate(decoder_rows(rows, bands.level, heights, blocks), bands.level):
                     if level is not whole:
@@ -75,6 +76,7 @@ class _Decoder:
                     level, start = after, 2 * need.start
                 self.image(level, image, rows, start)
         builder.arena.give(whole.x, entry)
+        builder.exchange_image()
         return builder.flops - before
 
 
@@ -100,6 +102,8 @@ def decoder_launches(
     level = builder.conv_in(weights.conv_in, Grid(batch, height, width), weights.middle[0].norm1)
     level = builder.middle(level, weights.middle, weights.levels[0].blocks[0].norm1, keep_x=True)
     last, in_bands = len(weights.levels) - 1, 0
+    if bands is None and builder.share is not None:
+        bands = Bands(0, 1)
     scale = 2**last
     for index in range(last):
         level, entry = decoder.blocks(index, level)
@@ -156,7 +160,8 @@ class _Encoder:
         x, normed = builder.take(after, resampling.out_channels), builder.take(after, resampling.out_channels, norm.scale)
         before = builder.flops
         for image in range(1 if sample else grid.batch):
-            for rows in (largest(bands, after.height),) if sample else bands.of(after.height):
+            mine = builder.mine(after.height)
+            for rows in (largest(bands, mine),) if sample else bands.of(mine):
                 need = encoder_rows(rows, bands.level, heights, blocks)
                 level = builder.conv_in(
                     self.weights.conv_in, Grid(1, len(need), grid.width), self.levels[0].blocks[0].norm1, (image, need)
@@ -167,6 +172,7 @@ class _Encoder:
                 part = range(first, first + len(rows))
                 builder.copy_rows(level, part, Activations(after, x, normed), image, rows.start)
                 builder.arena.give(level.x, level.normed)
+        builder.exchange(after, x, normed)
         return Activations(after, x, normed), builder.flops - before
 
 
@@ -178,6 +184,8 @@ def encoder_launches(
     encoder = _Encoder(weights, builder)
     batch, _, height, width = image
     grid, first, in_bands = Grid(batch, height, width), 0, 0
+    if bands is None and builder.share is not None:
+        bands = Bands(len(weights.levels) - 2, 1)
     if bands is None:
         level = builder.conv_in(weights.conv_in, grid, weights.levels[0].blocks[0].norm1)
     else:

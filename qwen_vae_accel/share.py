@@ -1,16 +1,15 @@
 """One image over the GPUs of several processes.
 
 Every process is given the same input and returns the whole result. Levels of few pixels are computed by all of them, since
-that is faster than to exchange borders; the rows of a wide level are divided like bands (bands.py), whose borders are computed
-twice. Of the attention every process computes the queries of its rows. What one has computed and others read is broadcast, row
-by row of the matrices: the attention's result, and the rows at the end.
+that is faster than to exchange borders; the rows of the others are divided as for bands (kernels/bands.py, model/tiling.py),
+whose borders are computed twice. In ``fused`` every process computes the attention for the queries of its rows. What one has
+computed and others read is broadcast: the attention's result, and the rows at the end.
 
 A pixel's numbers do not depend on who computes it, so the result is that of one GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -48,14 +47,23 @@ class Share:
         rank = self.rank if rank is None else rank
         return range(count * rank // self.size, count * (rank + 1) // self.size)
 
-    def exchange(self, count: int, rows_of: Callable[[range], Tensor]) -> None:
-        """Fill the rows of all processes with what each has computed.
-
-        Args:
-            count: rows in all.
-            rows_of: gives the contiguous tensor that holds a range of rows.
-        """
+    def exchange(self, count: int, lines: Tensor) -> None:
+        """Fill the first ``count`` of ``lines [>= count, ...]``, contiguous, with what each process has computed of them."""
         for rank in range(self.size):
             rows = self.rows(count, rank)
-            if rows:
-                dist.broadcast(rows_of(rows), src=dist.get_global_rank(self.group, rank), group=self.group)
+            dist.broadcast(lines[rows.start : rows.stop], src=dist.get_global_rank(self.group, rank), group=self.group)
+
+    def exchange_image(self, image: Tensor, scale: int = 1) -> None:
+        """Fill the rows of ``image [B, C, H, W]`` that other processes have computed; ``scale`` of them are divided as one."""
+        for rank in range(self.size):
+            divided = self.rows(image.shape[2] // scale, rank)
+            own = image[:, :, divided.start * scale : divided.stop * scale]
+            part = own.contiguous()
+            dist.broadcast(part, src=dist.get_global_rank(self.group, rank), group=self.group)
+            if rank != self.rank:
+                own.copy_(part)
+
+
+def divides(share: Share | None, rows: int) -> Share | None:
+    """``share`` where every process gets some of ``rows``; else None: each computes all of them."""
+    return share if share is not None and rows >= share.size else None
