@@ -10,10 +10,19 @@ A pixel's numbers do not depend on who computes it, so the result is that of one
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch import Tensor
+
+from qwen_vae_accel.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+else:  # a build without torch.distributed can import this module
+    ProcessGroup = getattr(dist, "ProcessGroup", object)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,26 +35,43 @@ class Share:
         size: how many they are.
     """
 
-    group: dist.ProcessGroup
+    group: ProcessGroup
     rank: int
     size: int
 
     @classmethod
-    def of_group(cls, group: dist.ProcessGroup) -> Share | None:
+    def of_group(cls, group: ProcessGroup) -> Share | None:
         """The share of this process in ``group``; None where it is alone.
 
         Raises:
-            ValueError: this process is not in the group.
+            ConfigError: ``group`` is no process group, or this process is not in it.
         """
+        if not isinstance(group, ProcessGroup):
+            raise ConfigError(f"process_group is a {type(group).__name__}; give a torch.distributed.ProcessGroup")
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         if rank < 0:
-            raise ValueError("this process is not in the process group that it was given")
+            raise ConfigError("this process is not in the process group that it was given; call accelerate in its members only")
         return cls(group, rank, size) if size > 1 else None
 
     def rows(self, count: int, rank: int | None = None) -> range:
         """The rows of ``count`` that a process computes; default: this one."""
         rank = self.rank if rank is None else rank
         return range(count * rank // self.size, count * (rank + 1) // self.size)
+
+    def check_alike(self, facts: Mapping[str, str]) -> None:
+        """Compare ``facts`` among the processes; all of them must call this.
+
+        Raises:
+            ConfigError: a process has others, which would compute something else or wait for ever.
+        """
+        found: list[Mapping[str, str]] = [{}] * self.size
+        dist.all_gather_object(found, dict(facts), group=self.group)
+        for name, value in found[0].items():
+            for rank, theirs in enumerate(found):
+                if theirs.get(name) != value:
+                    raise ConfigError(
+                        f"the processes of a group must be alike; {name} of rank 0 is {value}, of rank {rank} {theirs.get(name)}"
+                    )
 
     def exchange(self, count: int, lines: Tensor) -> None:
         """Fill the first ``count`` of ``lines [>= count, ...]``, contiguous, with what each process has computed of them."""

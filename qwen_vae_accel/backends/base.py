@@ -25,6 +25,7 @@ from qwen_vae_accel.config import AccelConfig
 from qwen_vae_accel.files import read_file
 from qwen_vae_accel.model import ModelSource, Topology
 from qwen_vae_accel.plan import EngineKey
+from qwen_vae_accel.share import Share
 from qwen_vae_accel.sizes import Profile, Size
 
 _PACKAGES = ("torch", "triton", "diffusers", "torch-tensorrt", "torch-tensorrt-rtx", "tensorrt", "tensorrt-rtx")
@@ -156,7 +157,7 @@ class Job:
     """What a program is wanted for.
 
     ``dtype`` is that of its input and output; with ``float8`` a backend that can computes the costly convolutions in
-    e4m3, the other layers in ``dtype``.
+    e4m3, the other layers in ``dtype``. ``share``: of several processes that compute every image together.
     """
 
     method: str
@@ -164,6 +165,7 @@ class Job:
     dtype: torch.dtype
     device: torch.device
     float8: bool = False
+    share: Share | None = None
 
     @classmethod
     def of(
@@ -174,10 +176,11 @@ class Job:
         device: torch.device,
         stored: torch.dtype,
         environment: Environment,
+        share: Share | None = None,
     ) -> Job:
         """Make the job that ``config`` asks of ``method`` for weights of dtype ``stored`` on ``device`` of ``environment``."""
         dtype = environment.arithmetic(config.compute_dtype(method, stored))
-        return cls(method, topology, dtype, device, config.float8(method))
+        return cls(method, topology, dtype, device, config.float8(method), share)
 
     @property
     def in_channels(self) -> int:

@@ -9,22 +9,25 @@ from torch import Tensor
 from qwen_vae_accel.backends.base import DirectBackend, Environment, Job
 from qwen_vae_accel.model import ImageDecoder, ImageEncoder, ModelSource
 from qwen_vae_accel.model.tiling import run_banded
+from qwen_vae_accel.share import Share
 
 
 class EagerProgram:
     """The network itself; its weights are the VAE's, so it holds no memory of its own but the folded kernels."""
 
-    def __init__(self, network: ImageEncoder | ImageDecoder) -> None:
-        self._network = network
+    def __init__(self, network: ImageEncoder | ImageDecoder, share: Share | None = None) -> None:
+        self._network, self._share = network, share
         self.nbytes = 0
 
     def __call__(self, x: Tensor, profile: int = 0) -> Tensor:
+        if self._share is not None:
+            return run_banded(self._network, x, None, self._share)
         output: Tensor = self._network(x)
         return output
 
     def tiled(self, x: Tensor, tile_pixels: int) -> Tensor:
         """Run ``x [B, C, H, W]`` in bands of about ``tile_pixels`` image rows; the result is that of one piece."""
-        return run_banded(self._network, x, tile_pixels)
+        return run_banded(self._network, x, tile_pixels, self._share)
 
 
 class EagerBackend(DirectBackend):
@@ -37,4 +40,4 @@ class EagerBackend(DirectBackend):
         return []
 
     def program(self, source: ModelSource, job: Job) -> EagerProgram:
-        return EagerProgram(source.model(job.method, job.dtype, job.device))
+        return EagerProgram(source.model(job.method, job.dtype, job.device), job.share)

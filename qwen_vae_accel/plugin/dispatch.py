@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qwen_vae_accel.backends.base import Backend, DirectBackend, EngineBackend, Environment, Job, Program
 from qwen_vae_accel.backends.registry import direct_backends, engine_backends, get_backend
-from qwen_vae_accel.config import AccelConfig
+from qwen_vae_accel.config import ENGINE_BACKENDS, AccelConfig
 from qwen_vae_accel.engines.manifest import Manifest
 from qwen_vae_accel.engines.runtime import EngineRuntime
 from qwen_vae_accel.engines.store import EngineStore
@@ -25,6 +25,7 @@ from qwen_vae_accel.journal import Journal
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.model.offload import Placement
 from qwen_vae_accel.plan import EngineKey, Miss, Plan
+from qwen_vae_accel.share import Share
 from qwen_vae_accel.sizes import Profile, Size
 from qwen_vae_accel.visits import fork_safe_lock
 
@@ -107,16 +108,19 @@ class Dispatcher:
         config: what the user wants.
         source: the VAE's networks.
         journal: told of everything that happens.
+        share: of several processes that compute every image together; None: alone. Engines compute on one device, so none runs.
 
     A backend named in ``config`` must be able to run where the networks compute now.
 
     Raises:
         BackendUnavailableError: if ``config`` names a backend that cannot run here.
-        ConfigError, EngineError: if the named backend lacks an engine directory, or the directory cannot be one.
+        ConfigError, EngineError: if the named backend lacks an engine directory, or the directory cannot be one; or if it runs
+            engines, and there is a ``share``.
     """
 
-    def __init__(self, config: AccelConfig, source: ModelSource, journal: Journal) -> None:
+    def __init__(self, config: AccelConfig, source: ModelSource, journal: Journal, share: Share | None = None) -> None:
         self._config = config
+        self._share = share
         self._source = source
         self._journal = journal
         self.plan = config.plan(source.topology.scale, source.topology.multiple)
@@ -147,7 +151,7 @@ class Dispatcher:
     def job(self, method: str, placement: Placement) -> Job:
         """The job of ``method`` where it computes, under the configured dtypes."""
         environment = self.environment(placement.device)
-        job = Job.of(self._config, method, self._source.topology, placement.device, placement.dtype, environment)
+        job = Job.of(self._config, method, self._source.topology, placement.device, placement.dtype, environment, self._share)
         asked = self._config.compute_dtype(method, placement.dtype)
         if job.dtype != asked:
             self._journal.compute(method, asked, job.dtype, "this CPU has no instructions for it")
@@ -160,6 +164,13 @@ class Dispatcher:
 
     def _engine_candidates(self) -> tuple[EngineBackend, ...]:
         name = self._config.backend
+        if self._share is not None:
+            if name in ENGINE_BACKENDS:
+                raise ConfigError(
+                    f"backend {name!r} runs engines, which compute an image on one device; with a process group set backend to "
+                    "'auto', 'fused' or 'eager'"
+                )
+            return ()
         if name == "auto":
             return engine_backends() if self._config.engine_dir is not None else ()
         backend = get_backend(name)
@@ -224,6 +235,9 @@ class Dispatcher:
                 spent.append(str(error))
                 continue
             call = partial(route.run, x, request.tile_pixels)
+            if self._share is not None:  # the other processes would wait for this one's rows for ever
+                output = call()
+                break
             # What eager cannot hold in bands, nothing here can.
             output = call() if request.tile_pixels and route.is_last else _unless_out_of_memory(call, x.device)
             if output is not OUT_OF_MEMORY:

@@ -27,6 +27,7 @@ from qwen_vae_accel.plugin.parking import Parking
 from qwen_vae_accel.plugin.plain import not_image, not_plain
 from qwen_vae_accel.plugin.processing import PostProcessing, PreProcessing, Replacement, processors_of
 from qwen_vae_accel.progress import progress_bar
+from qwen_vae_accel.share import ProcessGroup, Share
 from qwen_vae_accel.sizes import MIN_SIDE, Size
 from qwen_vae_accel.visits import Visits, fork_safe_lock
 
@@ -34,7 +35,13 @@ _REQUESTS = 256  # kinds of calls remembered
 _TRIES = 2  # to compute over weights that do not change meanwhile
 
 
-def accelerate(target: Any, config: AccelConfig | Mapping[str, Any] | str | Path | None = None, **overrides: Any) -> Handle:
+def accelerate(
+    target: Any,
+    config: AccelConfig | Mapping[str, Any] | str | Path | None = None,
+    *,
+    process_group: ProcessGroup | None = None,
+    **overrides: Any,
+) -> Handle:
     """Make ``encode`` and ``decode`` of a Qwen-Image VAE fast, in place.
 
     Args:
@@ -42,6 +49,8 @@ def accelerate(target: Any, config: AccelConfig | Mapping[str, Any] | str | Path
             itself.
         config: an :class:`AccelConfig`, a dict or JSON file of one, or the TensorRT guide's JSON, with whatever else its host
             has in there. None: the defaults.
+        process_group: processes of ``torch.distributed`` that compute every image together, with a device each. All of them
+            call ``accelerate`` alike, and ``encode`` and ``decode`` with the same input; each gets the whole result.
         overrides: fields of :class:`AccelConfig` that replace those of ``config``.
 
     Returns:
@@ -61,15 +70,15 @@ def accelerate(target: Any, config: AccelConfig | Mapping[str, Any] | str | Path
         existing.restore()
         existing = None
     if existing is not None:
-        if existing.config == wanted:
+        if existing.config == wanted and existing.process_group is process_group:
             if target is not vae:
                 existing._adopt(target)
             return existing
         raise HandleError(
-            "this VAE is accelerated already with another config; call restore() on its handle first.\n"
+            "this VAE is accelerated already with another config or process group; call restore() on its handle first.\n"
             f"  there: {existing.config}\n  asked: {wanted}"
         )
-    return Handle(vae, wanted, None if target is vae else target)
+    return Handle(vae, wanted, None if target is vae else target, process_group)
 
 
 class Handle:
@@ -78,16 +87,23 @@ class Handle:
     Attributes:
         vae: the VAE.
         config: how it is accelerated.
+        process_group: the processes that compute every image together; None: this one alone.
     """
 
-    def __init__(self, vae: nn.Module, config: AccelConfig, pipeline: Any | None) -> None:
+    def __init__(
+        self, vae: nn.Module, config: AccelConfig, pipeline: Any | None, process_group: ProcessGroup | None = None
+    ) -> None:
         self.vae = vae
         self.config = config
+        self.process_group = process_group
         self._pipelines: list[Callable[[], Any]] = []
         self._replacements: list[Replacement] = []
         self._journal = Journal()
         self._source = ModelSource(vae, config.engine_dir)
-        self._dispatcher = Dispatcher(config, self._source, self._journal)
+        share = None if process_group is None else Share.of_group(process_group)
+        if share is not None:
+            share.check_alike({"config": str(config), "VAE": str(self._source.topology)})
+        self._dispatcher = Dispatcher(config, self._source, self._journal, share)
         self._active = True
         self._restored = False
         self._callers = Visits()

@@ -77,7 +77,7 @@ class FusedBackend(DirectBackend):
         state = source.state(job.method)
         float8 = self._float8_scales(source, job, state) if job.float8 else {}
         config = FusedConfig(tuning=_tuning(source.folder, job.device))
-        network = kind(state, dtype=job.dtype, device=job.device, config=config, float8=float8)
+        network = kind(state, dtype=job.dtype, device=job.device, config=config, float8=float8, share=job.share)
         self._compile(network, job)
         return FusedProgram(network)
 
