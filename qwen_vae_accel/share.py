@@ -10,7 +10,7 @@ A pixel's numbers do not depend on who computes it, so the result is that of one
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,9 +20,19 @@ from torch import Tensor
 from qwen_vae_accel.errors import ConfigError
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from torch.distributed import ProcessGroup as ProcessGroup
 else:  # a build without torch.distributed can import this module
     ProcessGroup = getattr(dist, "ProcessGroup", object)
+
+
+# What an exchange takes, as a rule of thumb for GPUs of one host with NVLink; measured with two (docs/memory-and-scale.md).
+_EXCHANGE_MS = 0.5
+_BYTES_PER_MS = 150e6
+
+
+def exchange_ms(exchanged: Sequence[int]) -> float:
+    """An estimate of the time of exchanges of so many bytes each."""
+    return len(exchanged) * _EXCHANGE_MS + sum(exchanged) / _BYTES_PER_MS
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +80,7 @@ class Share:
             for rank, theirs in enumerate(found):
                 if theirs.get(name) != value:
                     raise ConfigError(
-                        f"the processes of a group must be alike; {name} of rank 0 is {value}, of rank {rank} {theirs.get(name)}"
+                        f"the processes of a group differ in {name}: rank 0 has {value}, rank {rank} {theirs.get(name)}"
                     )
 
     def exchange(self, count: int, lines: Tensor) -> None:

@@ -89,11 +89,12 @@ class LaunchBuilder:
         self.arena = Arena()
         self.steps: list[Step] = []
         self.overlaps: list[Overlap | None] = []
+        self.exchanged: list[int] = []
 
     def launches(self, output_shape: tuple[int, ...]) -> LaunchList:
         """Return what was listed, with a place for every matrix; ``output_shape`` is ``[B, C, H, W]``."""
         offsets, scratch_bytes = self.arena.place()
-        found = LaunchList(tuple(self.steps), offsets, scratch_bytes, output_shape)
+        found = LaunchList(tuple(self.steps), offsets, scratch_bytes, output_shape, exchanged=tuple(self.exchanged))
         return found.counting(link(self.overlaps, offsets))
 
     def add(
@@ -125,13 +126,15 @@ class LaunchBuilder:
                     lines = m[slot][(image * (grid.height + 1) + 1) * grid.pitch :].view(-1, grid.pitch, m[slot].shape[1])
                     share.exchange(grid.height, lines)
 
+        self.exchanged.append(sum(slot.nbytes for slot in slots if slot is not None))
         self.add("exchange", grid, 0, _unlisted(launch))
 
-    def exchange_image(self) -> None:
-        """List the exchange of rows of the output."""
+    def exchange_image(self, grid: Grid, channels: int) -> None:
+        """List the exchange of rows of the output, ``channels`` of the pixels of ``grid``."""
         share = self.share
         if share is not None:
-            self.add("exchange", Grid(0, 0, 0), 0, _unlisted(lambda m: share.exchange_image(m.output)))
+            self.exchanged.append(grid.pixels * channels * self.dtype.itemsize)
+            self.add("exchange", grid, 0, _unlisted(lambda m: share.exchange_image(m.output)))
 
     def take(self, grid: Grid, channels: int, scale: float | None = None) -> Slot:
         """Take a flat matrix ``[grid.rows, channels]``, in float8 if it has the ``scale`` of a float8 input."""

@@ -24,7 +24,7 @@ from qwen_vae_accel.kernels.segments import OwnSegments
 from qwen_vae_accel.kernels.timing import launch_ms
 from qwen_vae_accel.kernels.tuning.selection import Tuning
 from qwen_vae_accel.kernels.weights import NetworkWeights, Packer, pack_network, with_each
-from qwen_vae_accel.share import Share, divides
+from qwen_vae_accel.share import Share, divides, exchange_ms
 
 # The kernels' modules need Triton, so they are imported when a network is made.
 if TYPE_CHECKING:
@@ -176,6 +176,17 @@ class _FusedNetwork:
                 self._lists.popitem(last=False)
             self._lists[shape] = found
         return found
+
+    def predicted_ms(self, shape: tuple[int, ...], alone_ms: float) -> float:
+        """An estimate of a call for inputs of ``shape`` by several processes, from what one GPU takes alone.
+
+        The operations of this process as a part of all, plus the exchanges (constants in share.py).
+        """
+        from qwen_vae_accel.kernels.builder import LaunchBuilder
+
+        alone = self._listed(shape, LaunchBuilder(self.dtype, self._gpu, self.config.tuning, self._sm90)).launches
+        mine = self.launches(shape)
+        return alone_ms * mine.flops / alone.flops + exchange_ms(mine.exchanged)
 
     def tuned_launches(self, shape: tuple[int, ...], tuning: Tuning) -> LaunchList:
         """``launches`` with another tuning, kept nowhere.

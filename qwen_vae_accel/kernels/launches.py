@@ -45,6 +45,7 @@ class LaunchList:
         scratch_bytes: of the one allocation that a call makes.
         output_shape: ``[B, C, H, W]``.
         counters: of finished tiles (overlap.py), which must be zero when a run begins; None where nothing is counted.
+        exchanged: bytes of every exchange with the other processes of an image (share.py).
     """
 
     steps: tuple[Step, ...]
@@ -52,6 +53,7 @@ class LaunchList:
     scratch_bytes: int
     output_shape: tuple[int, ...]
     counters: Slot | None = None
+    exchanged: tuple[int, ...] = ()
 
     def counting(self, slots: Sequence[Slot]) -> LaunchList:
         """Return the same list with counters, numbered after all other slots and in a row at the end of the scratch memory."""

@@ -76,7 +76,7 @@ class _Decoder:
                     level, start = after, 2 * need.start
                 self.image(level, image, rows, start)
         builder.arena.give(whole.x, entry)
-        builder.exchange_image()
+        builder.exchange_image(Grid(grid.batch, heights[-1], grid.width * 2 ** (last - bands.level)), self.bias.numel())
         return builder.flops - before
 
 
