@@ -118,7 +118,7 @@ def test_tiles_cover_the_image_and_parities_share_the_grid_equally():
     schedule = SCHEDULES[Mode.UPSAMPLE, 192, 96][0]
     tiles_x, tiles_y, tiles = tile_count(schedule, Mode.UPSAMPLE, 2, 37, 43)
     assert (tiles_x, tiles_y, tiles) == (3, 5, 2 * 15 * 4)
-    assert grid_blocks(schedule, Mode.UPSAMPLE, tiles, 131) % 4 == 0
+    assert grid_blocks(schedule, Mode.UPSAMPLE, tiles, Room(131)) % 4 == 0
     assert grid_blocks(schedule, Mode.CONV, 1, H200) == 1
 
 
@@ -177,9 +177,19 @@ def test_a_kernel_includes_what_it_uses_by_name_and_has_its_entry_point_in_its_o
 
 
 def test_the_matrix_instructions_name_every_accumulator():
-    header = headers()["wgmma.cuh"]
-    named = re.findall(r"%(\d+)", header[: header.index("#define WGMMA_OUT_8")])
-    assert named == [str(i) for i in range(96)]
+    """An instruction of 2 * n columns names the sums 0 to n - 1, each once: its list begins with that of a narrower one."""
+    lists = headers()["wgmma.cuh"]
+    bodies = dict(re.findall(r"#define WGMMA_(\d+) ((?:.*\\\n)*.*)", lists[: lists.index("#define WGMMA_OUT_8")]))
+
+    def named(count: str) -> list[int]:
+        inner = re.search(r"WGMMA_(\d+)", bodies[count])
+        return (named(inner[1]) if inner else []) + [int(place) for place in re.findall(r"%(\d+)", bodies[count])]
+
+    assert set(bodies) == {"16", "48", "72", "96"}
+    for count in bodies:
+        assert named(count) == list(range(int(count)))
+    for columns, sums in re.findall(r'WGMMA\("(\d+)", WGMMA_(\d+)', lists):
+        assert int(columns) == 2 * int(sums)
 
 
 SIZES = {"int": 4, "u32": 4, "float": 4, "i64": 8}
@@ -259,7 +269,7 @@ def test_a_launch_is_made_on_the_current_stream_of_the_kernels_device(monkeypatc
     monkeypatch.setattr(torch.cuda, "device", Device)
     driver._overlaps.cache_clear()
     kernel = driver.LoadedKernel.__new__(driver.LoadedKernel)
-    kernel.device, kernel.shared_bytes, kernel._function = 1, 5, "function"
+    kernel.device, kernel.shared_bytes, kernel.function = 1, 5, "function"
     try:
         driver.PreparedLaunch(kernel, (2, 3, 4), 384, (ctypes.c_int(7), ctypes.c_int(8)))()
     finally:
