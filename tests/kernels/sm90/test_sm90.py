@@ -30,7 +30,7 @@ from qwen_vae_accel.kernels.sm90.schedules import (
 )
 from qwen_vae_accel.kernels.sm90.source import headers, kernel_source
 from qwen_vae_accel.kernels.weights import ConvWeights, Packer
-from tests.kernels.cases import check_schedule, variants_of
+from tests.kernels.cases import check_schedule, lowers_of, shortcuts_of, variants_of
 
 H200 = Room(132)
 TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 4e-4}  # relative L2; rounding the output alone gives 1.7e-3 and 2e-4
@@ -424,14 +424,13 @@ def cache(tmp_path_factory):
     from concurrent.futures import ThreadPoolExecutor
 
     folder = tmp_path_factory.mktemp("cubin")
-    variants = []
-    for mode, channels, out, index in CASES:
-        for residual, write_x, norm in ((0, 1, 0), (0, 0, 2), (0, 1, 1), (1, 1, 2), (1, 1, 0)):
-            if residual and mode != Mode.CONV:
-                continue
-            for shortcut in (0, channels // 2) if mode == Mode.CONV and channels == out > 96 else (0,):
-                schedule = SCHEDULES[mode, channels, out][index]
-                variants.append(Variant(mode, channels, out, shortcut, bool(residual), bool(write_x), norm, schedule))
+    plain, added = ((1, 0), (0, 2), (1, 1)), ((1, 2), (1, 0))  # whether x is written, and which norm
+    variants = {
+        dataclasses.replace(variant, write_x=bool(write_x), norm=norm).fitted()
+        for key in SCHEDULES
+        for variant in variants_of(*key)
+        for write_x, norm in (added if variant.residual else plain)
+    }
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda variant: conv3x3.compile_variant(variant, torch.bfloat16, folder), variants))
     return folder
@@ -451,20 +450,25 @@ class Example:
     grid: Grid
     dtype: torch.dtype
     shortcut: int = 0
+    lower: int = 0  # UPSAMPLE: what odd rows of the output skip of the residual's channels
+    narrower: int = 0  # DOWNSAMPLE: channels that the residual lacks
 
     def __post_init__(self):
         def randn(*shape):
             return torch.randn(*shape, device="cuda")
 
         b, h, w = self.grid.batch, self.grid.height, self.grid.width
-        grids = {Mode.CONV: self.grid, Mode.UPSAMPLE: self.grid.doubled(), Mode.DOWNSAMPLE: self.grid.halved()}
-        self.after = grids[self.mode]
+        grids = {Mode.UPSAMPLE: self.grid.doubled(), Mode.DOWNSAMPLE: self.grid.halved()}
+        self.after = grids.get(self.mode, self.grid)
         self.image = randn(b, self.channels, h, w).to(self.dtype)
         self.second = randn(b, self.shortcut, h, w).to(self.dtype) if self.shortcut else None
-        self.addend = randn(b, self.out, self.after.height, self.after.width).to(self.dtype)
+        beside = self.grid if self.mode == Mode.UPSAMPLE else self.after
+        self.addend = randn(b, self.out + self.lower - self.narrower, beside.height, beside.width).to(self.dtype)
         self.gamma = (torch.rand(self.out, device="cuda") + 0.5) * self.out**0.5
+        side = torch.Size((1, 1) if self.mode == Mode.POINTWISE else (3, 3))
         state = {
-            "c.weight": randn(self.out, self.channels, 3, 3) / (9 * self.channels) ** 0.5, "c.bias": randn(self.out),
+            "c.weight": randn(self.out, self.channels, *side) / (side.numel() * self.channels) ** 0.5,
+            "c.bias": randn(self.out),
             "s.weight": randn(self.out, max(self.shortcut, 1), 1, 1) / max(self.shortcut, 1) ** 0.5,
             "s.bias": torch.zeros(self.out, device="cuda"),
         }  # fmt: skip
@@ -486,6 +490,8 @@ class Example:
                     part = F.conv2d(padded, kernels[:, py, px].permute(0, 3, 1, 2), self.weights.bias)
                     out[:, :, py::2, px::2] = part[:, :, py : py + self.grid.height, px : px + self.grid.width]
             return out
+        if self.mode == Mode.POINTWISE:
+            return F.conv2d(image, matrix[:, :, None, None], self.weights.bias)
         kernel = matrix[:, : 9 * self.channels].view(self.out, 3, 3, self.channels).permute(0, 3, 1, 2)
         if self.mode == Mode.DOWNSAMPLE:
             return F.conv2d(F.pad(image, (0, 1, 0, 1)), kernel, self.weights.bias, stride=2)
@@ -493,6 +499,15 @@ class Example:
         if self.shortcut:
             out = out + F.conv2d(self.second.float(), matrix[:, 9 * self.channels :, None, None])
         return out
+
+    def with_addend(self, value: torch.Tensor) -> torch.Tensor:
+        """``value`` plus the residual: of an upsampling each pixel to four, of a downsampling to the first channels."""
+        addend = self.addend.float()
+        if self.mode == Mode.UPSAMPLE:
+            wide = addend.repeat_interleave(2, 3)
+            rows = wide[:, : self.out], wide[:, self.lower : self.lower + self.out]  # even ones, odd ones
+            addend = torch.stack(rows, 3).flatten(2, 3)
+        return value + F.pad(addend, (0, 0, 0, 0, 0, self.narrower))
 
     def normed(self, value: torch.Tensor, silu: bool) -> torch.Tensor:
         out = value * torch.rsqrt(value.square().sum(1, keepdim=True).clamp_min(1e-24)) * self.gamma.view(1, -1, 1, 1)
@@ -533,7 +548,7 @@ def exact_fp32_reference(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-def run_all_epilogues(example: Example, layer: Conv3x3) -> None:
+def run_all_epilogues(example: Example, layer: Conv3x3, residual: bool = True) -> None:
     a = to_flat(example.image)
     more = {} if example.second is None else {"shortcut": to_flat(example.second)}
     value = example.value()
@@ -547,39 +562,55 @@ def run_all_epilogues(example: Example, layer: Conv3x3) -> None:
     layer(a, example.grid, x=x, normed=normed, gamma=example.gamma, silu=False, **more)
     assert_matches(x, value, example.after)
     assert_matches(normed, example.normed(value, False), example.after)
-    if example.mode != Mode.CONV:
+    if not residual:
         return
-    value = value + example.addend.float()
-    residual = to_flat(example.addend)
+    value, addend = example.with_addend(value), to_flat(example.addend)
+    if example.mode == Mode.UPSAMPLE:
+        more["lower"] = example.lower
     x, normed = example.poisoned(), example.poisoned()
-    layer(a, example.grid, x=x, normed=normed, gamma=example.gamma, residual=residual, **more)
+    layer(a, example.grid, x=x, normed=normed, gamma=example.gamma, residual=addend, **more)
     assert_matches(x, value, example.after)
     assert_matches(normed, example.normed(value, True), example.after)
-    layer(a, example.grid, x=residual, residual=residual, **more)  # in place
-    assert_matches(residual, value, example.after)
+    if addend.shape == x.shape:  # in place
+        layer(a, example.grid, x=addend, residual=addend, **more)
+        assert_matches(addend, value, example.after)
 
 
 @on_sm90
 @pytest.mark.gpu
 @pytest.mark.parametrize(("mode", "channels", "out", "index"), CASES)
 def test_every_kernel_matches_pytorch(mode, channels, out, index, cache):
-    example = Example(mode, channels, out, Grid(2, 37, 43), torch.bfloat16)
     schedule = SCHEDULES[mode, channels, out][index]
-    run_all_epilogues(example, Conv3x3(example.weights, mode, schedules=(schedule,), cache=cache))
+    lowers = lowers_of(mode, out)
+    example = Example(mode, channels, out, Grid(2, 37, 43), torch.bfloat16, lower=max(lowers, default=0))
+    layer = Conv3x3(example.weights, mode, schedules=(schedule,), cache=cache)
+    run_all_epilogues(example, layer, residual=bool(lowers) or mode in (Mode.CONV, Mode.POINTWISE))
 
 
 @on_sm90
 @pytest.mark.gpu
-@pytest.mark.parametrize(("channels", "index"), [(192, 0), (192, 1), (384, 0), (384, 1)])
-def test_shortcut_matches_pytorch(channels, index, cache):
-    example = Example(Mode.CONV, channels, channels, Grid(1, 29, 35), torch.bfloat16, channels // 2)
+@pytest.mark.parametrize(("out", "narrower"), [(192, 96), (384, 192), (768, 384), (768, 0)])
+def test_a_downsampling_adds_a_residual_to_its_first_channels(out, narrower, cache):
+    example = Example(Mode.DOWNSAMPLE, out, out, Grid(2, 37, 43), torch.bfloat16, narrower=narrower)
+    run_all_epilogues(example, Conv3x3(example.weights, Mode.DOWNSAMPLE, cache=cache))
+
+
+@on_sm90
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("channels", "shortcut", "index"),
+    [(n, s, i) for n in (144, 192, 288, 384, 576, 768) for s in sorted(shortcuts_of(n)) if s
+     for i in range(len(SCHEDULES[Mode.CONV, n, n]))],
+)  # fmt: skip
+def test_shortcut_matches_pytorch(channels, shortcut, index, cache):
+    example = Example(Mode.CONV, channels, channels, Grid(1, 29, 35), torch.bfloat16, shortcut)
     schedule = SCHEDULES[Mode.CONV, channels, channels][index]
     run_all_epilogues(example, Conv3x3(example.weights, schedules=(schedule,), cache=cache))
 
 
 @on_sm90
 @pytest.mark.gpu
-@pytest.mark.parametrize("channels", [96, 384])
+@pytest.mark.parametrize("channels", [96, 144, 384, 768, 1152])
 def test_float16_matches_pytorch(channels, cache):
     example = Example(Mode.CONV, channels, channels, Grid(1, 20, 50), torch.float16)
     run_all_epilogues(example, Conv3x3(example.weights, cache=cache))
@@ -588,7 +619,7 @@ def test_float16_matches_pytorch(channels, cache):
 @on_sm90
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [(1, 1, 1), (3, 2, 7), (1, 16, 16), (1, 17, 129), (4, 64, 5)])
-@pytest.mark.parametrize("channels", [96, 192, 384])
+@pytest.mark.parametrize("channels", [96, 144, 192, 288, 384, 1152])
 def test_sizes_around_tiles(size, channels, cache):
     example = Example(Mode.CONV, channels, channels, Grid(*size), torch.bfloat16)
     run_all_epilogues(example, Conv3x3(example.weights, cache=cache))
@@ -596,7 +627,7 @@ def test_sizes_around_tiles(size, channels, cache):
 
 @on_sm90
 @pytest.mark.gpu
-@pytest.mark.parametrize("channels", [96, 192, 384])
+@pytest.mark.parametrize("channels", [96, 144, 192, 384, 1152])
 def test_repeats_graphs_streams_and_threads_agree_bit_for_bit(channels, cache):
     import threading
 
