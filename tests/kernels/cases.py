@@ -18,6 +18,7 @@ from qwen_vae_accel.kernels.network import QWEN_IMAGE, QWEN_IMAGE_21, Network, d
 from qwen_vae_accel.kernels.shortcuts import stored_shortcut
 from qwen_vae_accel.kernels.sm90.schedules import FLOAT8_SCHEDULES, SCHEDULES, SHARED_LIMIT, Mode, Variant
 from qwen_vae_accel.kernels.triton.blocks import rms_norm_reference
+from qwen_vae_accel.kernels.triton.wide_attention import TILE, chunk_of, tiles_of, wide_attention
 from qwen_vae_accel.kernels.tuning.configs import AttentionConfig, ConvConfig
 from qwen_vae_accel.kernels.tuning.selection import Tuning
 from qwen_vae_accel.kernels.weights import ConvWeights, Norm
@@ -176,6 +177,19 @@ def image_state(vae, part: str) -> dict[str, torch.Tensor]:
         value = value.detach()
         state[name] = value[:, :, -1] if value.dim() == 5 else value.reshape(-1) if "gamma" in name else value
     return state
+
+
+def run_wide_attention(tokens: torch.Tensor, grid: Grid, gpu: Gpu) -> torch.Tensor:
+    """Attention of many channels with scratch memory that holds NaN; the halo, which it must leave, is zero before."""
+    channels, device = tokens.shape[1] // 3, tokens.device
+    rows, tiles = grid.batch * chunk_of(grid), tiles_of(grid)
+    out = torch.zeros(grid.rows, channels, dtype=tokens.dtype, device=device)
+    from_flat(out, grid).fill_(float("nan"))
+    weights = poisoned(rows, tiles * TILE, dtype=tokens.dtype).to(device)
+    tops, sums = (poisoned(rows, tiles, dtype=torch.float32).to(device) for _ in range(2))
+    wide_attention(tokens, grid, out, weights=weights, tops=tops, sums=sums, gpu=gpu)
+    assert_halo_zero(out.cpu(), grid)
+    return out
 
 
 def random_vae(image_channels: int = 3):
