@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from qwen_vae_accel import accelerate
 from qwen_vae_accel.backends.base import Environment, Job
 from qwen_vae_accel.backends.fused.backend import FusedBackend
 from qwen_vae_accel.errors import ConfigError, InvalidInputError, UnsupportedVAEError
+from qwen_vae_accel.kernels.network import QWEN_IMAGE_21
+from qwen_vae_accel.kernels.sm90 import nvrtc
 from qwen_vae_accel.loading import load_vae
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.model.source import fingerprint, image_state
@@ -20,7 +23,7 @@ from qwen_vae_accel.model.topology import Topology
 from qwen_vae_accel.plan import Miss, Plan
 from qwen_vae_accel.sizes import Size
 from tests.conftest import MICRO_21, random_vae
-from tests.helpers import CPU, Reference, decoded, moments, picture, randn
+from tests.helpers import CPU, Reference, decoded, moments, picture, randn, spread_gammas
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -159,16 +162,28 @@ def test_ranges_are_of_sizes_that_its_encoder_takes():
 # Backends.
 
 
-def test_fused_says_why_not_and_the_next_backend_serves(vae):
-    gpu = Environment("cuda", "NVIDIA H200", (9, 0), cuda="13.0")
-    reasons = FusedBackend().reasons(gpu, Job("decode", ModelSource(vae).topology, torch.bfloat16, CPU))
-    text = "; ".join(reasons)
-    assert "residual shortcuts of copies" in text and "conv_in 6->" in text and "->4" in text
-    # Even where all widths are those of its kernels.
-    published = Topology(3, 16, (), (384,) * 9 + (192,) * 3 + (96,) * 3, 8)
-    assert not [r for r in FusedBackend().reasons(gpu, Job("decode", published, torch.bfloat16, CPU)) if "kernels" in r]
-    shortcuts = Job("decode", dataclasses.replace(published, residual=True), torch.bfloat16, CPU)
-    assert "residual shortcuts of copies" in FusedBackend().reasons(gpu, shortcuts)[-1]
+def fused_reasons(topology: Topology, method: str, capability: tuple[int, int]) -> list[str]:
+    gpu = Environment("cuda", "a GPU", capability, cuda="13.0")
+    return FusedBackend().reasons(gpu, Job(method, topology, torch.bfloat16, CPU))
+
+
+@pytest.mark.parametrize("method", ["encode", "decode"])
+def test_fused_serves_it_on_hopper_and_says_elsewhere_what_it_needs(method, monkeypatch):
+    topology = dataclasses.replace(QWEN_IMAGE_21, image_channels=3)
+    monkeypatch.setattr(nvrtc, "library", object)
+    assert fused_reasons(topology, method, (9, 0)) == fused_reasons(QWEN_IMAGE_21, method, (9, 0)) == []
+    (reason,) = fused_reasons(topology, method, (8, 0))
+    assert re.fullmatch(
+        rf"its kernels for the {method}r's layers of .* need compute capability 9.0 \(Hopper\) and NVRTC", reason
+    )
+    monkeypatch.setattr(nvrtc, "library", lambda: None)
+    assert fused_reasons(topology, method, (9, 0)) == [reason]
+
+
+def test_fused_says_why_not_and_the_next_backend_serves(vae, monkeypatch):
+    monkeypatch.setattr(nvrtc, "library", object)
+    (reason,) = fused_reasons(ModelSource(vae).topology, "decode", (9, 0))
+    assert "no kernels for these layers" in reason and "conv_in 6->" in reason and "->4" in reason
     with accelerate(vae, backend="auto") as handle:
         decoded(vae, randn(1, 6, 1, 2, 2))
         assert handle.report().as_dict()["calls"]["decode"] == {"eager": 1}
@@ -195,7 +210,7 @@ def test_real_engines_of_inductor(vae, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("backend", ["auto", "eager", "inductor"])
 def test_on_a_gpu(vae, tmp_path, backend):
-    """No further from float32 than diffusers in bfloat16; ``auto`` passes over the kernels, which do not fit."""
+    """No further from float32 than diffusers in bfloat16; ``auto`` passes over the kernels, which have other widths."""
     z, x = randn(2, 6, 1, 6, 4).cuda(), picture(1, 4, 1, 96, 64).cuda()
     vae = vae.to(torch.bfloat16).float().cuda()
     torch.backends.cudnn.allow_tf32, before = False, torch.backends.cudnn.allow_tf32
@@ -216,6 +231,34 @@ def test_on_a_gpu(vae, tmp_path, backend):
     assert report["calls"] == {"encode": {served: 1}, "decode": {served: 1}} and report["fallbacks"] == []
     for output, other, reference in zip(ours, theirs, exact, strict=True):
         assert (output.float() - reference).norm() <= 1.05 * (other.float() - reference).norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs compute capability 9.0"
+)
+@pytest.mark.parametrize("channels", [4, 3])
+def test_on_hopper_the_published_vae_is_served_by_fused(channels, monkeypatch):
+    """Of full size with random weights; both directions, nothing passed over, and no further from float32 than diffusers."""
+    import diffusers
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+    random_vae("2.1")  # skips where diffusers does not have it
+    with torch.random.fork_rng(devices=[0]), torch.device("cuda"):
+        torch.manual_seed(0)
+        vae = diffusers.AutoencoderKLQwenImage21(in_channels=channels, out_channels=channels)
+    vae = spread_gammas(vae.eval().requires_grad_(False)).to(torch.bfloat16)
+    z, x = randn(1, 64, 1, 12, 8).cuda(), picture(1, channels, 1, 192, 128).cuda()
+    exact = decoded(vae.float(), z), moments(vae, x)
+    vae.to(torch.bfloat16)
+    theirs = decoded(vae, z.bfloat16()), moments(vae, x.bfloat16())
+    with accelerate(vae, task="i2i") as handle:
+        ours = decoded(vae, z.bfloat16()), moments(vae, x.bfloat16())
+        report = handle.report().as_dict()
+    assert report["calls"] == {"encode": {"fused": 1}, "decode": {"fused": 1}} and report["fallbacks"] == []
+    for output, other, reference in zip(ours, theirs, exact, strict=True):
+        assert (output.float() - reference).norm() <= (other.float() - reference).norm()
 
 
 def test_the_tests_model_is_of_the_published_structure():

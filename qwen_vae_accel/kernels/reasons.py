@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from qwen_vae_accel.kernels.network import Network, network_of
+from qwen_vae_accel.kernels.network import KernelLayer, Network, network_of
 from qwen_vae_accel.kernels.shortcuts import level_orders, stored_shortcut
 from qwen_vae_accel.kernels.tuning.tables import has_kernel
 
@@ -19,21 +19,23 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 def network_reasons(network: Network, *, sm90: bool) -> list[str]:
-    """Name the layers of ``network`` that have no kernel, kind by kind.
+    """Name what of ``network`` has no kernel: layers that have none anywhere, widths that only ``sm90/`` has, shortcuts.
 
     Args:
         network: an encoder or decoder.
         sm90: whether the kernels of ``sm90/`` run.
     """
-    missing = dict.fromkeys(layer for layer in network.kernel_layers() if not has_kernel(layer, sm90))
-    by_kind = [
-        f"{kind}{', '.join(str(layer).removeprefix(kind) for layer in layers)}"
-        for kind, layers in groupby(
-            sorted(missing, key=lambda layer: layer.kind.value), lambda layer: f"{str(layer).split()[0]} "
-        )
-    ]
-    where = "" if sm90 or not all(has_kernel(layer, True) for layer in missing) else " on a GPU other than Hopper's (9.0)"
-    reasons = [f"it has no kernels for these layers of the {network.method}r{where}: {'; '.join(by_kind)}"] if by_kind else []
+    layers = list(dict.fromkeys(network.kernel_layers()))
+    nowhere = [layer for layer in layers if not has_kernel(layer, True)]
+    reasons = []
+    if nowhere:
+        reasons.append(f"it has no kernels for these layers of the {network.method}r: {_by_kind(nowhere)}")
+    widths = [layer.out_channels for layer in layers if layer not in nowhere and not has_kernel(layer, sm90)]
+    if widths:
+        *others, last = map(str, dict.fromkeys(widths))
+        listed = f"{', '.join(others)} and {last}" if others else last
+        layers_of = f"the {network.method}r's layers of {listed} channels"
+        reasons.append(f"its kernels for {layers_of} need compute capability 9.0 (Hopper) and NVRTC")
     try:
         level_orders(network)
         for level in network.levels:
@@ -42,6 +44,12 @@ def network_reasons(network: Network, *, sm90: bool) -> list[str]:
     except ValueError as error:
         reasons.append(f"it has no kernels for the shortcuts around levels of the {network.method}r: {error}")
     return reasons
+
+
+def _by_kind(layers: Iterable[KernelLayer]) -> str:
+    """Such as ``"conv3x3 96->100, 100->100; proj 96->96"``."""
+    kinds = groupby(sorted(layers, key=lambda layer: layer.kind.value), lambda layer: f"{str(layer).split()[0]} ")
+    return "; ".join(f"{kind}{', '.join(str(layer).removeprefix(kind) for layer in found)}" for kind, found in kinds)
 
 
 def state_reasons(state: Mapping[str, Tensor], *, sm90: bool) -> list[str]:

@@ -13,18 +13,20 @@ from qwen_vae_accel.kernels.network import (
     QWEN_IMAGE_21,
     KernelLayer,
     Kind,
+    Network,
     describe,
     network_of,
-    published,
+    stored_channels,
 )
 from qwen_vae_accel.kernels.reasons import network_reasons, state_reasons
-from qwen_vae_accel.kernels.sm90.schedules import FLOAT8_SCHEDULES, MODES, SCHEDULES
+from qwen_vae_accel.kernels.sm90.schedules import FLOAT8_SCHEDULES, MODES, SCHEDULES, Mode
+from qwen_vae_accel.kernels.tuning.keys import KernelKey
 from qwen_vae_accel.kernels.tuning.tables import H200_CONVS, has_kernel
 from qwen_vae_accel.model import inspect_vae
 from qwen_vae_accel.model.image_vae import ImageDecoder, ImageEncoder
 from qwen_vae_accel.model.source import build_model, image_state
+from tests.kernels.cases import METHODS, NETWORKS
 
-METHODS = ("encode", "decode")
 TOPOLOGIES = {"AutoencoderKLQwenImage": QWEN_IMAGE, "AutoencoderKLQwenImage21": QWEN_IMAGE_21}
 
 
@@ -95,38 +97,77 @@ def test_widths_that_do_not_spread_over_the_resolutions_are_told():
         describe(uneven, "decode")
 
 
+def widths_of(networks: list[Network]) -> set[tuple]:
+    return {(layer.kind, layer.in_channels, layer.out_channels) for network in networks for layer in network.kernel_layers()}
+
+
 def test_every_kernel_of_the_tables_is_of_a_published_layer_and_the_other_way_round():
-    networks = [published(method, channels) for method in METHODS for channels in (3, 4)]
-    layers = {layer for network in networks for layer in network.kernel_layers()}
-    assert all(map(has_kernel, layers)) and not any(map(network_reasons, networks))
-    widths = {(layer.kind, layer.in_channels, layer.out_channels) for layer in layers}
+    layers = {layer for network in NETWORKS for layer in network.kernel_layers()}
+    assert all(has_kernel(layer, True) for layer in layers)
+    assert not any(network_reasons(network, sm90=True) for network in NETWORKS)
+    widths = widths_of(NETWORKS)
     assert {(key.kind, key.in_channels, key.out_channels) for key in H200_CONVS} <= widths
     modes = {(MODES[kind], *channels) for kind, *channels in widths if kind in MODES}
-    assert set(SCHEDULES) == modes and set(FLOAT8_SCHEDULES) <= modes
-    eight = {*block_layers(networks[2]), *calibrated_layers(networks[2])}
-    assert len(eight) == 26 and all(f"{name}.weight" in networks[2].parameters() for name in eight)
-    assert "up_blocks.0.upsamplers.0.resample.1" not in eight
+    first = {(Mode.CONV, stored_channels(taken), given) for kind, taken, given in widths if kind is Kind.IN and taken > 16}
+    # The projection of 384 channels is Triton's.
+    assert set(SCHEDULES) == (modes | first) - {(Mode.POINTWISE, 384, 384)} and set(FLOAT8_SCHEDULES) <= modes
+
+
+def test_without_the_kernels_of_sm90_the_first_vae_has_every_kernel():
+    first = [network for network in NETWORKS if network.latent_channels == 16]
+    assert len(first) == 4 and not any(network_reasons(network, sm90=False) for network in first)
+    assert all(has_kernel(layer, False) for network in first for layer in network.kernel_layers())
+
+
+@pytest.mark.parametrize(("topology", "count"), [(QWEN_IMAGE, 26), (QWEN_IMAGE_21, 30)], ids=["Qwen-Image", "2.1"])
+def test_every_layer_in_float8_has_a_kernel_in_float8(topology, count):
+    """Products of float8 with a shortcut are Triton's: sm90 has no such kernel."""
+    network = describe(topology, "decode")
+    eight = {*block_layers(network), *calibrated_layers(network)}
+    assert len(eight) == count and all(f"{name}.weight" in network.parameters() for name in eight)
+    resamplings = [level.resampling for level in network.levels if level.resampling is not None]
+    assert [layer.name in eight for layer in resamplings] == [False] + [True] * (len(resamplings) - 1)
+    for layer in resamplings[1:]:
+        assert (Mode.UPSAMPLE, layer.in_channels, layer.out_channels) in FLOAT8_SCHEDULES
+    for block in (block for level in network.levels for block in level.blocks):
+        for conv, shortcut in ((block.conv1, None), (block.conv2, block.shortcut)):
+            place = conv.in_channels, conv.out_channels
+            by_triton = KernelKey(Kind.CONV, *place, float8=True) in H200_CONVS
+            if shortcut is None:
+                assert conv.name in eight and (Mode.CONV, *place) in FLOAT8_SCHEDULES
+            else:
+                assert (conv.name in eight) == by_triton
 
 
 def test_reasons_name_the_layers_that_have_no_kernel():
-    decoder = describe(QWEN_IMAGE_21, "decode")
-    layers, shortcuts = network_reasons(decoder)
-    assert layers.startswith(
-        "it has no kernels for these layers of the decoder: attention 1152; conv3x3 1152->1152, 1152->576, "
-    )
-    assert "576->576 + shortcut of 1152" in layers and "conv_in 64->1152" in layers and "conv_out 144->4" in layers
-    assert shortcuts == (
-        "it has no kernels for the residual shortcuts of copies around levels: 1152->1152, 1152->1152, 1152->576, 576->288"
-    )
-    # Qwen-Image 2.1's encoder has widths that have kernels, and others.
-    layers, shortcuts = network_reasons(describe(QWEN_IMAGE_21, "encode"))
-    assert "384->768" in layers and " 96->96" not in layers and " 192->192" not in layers
-    assert "averages around levels: 96->96, 96->192" in shortcuts
-    state = {name: torch.empty(shape, device="meta") for name, shape in decoder.parameters().items()}
-    assert state_reasons(state) == network_reasons(decoder)
-    assert state_reasons({**state, "conv_in.bias": state["conv_in.bias"][:5]}) == [
+    odd = describe(dataclasses.replace(QWEN_IMAGE_21, z_dim=48, image_channels=7), "decode")
+    assert network_reasons(odd, sm90=True) == [
+        "it has no kernels for these layers of the decoder: conv_in 48->1152; conv_out 144->7"
+    ]
+    state = {name: torch.empty(shape, device="meta") for name, shape in describe(QWEN_IMAGE_21, "decode").parameters().items()}
+    assert state_reasons({**state, "conv_in.bias": state["conv_in.bias"][:5]}, sm90=True) == [
         "conv_in.bias has shape [5], the published network has [1152]"
     ]
+    del state["up_blocks.1.upsampler.time_conv"]
+    assert state_reasons(state, sm90=True) == ["up_blocks.1.upsampler.time_conv is missing"]
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        ("decode", "its kernels for the decoder's layers of 1152, 576, 288 and 144 channels need compute capability 9.0"),
+        ("encode", "its kernels for the encoder's layers of 768 channels need compute capability 9.0"),
+    ],
+)
+def test_elsewhere_a_reason_names_the_widths_and_what_they_need(method, reason):
+    network = describe(QWEN_IMAGE_21, method)
+    assert network_reasons(network, sm90=False) == [f"{reason} (Hopper) and NVRTC"]
+    state = {name: torch.empty(shape, device="meta") for name, shape in network.parameters().items()}
+    assert state_reasons(state, sm90=False) == network_reasons(network, sm90=False)
+    assert state_reasons(state, sm90=True) == []
+    both = describe(dataclasses.replace(QWEN_IMAGE_21, image_channels=7), method)
+    nowhere, elsewhere = network_reasons(both, sm90=False)
+    assert nowhere == network_reasons(both, sm90=True)[0] and "7" in nowhere and elsewhere == f"{reason} (Hopper) and NVRTC"
 
 
 def test_a_layer_reads_as_in_the_list_of_launches():

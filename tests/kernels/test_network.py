@@ -314,7 +314,7 @@ def test_reasons_for_other_topologies():
     assert state_reasons({**meta("decode"), "norm_out.gamma": torch.empty(16, device="meta")}, sm90=True)
     assert len(state_reasons(narrow | {"conv_out.weight": torch.empty(3, 16, 3, 3)}, sm90=True)) == 4  # three and a count
     with pytest.raises(ValueError, match="cannot run this model"):
-        FusedDecoder({}, dtype=torch.float16, device=torch.device("cpu"))
+        FusedDecoder({}, dtype=torch.float16, device=torch.device("cpu"), config=FusedConfig(gpu=TMA))
     with pytest.raises(ValueError, match="FusedDecoder was given the weights of a network that encodes"):
         FusedDecoder(meta("encode"), dtype=torch.float16, device=torch.device("meta"), config=FusedConfig(gpu=TMA))
 

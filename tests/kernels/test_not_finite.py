@@ -27,6 +27,7 @@ from qwen_vae_accel.kernels.triton.conv_in import conv_in, conv_in_reference
 from qwen_vae_accel.kernels.triton.conv_out import conv_out, conv_out_reference, sum_taps, sum_taps_reference
 from qwen_vae_accel.kernels.triton.downsample_conv import downsample_conv, downsample_conv_reference
 from qwen_vae_accel.kernels.triton.upsample_conv import upsample_conv
+from qwen_vae_accel.kernels.triton.wide_attention import TILE
 from qwen_vae_accel.kernels.tuning.configs import AttentionConfig, ConvConfig
 from qwen_vae_accel.kernels.tuning.selection import Tuning
 from qwen_vae_accel.kernels.tuning.tables import ATTENTION_KEY
@@ -47,6 +48,7 @@ from tests.kernels.cases import (
     random_gamma,
     random_layer,
     random_vae,
+    run_wide_attention,
 )
 from tests.not_finite import INF, NAN, VALUES, assert_same_kinds, with_value
 
@@ -242,21 +244,26 @@ def run_attention(tokens, grid, device, config=ATTENTION, splits=1):
     return out
 
 
-def random_tokens(grid: Grid, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(grid.batch, grid.height * grid.width, 1152, generator=torch.Generator().manual_seed(0)).to(dtype)
+def random_tokens(grid: Grid, dtype: torch.dtype, channels: int = 384) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(0)
+    return torch.randn(grid.batch, grid.height * grid.width, 3 * channels, generator=draw).to(dtype)
 
 
 def check_attention(dtype, device, config=ATTENTION, splits=1, grid=None):
-    grid = grid or Grid(3, 3, 7)
-    tokens = random_tokens(grid, dtype)
-    clean = run_attention(tokens.view(-1, 1152), grid, device, config, splits)
+    check_images_apart(dtype, grid or Grid(3, 3, 7), 384, lambda *of: run_attention(*of, device, config, splits))
+
+
+def check_images_apart(dtype, grid, channels, run):
+    """One value of the middle image, in its queries, keys or values."""
+    tokens = random_tokens(grid, dtype, channels)
+    clean = run(tokens.view(-1, 3 * channels), grid)
     assert clean.isfinite().all()
-    for part in range(3):  # queries, keys, values
+    for part in range(3):
         for value in (NAN, INF):
             bad = tokens.clone()
-            bad[1, 2, 384 * part + 5] = value
-            bad = bad.view(-1, 1152)
-            out = run_attention(bad, grid, device, config, splits)
+            bad[1, 2, channels * part + 5] = value
+            bad = bad.view(-1, 3 * channels)
+            out = run(bad, grid)
             expected = attention_reference(bad, grid)
             check(out, expected, grid)
             ours, before = from_flat(out, grid), from_flat(clean, grid)
@@ -266,17 +273,21 @@ def check_attention(dtype, device, config=ATTENTION, splits=1, grid=None):
 def check_scores_of_minus_infinity(dtype, device, config=ATTENTION, splits=1, grid=None):
     """Keys with a score of -Inf weigh nothing, even where a whole tile or a whole split sees no other."""
     grid = grid or Grid(1, 3, 13)
-    tokens = random_tokens(grid, dtype)
-    tokens[:, :, 5] = -1.0
     tiles = -(-grid.pixels // config.block_keys)
-    first = tiles // splits if splits > 1 else 1
-    tokens[0, : first * config.block_keys, 384 + 5] = INF
-    out = run_attention(tokens.view(-1, 1152), grid, device, config, splits)
-    expected = attention_reference(tokens.view(-1, 1152), grid)
+    first = (tiles // splits if splits > 1 else 1) * config.block_keys
+    check_first_keys_left_out(dtype, grid, 384, first, lambda *of: run_attention(*of, device, config, splits))
+
+
+def check_first_keys_left_out(dtype, grid, channels, first, run):
+    tokens = random_tokens(grid, dtype, channels)
+    tokens[:, :, 5] = -1.0
+    tokens[0, :first, channels + 5] = INF
+    flat = tokens.view(-1, 3 * channels)
+    out, expected = run(flat, grid), attention_reference(flat, grid)
     assert expected.isfinite().all()
     assert (out.float().cpu() - expected).abs().max() < 2**-6
-    tokens[:, :, 384 + 5] = INF  # nothing else is left: NaN
-    assert from_flat(run_attention(tokens.view(-1, 1152), grid, device, config, splits), grid).isnan().all()
+    tokens[:, :, channels + 5] = INF  # nothing else is left: NaN
+    assert from_flat(run(flat, grid), grid).isnan().all()
 
 
 @interpreted
@@ -294,6 +305,23 @@ def test_attention_in_splits_passes_them_on_within_an_image():
 @pytest.mark.parametrize("splits", [1, 3])
 def test_attention_without_a_finite_score(splits):
     check_scores_of_minus_infinity(torch.float16, TMA, splits=splits, grid=Grid(1, 5, 18))
+
+
+def run_wide(device):
+    """Attention of many channels; its result's halo is checked by the way."""
+    return lambda tokens, grid: run_wide_attention(cuda(tokens), grid, device)
+
+
+@interpreted
+@pytest.mark.parametrize("device", DEVICES)
+def test_wide_attention_passes_them_on_within_an_image(device):
+    check_images_apart(torch.float16, Grid(3, 3, 7), 768, run_wide(device))
+
+
+@interpreted
+def test_wide_attention_without_a_finite_score():
+    """A whole tile of keys, and one of its neighbours."""
+    check_first_keys_left_out(torch.float16, Grid(1, 9, 17), 768, TILE + 1, run_wide(TMA))
 
 
 @interpreted
@@ -341,6 +369,14 @@ class TestOnGpu:
         check_attention(dtype, NO_TMA if not sm90 else device, config, splits, Grid(3, 20, 20))
         if dtype == torch.float16:
             check_scores_of_minus_infinity(dtype, device, config, splits, Grid(1, 15, 15))
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("channels", [768, 1152])
+    def test_wide_attention_passes_them_on_within_an_image(self, dtype, channels):
+        for device in (device_of_kernels(), NO_TMA):
+            check_images_apart(dtype, Grid(3, 20, 20), channels, run_wide(device))
+            if dtype == torch.float16:
+                check_first_keys_left_out(dtype, Grid(1, 15, 15), channels, TILE + 1, run_wide(device))
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("part", ["decoder", "encoder"])

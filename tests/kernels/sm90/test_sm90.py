@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from qwen_vae_accel.kernels.layout import Grid, from_flat, pixel_rows, to_flat
 from qwen_vae_accel.kernels.sm90 import attention, conv3x3, driver, nvrtc
 from qwen_vae_accel.kernels.sm90.conv3x3 import Conv3x3, unsupported
 from qwen_vae_accel.kernels.sm90.packing import channel_order, pack
+from qwen_vae_accel.kernels.sm90.room import room_of
 from qwen_vae_accel.kernels.sm90.schedules import (
     SCHEDULES,
     SHARED_LIMIT,
@@ -22,10 +25,12 @@ from qwen_vae_accel.kernels.sm90.schedules import (
     Variant,
     choose_schedule,
     grid_blocks,
+    rounds,
     tile_count,
 )
 from qwen_vae_accel.kernels.sm90.source import headers, kernel_source
 from qwen_vae_accel.kernels.weights import ConvWeights, Packer
+from tests.kernels.cases import check_schedule, lowers_of, shortcuts_of, variants_of
 
 H200 = Room(132)
 TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 4e-4}  # relative L2; rounding the output alone gives 1.7e-3 and 2e-4
@@ -89,23 +94,152 @@ def test_weights_are_packed_under_another_default_device():
         assert torch.equal(pack(matrix, Mode.CONV, 64, 64), packed)
 
 
-def test_channel_order_gives_each_thread_eight_neighbours():
-    order = channel_order(96)
-    assert sorted(order.tolist()) == list(range(96))
-    for quad in range(4):  # columns of one thread: 8 j + 2 quad + {0, 1}
-        columns = [8 * j + 2 * quad + e for j in range(4) for e in (0, 1)]
-        assert order[columns].tolist() == list(range(8 * quad, 8 * quad + 8))
+@pytest.mark.parametrize("columns", [96, 144, 192, 288, 576, 1152])
+def test_channel_order_gives_each_thread_neighbours_in_every_group(columns):
+    """Eight of 32, and four in the last group of a block of 144: what one thread loads and stores at once."""
+    order = channel_order(columns)
+    assert sorted(order.tolist()) == list(range(columns))
+    share = 144 if columns % 144 == 0 else columns
+    for block in range(0, columns, share):
+        for group in range(0, share, 32):
+            width = min(32, share - group)
+            for quad in range(4):  # columns of one thread: 8 j + 2 quad + {0, 1}
+                held = [block + group + 8 * j + 2 * quad + e for j in range(width // 8) for e in (0, 1)]
+                first = block + group + width // 4 * quad
+                assert order[held].tolist() == list(range(first, first + width // 4))
 
 
-@pytest.mark.parametrize("key", SCHEDULES)
-@pytest.mark.parametrize("residual", [False, True])
-def test_every_schedule_fits_into_shared_memory(key, residual):
-    mode, channels, out = key
-    for schedule in SCHEDULES[key]:
-        shortcut = channels // 2 if mode == Mode.CONV and channels == out > 96 else 0
-        variant = Variant(mode, channels, out, shortcut, residual and mode == Mode.CONV, True, 2, schedule)
-        assert variant.shared_bytes() <= SHARED_LIMIT
-        assert variant.columns % 32 == 0 and channels % schedule.kc == 0 and schedule.stagger < max(schedule.b_stages, 1)
+@pytest.mark.parametrize(("mode", "channels", "out"), SCHEDULES)
+def test_packed_weights_of_every_layer_unpack_to_the_weights(mode, channels, out):
+    """Numbers that 16 bits hold exactly; what the last chunk has too many of is zeros."""
+    taps, parities = {Mode.CONV: (9, 1), Mode.DOWNSAMPLE: (9, 1), Mode.UPSAMPLE: (4, 4), Mode.POINTWISE: (1, 1)}[mode]
+    draw = torch.Generator().manual_seed(0)
+    matrix = torch.randint(-2048, 2048, (out, parities * taps * channels), generator=draw).to(torch.float16)
+    for kc, split in {(schedule.kc, schedule.split) for schedule in SCHEDULES[mode, channels, out]}:
+        packed = pack(matrix, mode, channels, kc).reshape(parities, -1, split, out // split, kc)
+        assert packed.shape[1] == Variant(mode, channels, out, 0, False, True, 2, SCHEDULES[mode, channels, out][0]).steps()
+        got = unswizzled(packed)
+        if mode == Mode.DOWNSAMPLE:  # planes of taps, each with all chunks
+            got = got.squeeze(0)
+            begin, found = 0, {}
+            for py, px in ((0, 0), (0, 1), (1, 0), (1, 1)):
+                plane = [(ty, tx) for ty in range(py, 3, 2) for tx in range(px, 3, 2)]
+                steps = channels // kc * len(plane)
+                part = got[begin : begin + steps].reshape(channels // kc, len(plane), out, kc)
+                found |= {3 * ty + tx: part[:, i] for i, (ty, tx) in enumerate(plane)}
+                begin += steps
+            unpacked = torch.stack([found[tap].permute(1, 0, 2).reshape(out, -1) for tap in range(9)], 1)
+            assert torch.equal(unpacked.reshape(out, -1), matrix)
+            continue
+        chunks = -(-channels // kc)
+        by_tap = got.reshape(parities, chunks, taps, out, kc).permute(3, 0, 2, 1, 4).reshape(out, parities * taps, -1)
+        assert not by_tap[..., channels:].any()
+        assert torch.equal(by_tap[..., :channels].reshape(out, -1), matrix)
+
+
+def unswizzled(packed: torch.Tensor) -> torch.Tensor:
+    """``[parity, step, split, column, kc]`` as the kernel's threads read it: ``[parity, step, channel, kc]``."""
+    parities, steps, split, columns, kc = packed.shape
+    shift, mask = (7, 0x70) if kc == 64 else (7, 0x30)
+    address = (torch.arange(columns)[:, None] * kc + torch.arange(kc)) * 2
+    address = (address ^ ((address >> (shift - 4)) & mask)) // 2
+    read = packed.reshape(parities, steps, split, -1)[..., address]
+    own = torch.empty_like(read)
+    own[:, :, :, channel_order(columns)] = read
+    return own.reshape(parities, steps, split * columns, kc)
+
+
+def test_a_partial_chunk_is_filled_up_with_zeros():
+    """80 channels, those of the latent of Qwen-Image 2.1: two chunks and a half."""
+    matrix = 1 + torch.rand(1152, 9 * 80)
+    blocks = unswizzled(pack(matrix, Mode.CONV, 80, 32).reshape(1, 27, 8, 144, 32))[0]
+    assert not blocks[18:, :, 16:].any() and blocks[:18].all() and blocks[18:, :, :16].all()
+
+
+def test_a_pointwise_convolution_has_one_tap():
+    matrix = torch.arange(144 * 96, dtype=torch.float32).reshape(144, 96)
+    blocks = unswizzled(pack(matrix, Mode.POINTWISE, 96, 32).reshape(1, 3, 1, 144, 32))[0]
+    assert torch.equal(blocks.permute(1, 0, 2).reshape(144, 96), matrix)
+
+
+@pytest.mark.parametrize("key", SCHEDULES, ids=str)
+def test_every_schedule_fits_into_shared_memory_and_cannot_wait_forever(key):
+    found = list(variants_of(*key))
+    assert {variant.schedule.split for variant in found} == {schedule.split for schedule in SCHEDULES[key]}
+    for variant in found:
+        check_schedule(variant.fitted())
+        assert variant.mode == Mode.CONV or variant.channels % 32 == 0  # only CONV reads a chunk that is not full
+
+
+def test_fitting_gives_up_buffers_of_weights_alone_and_no_more_than_it_must():
+    fewer = 0
+    for variant in (v for key in SCHEDULES for v in variants_of(*key)):
+        fitted, asked = variant.fitted(), variant.schedule.b_stages
+        kept = fitted.schedule.b_stages
+        assert dataclasses.replace(fitted, schedule=dataclasses.replace(fitted.schedule, b_stages=asked)) == variant
+        if variant.shared_bytes() <= SHARED_LIMIT:
+            assert fitted == variant
+            continue
+        more = dataclasses.replace(fitted, schedule=dataclasses.replace(fitted.schedule, b_stages=kept + 1))
+        assert more.shared_bytes() > SHARED_LIMIT
+        fewer += 1
+    assert fewer
+
+
+@pytest.mark.parametrize(("size", "clusters"), [(1, 132), (2, 66), (4, 33), (8, 16)])
+def test_without_the_drivers_counts_clusters_lie_anywhere(size, clusters):
+    assert Room(132).of(size) == clusters
+
+
+def test_room_is_what_the_driver_counted_and_at_least_one_cluster():
+    """An H100's partitions have room for fewer clusters than its multiprocessors would."""
+    room = Room(132, ((2, 66), (4, 32), (8, 14), (16, 0)))
+    assert [room.of(size) for size in (1, 2, 4, 8, 16)] == [132, 66, 32, 14, 1]
+    assert Room(3).of(8) == 1
+    wide = SCHEDULES[Mode.CONV, 1152, 1152][0]
+    assert wide.split == 8
+    tiles = tile_count(wide, Mode.CONV, 1, 64, 64)[2]
+    assert grid_blocks(wide, Mode.CONV, tiles, room) == 14 * 8 and grid_blocks(wide, Mode.CONV, 5, room) == 5 * 8
+    assert rounds(wide, Mode.CONV, 1, 64, 64, room) == tiles / 14
+
+
+def test_the_driver_is_asked_for_every_size_of_clusters_that_a_schedule_has(monkeypatch):
+    asked = []
+
+    def count(cubin, name, size, threads, shared_bytes, device):
+        asked.append((cubin, name, size, threads, shared_bytes, device))
+        return 100 // size
+
+    monkeypatch.setattr(nvrtc, "compile_cubin", lambda source, defines: source)
+    monkeypatch.setattr(driver, "clusters_at_once", count)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=114))
+    room_of.cache_clear()
+    try:
+        assert room_of(3) == Room(114, ((2, 50), (4, 25), (8, 12)))
+        room_of(3)
+    finally:
+        room_of.cache_clear()
+    probe = kernel_source("cluster_probe")
+    assert asked == [(probe, "cluster_probe", size, 384, SHARED_LIMIT, 3) for size in (2, 4, 8)]
+    assert 'extern "C" __global__ void cluster_probe()' in probe
+    most = max(schedule.threads for choices in SCHEDULES.values() for schedule in choices)
+    assert most == 384  # a probe of more room than a kernel needs would count too few
+
+
+def test_counting_clusters_asks_for_the_dimension_of_a_cluster(monkeypatch):
+    class Library:
+        def cuOccupancyMaxActiveClusters(self, count, function, config):
+            c = config._obj
+            attribute = c.attributes[0]
+            assert (tuple(c.grid), tuple(c.block), c.shared_bytes, c.attribute_count) == ((8, 1, 1), (384, 1, 1), 1000, 1)
+            assert (attribute.id, list(attribute.value)[:3]) == (4, [8, 1, 1]) and function == "function"
+            count._obj.value = 14
+            return 0
+
+    monkeypatch.setattr(driver, "_cuda", Library)
+    monkeypatch.setattr(driver, "LoadedKernel", lambda *arguments: SimpleNamespace(function="function"))
+    assert driver.clusters_at_once(b"cubin", "cluster_probe", 8, 384, 1000, 0) == 14
 
 
 def test_small_images_get_narrow_tiles():
@@ -118,7 +252,7 @@ def test_tiles_cover_the_image_and_parities_share_the_grid_equally():
     schedule = SCHEDULES[Mode.UPSAMPLE, 192, 96][0]
     tiles_x, tiles_y, tiles = tile_count(schedule, Mode.UPSAMPLE, 2, 37, 43)
     assert (tiles_x, tiles_y, tiles) == (3, 5, 2 * 15 * 4)
-    assert grid_blocks(schedule, Mode.UPSAMPLE, tiles, 131) % 4 == 0
+    assert grid_blocks(schedule, Mode.UPSAMPLE, tiles, Room(131)) % 4 == 0
     assert grid_blocks(schedule, Mode.CONV, 1, H200) == 1
 
 
@@ -177,9 +311,19 @@ def test_a_kernel_includes_what_it_uses_by_name_and_has_its_entry_point_in_its_o
 
 
 def test_the_matrix_instructions_name_every_accumulator():
-    header = headers()["wgmma.cuh"]
-    named = re.findall(r"%(\d+)", header[: header.index("#define WGMMA_OUT_8")])
-    assert named == [str(i) for i in range(96)]
+    """An instruction of 2 * n columns names the sums 0 to n - 1, each once: its list begins with that of a narrower one."""
+    lists = headers()["wgmma.cuh"]
+    bodies = dict(re.findall(r"#define WGMMA_(\d+) ((?:.*\\\n)*.*)", lists[: lists.index("#define WGMMA_OUT_8")]))
+
+    def named(count: str) -> list[int]:
+        inner = re.search(r"WGMMA_(\d+)", bodies[count])
+        return (named(inner[1]) if inner else []) + [int(place) for place in re.findall(r"%(\d+)", bodies[count])]
+
+    assert set(bodies) == {"16", "48", "72", "96"}
+    for count in bodies:
+        assert named(count) == list(range(int(count)))
+    for columns, sums in re.findall(r'WGMMA\("(\d+)", WGMMA_(\d+)', lists):
+        assert int(columns) == 2 * int(sums)
 
 
 SIZES = {"int": 4, "u32": 4, "float": 4, "i64": 8}
@@ -259,7 +403,7 @@ def test_a_launch_is_made_on_the_current_stream_of_the_kernels_device(monkeypatc
     monkeypatch.setattr(torch.cuda, "device", Device)
     driver._overlaps.cache_clear()
     kernel = driver.LoadedKernel.__new__(driver.LoadedKernel)
-    kernel.device, kernel.shared_bytes, kernel._function = 1, 5, "function"
+    kernel.device, kernel.shared_bytes, kernel.function = 1, 5, "function"
     try:
         driver.PreparedLaunch(kernel, (2, 3, 4), 384, (ctypes.c_int(7), ctypes.c_int(8)))()
     finally:
@@ -280,14 +424,13 @@ def cache(tmp_path_factory):
     from concurrent.futures import ThreadPoolExecutor
 
     folder = tmp_path_factory.mktemp("cubin")
-    variants = []
-    for mode, channels, out, index in CASES:
-        for residual, write_x, norm in ((0, 1, 0), (0, 0, 2), (0, 1, 1), (1, 1, 2), (1, 1, 0)):
-            if residual and mode != Mode.CONV:
-                continue
-            for shortcut in (0, channels // 2) if mode == Mode.CONV and channels == out > 96 else (0,):
-                schedule = SCHEDULES[mode, channels, out][index]
-                variants.append(Variant(mode, channels, out, shortcut, bool(residual), bool(write_x), norm, schedule))
+    plain, added = ((1, 0), (0, 2), (1, 1)), ((1, 2), (1, 0))  # whether x is written, and which norm
+    variants = {
+        dataclasses.replace(variant, write_x=bool(write_x), norm=norm).fitted()
+        for key in SCHEDULES
+        for variant in variants_of(*key)
+        for write_x, norm in (added if variant.residual else plain)
+    }
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda variant: conv3x3.compile_variant(variant, torch.bfloat16, folder), variants))
     return folder
@@ -307,20 +450,25 @@ class Example:
     grid: Grid
     dtype: torch.dtype
     shortcut: int = 0
+    lower: int = 0  # UPSAMPLE: what odd rows of the output skip of the residual's channels
+    narrower: int = 0  # DOWNSAMPLE: channels that the residual lacks
 
     def __post_init__(self):
         def randn(*shape):
             return torch.randn(*shape, device="cuda")
 
         b, h, w = self.grid.batch, self.grid.height, self.grid.width
-        grids = {Mode.CONV: self.grid, Mode.UPSAMPLE: self.grid.doubled(), Mode.DOWNSAMPLE: self.grid.halved()}
-        self.after = grids[self.mode]
+        grids = {Mode.UPSAMPLE: self.grid.doubled(), Mode.DOWNSAMPLE: self.grid.halved()}
+        self.after = grids.get(self.mode, self.grid)
         self.image = randn(b, self.channels, h, w).to(self.dtype)
         self.second = randn(b, self.shortcut, h, w).to(self.dtype) if self.shortcut else None
-        self.addend = randn(b, self.out, self.after.height, self.after.width).to(self.dtype)
+        beside = self.grid if self.mode == Mode.UPSAMPLE else self.after
+        self.addend = randn(b, self.out + self.lower - self.narrower, beside.height, beside.width).to(self.dtype)
         self.gamma = (torch.rand(self.out, device="cuda") + 0.5) * self.out**0.5
+        side = torch.Size((1, 1) if self.mode == Mode.POINTWISE else (3, 3))
         state = {
-            "c.weight": randn(self.out, self.channels, 3, 3) / (9 * self.channels) ** 0.5, "c.bias": randn(self.out),
+            "c.weight": randn(self.out, self.channels, *side) / (side.numel() * self.channels) ** 0.5,
+            "c.bias": randn(self.out),
             "s.weight": randn(self.out, max(self.shortcut, 1), 1, 1) / max(self.shortcut, 1) ** 0.5,
             "s.bias": torch.zeros(self.out, device="cuda"),
         }  # fmt: skip
@@ -342,6 +490,8 @@ class Example:
                     part = F.conv2d(padded, kernels[:, py, px].permute(0, 3, 1, 2), self.weights.bias)
                     out[:, :, py::2, px::2] = part[:, :, py : py + self.grid.height, px : px + self.grid.width]
             return out
+        if self.mode == Mode.POINTWISE:
+            return F.conv2d(image, matrix[:, :, None, None], self.weights.bias)
         kernel = matrix[:, : 9 * self.channels].view(self.out, 3, 3, self.channels).permute(0, 3, 1, 2)
         if self.mode == Mode.DOWNSAMPLE:
             return F.conv2d(F.pad(image, (0, 1, 0, 1)), kernel, self.weights.bias, stride=2)
@@ -349,6 +499,15 @@ class Example:
         if self.shortcut:
             out = out + F.conv2d(self.second.float(), matrix[:, 9 * self.channels :, None, None])
         return out
+
+    def with_addend(self, value: torch.Tensor) -> torch.Tensor:
+        """``value`` plus the residual: of an upsampling each pixel to four, of a downsampling to the first channels."""
+        addend = self.addend.float()
+        if self.mode == Mode.UPSAMPLE:
+            wide = addend.repeat_interleave(2, 3)
+            rows = wide[:, : self.out], wide[:, self.lower : self.lower + self.out]  # even ones, odd ones
+            addend = torch.stack(rows, 3).flatten(2, 3)
+        return value + F.pad(addend, (0, 0, 0, 0, 0, self.narrower))
 
     def normed(self, value: torch.Tensor, silu: bool) -> torch.Tensor:
         out = value * torch.rsqrt(value.square().sum(1, keepdim=True).clamp_min(1e-24)) * self.gamma.view(1, -1, 1, 1)
@@ -389,7 +548,7 @@ def exact_fp32_reference(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-def run_all_epilogues(example: Example, layer: Conv3x3) -> None:
+def run_all_epilogues(example: Example, layer: Conv3x3, residual: bool = True) -> None:
     a = to_flat(example.image)
     more = {} if example.second is None else {"shortcut": to_flat(example.second)}
     value = example.value()
@@ -403,39 +562,55 @@ def run_all_epilogues(example: Example, layer: Conv3x3) -> None:
     layer(a, example.grid, x=x, normed=normed, gamma=example.gamma, silu=False, **more)
     assert_matches(x, value, example.after)
     assert_matches(normed, example.normed(value, False), example.after)
-    if example.mode != Mode.CONV:
+    if not residual:
         return
-    value = value + example.addend.float()
-    residual = to_flat(example.addend)
+    value, addend = example.with_addend(value), to_flat(example.addend)
+    if example.mode == Mode.UPSAMPLE:
+        more["lower"] = example.lower
     x, normed = example.poisoned(), example.poisoned()
-    layer(a, example.grid, x=x, normed=normed, gamma=example.gamma, residual=residual, **more)
+    layer(a, example.grid, x=x, normed=normed, gamma=example.gamma, residual=addend, **more)
     assert_matches(x, value, example.after)
     assert_matches(normed, example.normed(value, True), example.after)
-    layer(a, example.grid, x=residual, residual=residual, **more)  # in place
-    assert_matches(residual, value, example.after)
+    if addend.shape == x.shape:  # in place
+        layer(a, example.grid, x=addend, residual=addend, **more)
+        assert_matches(addend, value, example.after)
 
 
 @on_sm90
 @pytest.mark.gpu
 @pytest.mark.parametrize(("mode", "channels", "out", "index"), CASES)
 def test_every_kernel_matches_pytorch(mode, channels, out, index, cache):
-    example = Example(mode, channels, out, Grid(2, 37, 43), torch.bfloat16)
     schedule = SCHEDULES[mode, channels, out][index]
-    run_all_epilogues(example, Conv3x3(example.weights, mode, schedules=(schedule,), cache=cache))
+    lowers = lowers_of(mode, out)
+    example = Example(mode, channels, out, Grid(2, 37, 43), torch.bfloat16, lower=max(lowers, default=0))
+    layer = Conv3x3(example.weights, mode, schedules=(schedule,), cache=cache)
+    run_all_epilogues(example, layer, residual=bool(lowers) or mode in (Mode.CONV, Mode.POINTWISE))
 
 
 @on_sm90
 @pytest.mark.gpu
-@pytest.mark.parametrize(("channels", "index"), [(192, 0), (192, 1), (384, 0), (384, 1)])
-def test_shortcut_matches_pytorch(channels, index, cache):
-    example = Example(Mode.CONV, channels, channels, Grid(1, 29, 35), torch.bfloat16, channels // 2)
+@pytest.mark.parametrize(("out", "narrower"), [(192, 96), (384, 192), (768, 384), (768, 0)])
+def test_a_downsampling_adds_a_residual_to_its_first_channels(out, narrower, cache):
+    example = Example(Mode.DOWNSAMPLE, out, out, Grid(2, 37, 43), torch.bfloat16, narrower=narrower)
+    run_all_epilogues(example, Conv3x3(example.weights, Mode.DOWNSAMPLE, cache=cache))
+
+
+@on_sm90
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("channels", "shortcut", "index"),
+    [(n, s, i) for n in (144, 192, 288, 384, 576, 768) for s in sorted(shortcuts_of(n)) if s
+     for i in range(len(SCHEDULES[Mode.CONV, n, n]))],
+)  # fmt: skip
+def test_shortcut_matches_pytorch(channels, shortcut, index, cache):
+    example = Example(Mode.CONV, channels, channels, Grid(1, 29, 35), torch.bfloat16, shortcut)
     schedule = SCHEDULES[Mode.CONV, channels, channels][index]
     run_all_epilogues(example, Conv3x3(example.weights, schedules=(schedule,), cache=cache))
 
 
 @on_sm90
 @pytest.mark.gpu
-@pytest.mark.parametrize("channels", [96, 384])
+@pytest.mark.parametrize("channels", [96, 144, 384, 768, 1152])
 def test_float16_matches_pytorch(channels, cache):
     example = Example(Mode.CONV, channels, channels, Grid(1, 20, 50), torch.float16)
     run_all_epilogues(example, Conv3x3(example.weights, cache=cache))
@@ -444,7 +619,7 @@ def test_float16_matches_pytorch(channels, cache):
 @on_sm90
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [(1, 1, 1), (3, 2, 7), (1, 16, 16), (1, 17, 129), (4, 64, 5)])
-@pytest.mark.parametrize("channels", [96, 192, 384])
+@pytest.mark.parametrize("channels", [96, 144, 192, 288, 384, 1152])
 def test_sizes_around_tiles(size, channels, cache):
     example = Example(Mode.CONV, channels, channels, Grid(*size), torch.bfloat16)
     run_all_epilogues(example, Conv3x3(example.weights, cache=cache))
@@ -452,7 +627,7 @@ def test_sizes_around_tiles(size, channels, cache):
 
 @on_sm90
 @pytest.mark.gpu
-@pytest.mark.parametrize("channels", [96, 192, 384])
+@pytest.mark.parametrize("channels", [96, 144, 192, 384, 1152])
 def test_repeats_graphs_streams_and_threads_agree_bit_for_bit(channels, cache):
     import threading
 

@@ -24,7 +24,7 @@ from qwen_vae_accel.kernels.network import Kind, published
 from qwen_vae_accel.kernels.sm90 import attention as attention_sm90
 from qwen_vae_accel.kernels.sm90 import layers as layers_module
 from qwen_vae_accel.kernels.sm90.layers import Sm90Layers
-from qwen_vae_accel.kernels.sm90.schedules import MODES, SHARED_LIMIT, Mode, Schedule, Variant, choose_schedule
+from qwen_vae_accel.kernels.sm90.schedules import MODES, SHARED_LIMIT, Mode, Room, Schedule, Variant, choose_schedule
 from qwen_vae_accel.kernels.triton.attention import _qkv_kernel
 from qwen_vae_accel.kernels.tuning.candidates import candidates
 from qwen_vae_accel.kernels.tuning.choice import Problem, choose
@@ -155,7 +155,7 @@ def test_schedules_are_chosen_by_their_load():
     found = choose(SCHEDULE_KEYS[2], spent, H200)
     assert {dataclasses.replace(schedule, cost=1.0) for schedule in found} == {wide, narrow}
     for problem, expected in ((large, wide), (small, narrow)):
-        taken = choose_schedule(Mode.CONV, 384, 384, 1, problem.grid.height, problem.grid.width, 132, schedules=found)
+        taken = choose_schedule(Mode.CONV, 384, 384, 1, problem.grid.height, problem.grid.width, Room(132), schedules=found)
         assert dataclasses.replace(taken, cost=1.0) == expected
 
 
