@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLQwenImage
 from torch import nn
+from torch._inductor import config as inductor_config
 
 from qwen_vae_accel import accelerate
 from qwen_vae_accel.backends import registry
@@ -22,6 +23,8 @@ from tests.numeric import THREADS
 
 # Tests compute little at a time: more threads would cost several times what they save, most of all on a busy machine.
 torch.set_num_threads(int(os.environ.get(THREADS, "1")))
+# A package's host code, which only launches its kernels, takes twice as long to compile as they do; they stay as users get them.
+inductor_config.aot_inductor.compile_wrapper_opt_level = "O0"
 
 # Small, with every part of the real topology: three halvings, an attention, a shortcut where widths differ.
 MICRO = {"base_dim": 8, "z_dim": 4, "num_res_blocks": 1, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
