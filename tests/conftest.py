@@ -23,7 +23,7 @@ from tests.numeric import THREADS
 
 # Tests compute little at a time: more threads would cost several times what they save, most of all on a busy machine.
 torch.set_num_threads(int(os.environ.get(THREADS, "1")))
-# A package's host code, which only launches its kernels, takes twice as long to compile as they do; they stay as users get them.
+# A package's host code only launches its kernels and takes twice as long to compile; the kernels stay as users get them.
 inductor_config.aot_inductor.compile_wrapper_opt_level = "O0"
 
 # Small, with every part of the real topology: three halvings, an attention, a shortcut where widths differ.
