@@ -5,8 +5,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Two workers; a file's tests stay together, so that what they compile is compiled once.
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# Two workers; a file's tests stay together, so that what they compile is compiled once, and long files come first.
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 MATRIX_ARGS ?=
 DEMO_OUTPUT ?= demo_output
 BENCH_OUTPUT ?= benchmarks/results

@@ -7,10 +7,11 @@ import io
 import logging
 import os
 import stat
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from qwen_vae_accel import owners
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,8 @@ def read_file(path: str | Path, limit: int | None = None) -> bytes:
 def write_atomically(path: Path, data: str | bytes | memoryview, unless: Callable[[], bool] = bool) -> bool:
     """Put ``data`` into ``path``; its folder is made if need be, and what was there stays until then.
 
-    Text is written as UTF-8, lone surrogates escaped. What a killed writer leaves behind is a file ``.NAME.HEX`` beside it.
+    Text is written as UTF-8, lone surrogates escaped. What a killed writer leaves behind is a file beside it,
+    ``.NAME.SIGNATURE`` (:mod:`qwen_vae_accel.owners`).
 
     Args:
         path: the file.
@@ -79,7 +81,7 @@ def write_atomically(path: Path, data: str | bytes | memoryview, unless: Callabl
     """
     _require_replaceable(path, path.lstat)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary = path.with_name(f".{path.name}.{owners.signature()}")
     try:
         with temporary.open("xb") as file:
             file.write(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)

@@ -13,15 +13,18 @@ import pytest
 import torch
 from diffusers import AutoencoderKLQwenImage
 from torch import nn
+from torch._inductor import config as inductor_config
 
 from qwen_vae_accel import accelerate
 from qwen_vae_accel.backends import registry
 from qwen_vae_accel.backends.eager import EagerBackend
-from tests.helpers import SIZES, TINY_VAE, FakeBackend, spread_gammas
+from tests.helpers import ROOT, SIZES, TINY_VAE, FakeBackend, spread_gammas
 from tests.numeric import THREADS
 
 # Tests compute little at a time: more threads would cost several times what they save, most of all on a busy machine.
 torch.set_num_threads(int(os.environ.get(THREADS, "1")))
+# A package's host code only launches its kernels and takes twice as long to compile; the kernels stay as users get them.
+inductor_config.aot_inductor.compile_wrapper_opt_level = "O0"
 
 # Small, with every part of the real topology: three halvings, an attention, a shortcut where widths differ.
 MICRO = {"base_dim": 8, "z_dim": 4, "num_res_blocks": 1, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
@@ -51,6 +54,27 @@ TOPOLOGIES = {
     ),
     "residual of 3-D convolutions": ("AutoencoderKLWan", {**MICRO, "is_residual": True}),
 }
+
+
+# Files that take a minute or more on two cores, the longest first: started last, one would run alone at the end.
+LONGEST = (
+    "tensorrt/test_build.py",
+    "test_inductor.py",
+    "kernels/test_float8.py",
+    "test_qwen_image_21.py",
+    "tensorrt/test_network.py",
+    "kernels/test_network.py",
+    "test_model.py",
+    "test_bench.py",
+    "test_demo.py",
+    "test_examples.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with :data:`LONGEST`."""
+    places = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -131,8 +155,12 @@ def engines(_engines: Path, fake: FakeBackend, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def inductor_dir(_tiny: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Real engines of the tiny VAE: a 64x64 decoder in ``static``, both networks for a range of sizes in ``dynamic``."""
-    root = tmp_path_factory.mktemp("inductor")
+    """Real engines of the tiny VAE: a 64x64 decoder in ``static``, both networks for a range of sizes in ``dynamic``.
+
+    The workers of a run share them: whoever comes second finds the first one's or waits for them, as services do.
+    """
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "inductor"
     vae = copy.deepcopy(_tiny)
     for name, options in INDUCTOR.items():
         with accelerate(vae, engine_dir=root / name, **options) as handle:

@@ -21,6 +21,7 @@ from qwen_vae_accel.errors import UnsupportedVAEError
 from qwen_vae_accel.loading import load_vae, random_vae, stored_dtype, vae_folder
 from tests.conftest import MICRO, SIZES
 from tests.helpers import CPU, ROOT, TINY_VAE, FakeBackend
+from tests.processes import dead_signature
 
 if TYPE_CHECKING:
     from tests.fixtures_cli import Cli
@@ -169,8 +170,8 @@ def test_prune_removes_only_when_told(cli: Cli, engines: Path, fake: FakeBackend
     flip(engines / DECODER)
     folder = engines / ".tmp"
     folder.mkdir(exist_ok=True)
-    left = folder / f"16_9.vae_decoder.fake.{'a' * 32}.fake"
-    busy = folder / f"64x32.vae_decoder.fake.{'b' * 32}.fake"
+    left = folder / f"16_9.vae_decoder.fake.{dead_signature()}.fake"
+    busy = folder / f"64x32.vae_decoder.fake.{dead_signature()}.fake"
     unknown = engines / "16x16" / "vae_decoder.fake"
     unknown.parent.mkdir()
     for file in (left, busy, unknown):

@@ -31,6 +31,7 @@ from qwen_vae_accel.kernels.sm90 import nvrtc
 from qwen_vae_accel.loading import load_vae
 from qwen_vae_accel.page.sheet import Table
 from tests.helpers import CPU, ROOT, TINY_VAE, FakeBackend
+from tests.processes import dead_signature
 
 if TYPE_CHECKING:
     from tests.fixtures_cli import Cli, Result
@@ -128,7 +129,7 @@ def test_a_pipe_in_the_place_of_a_file_blocks_nobody(cli: Cli, engines: Path, wh
 def test_a_dangling_link_among_the_leftovers_is_one(cli: Cli, engines: Path) -> None:
     folder = engines / ".tmp"
     folder.mkdir(exist_ok=True)
-    link = folder / f"1.vae_decoder.fake.{'a' * 32}.fake"
+    link = folder / f"1.vae_decoder.fake.{dead_signature()}.fake"
     link.symlink_to("/nonexistent")
     assert str(link) in [file["path"] for file in strict(cli("prune", "--engine-dir", engines, "--json"))["files"]]
     assert cli("prune", "--engine-dir", engines, "--yes").code == 0

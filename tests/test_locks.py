@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen_vae_accel import owners
 from qwen_vae_accel.engines import locks
 from qwen_vae_accel.errors import EngineError, LockedError
 from tests.processes import build
@@ -175,20 +176,20 @@ def test_the_lock_of_a_killed_process_is_taken_away(tmp_path, monkeypatch, caplo
 
 
 def holder(**changes: object) -> dict[str, object]:
-    facts = {"pid": os.getpid(), "host": platform.node(), "boot": locks._boot(), "started": locks._started(os.getpid())}
-    return {**facts, "since": "2026-01-01T00:00:00+00:00", **changes}
+    return {**owners.facts(), "since": "2026-01-01T00:00:00+00:00", **changes}
 
 
 @pytest.mark.parametrize(
     ("facts", "stale"),
     [
-        (holder(), False),
-        (holder(host="another-machine"), False),
-        (holder(boot="another boot"), True),
-        (holder(started="1"), True),
-        ({}, False),
+        pytest.param(holder(), False, id="a live process"),
+        pytest.param(holder(host="another-machine"), False, id="another machine"),
+        pytest.param(holder(boot="another boot"), True, id="before a reboot"),
+        pytest.param(holder(started="1"), True, id="a process number used again"),
+        pytest.param(holder(namespace="pid:[1]", started="1"), False, id="another container"),
+        pytest.param(holder(pid=10**30), True, id="not a process number"),
+        pytest.param({}, False, id="unreadable"),
     ],
-    ids=["a live process", "another machine", "before a reboot", "a process number used again", "unreadable"],
 )
 def test_a_stale_lock_is_known_by_its_holder(tmp_path, monkeypatch, facts, stale):
     refuse_flock(monkeypatch)

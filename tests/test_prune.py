@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qwen_vae_accel import owners
 from qwen_vae_accel.backends import registry
 from qwen_vae_accel.backends.eager import EagerBackend
 from qwen_vae_accel.engines import locks
@@ -18,7 +20,7 @@ from qwen_vae_accel.engines.manifest import NAME
 from qwen_vae_accel.engines.store import EngineStore
 from qwen_vae_accel.errors import EngineError, EngineMissingError
 from tests.helpers import FakeBackend
-from tests.processes import IDENTITY, expected, maker
+from tests.processes import IDENTITY, dead_signature, expected, maker
 
 PATH = expected().path
 OLD = {"device_name": "another GPU"}
@@ -64,10 +66,14 @@ def test_an_engine_whose_build_is_under_way_is_kept(root):
     assert look.remove(removal) == "" and not (root / PATH).exists() and not (root / "512x512").exists()
 
 
-@pytest.mark.parametrize("place", [".tmp/512x512.vae_decoder.fake.{}.fake", ".manifest.json.{}"])
-def test_a_temporary_file_whose_writer_lives_is_kept(root, place):
+PLACES = [".tmp/512x512.vae_decoder.fake.{}.fake", ".manifest.json.{}"]
+OTHERS = [".tmp/.512x512.vae_decoder.fake.{}.fake.{}", ".timing/.GPU.bin.{}", ".tuning_GPU.json.{}"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_temporary_file_whose_lock_is_held_is_kept(root, place):
     """Its lock was free at the look, and is not at the deed."""
-    file = root / place.format("a" * 32)
+    file = root / place.format(dead_signature())
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(b"half")
     look = inspector(root)
@@ -79,6 +85,30 @@ def test_a_temporary_file_whose_writer_lives_is_kept(root, place):
         assert file.exists()
     assert look.remove(removal) == "" and not file.exists()
     assert look.remove(removal) == "", "gone already"
+
+
+@pytest.mark.parametrize("place", PLACES + OTHERS)
+def test_a_temporary_file_goes_with_its_writer_whoever_holds_locks(root, place):
+    """Locks may have been deleted, and not every file has one."""
+    look = inspector(root)
+    dead, live = (root / place.replace("{}", signature) for signature in (dead_signature(), owners.signature()))
+    for file in (dead, live):
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"half")
+    (removal,) = [removal for removal in look.prunable() if removal.engine is None]
+    assert removal.path == dead and look.remove(removal) == "" and not dead.exists()
+    assert look.remove(dataclasses.replace(removal, path=live)) == "a build of it is under way" and live.exists()
+
+
+def test_a_build_removes_what_a_killed_one_left_and_nothing_of_a_live_one(root):
+    places = [*PLACES, OTHERS[0]]
+    dead, live = (
+        [root / place.replace("{}", signature) for place in places] for signature in (dead_signature(), owners.signature())
+    )
+    for file in (*dead, *live):
+        file.write_bytes(b"half")
+    build(root)
+    assert not any(file.exists() for file in dead) and all(file.exists() for file in live)
 
 
 def test_the_folder_of_an_engine_stays_for_the_other_network(root):
@@ -130,18 +160,20 @@ def test_an_engine_that_is_a_link_goes_and_what_it_leads_to_stays(root, outside)
 
 
 def test_a_folder_of_temporary_files_that_is_a_link_is_left_alone(root, outside):
+    mine = outside / f"512x512.vae_decoder.fake.{dead_signature()}.fake"
+    mine.write_text("mine")
     shutil.rmtree(root / ".tmp")
     (root / ".tmp").symlink_to(outside)
     look = inspector(root)
-    for removal in look.prunable():
-        if removal.engine is None:
-            with pytest.raises(EngineError, match="cannot delete"):
-                look.remove(removal)
-    assert (outside / "vae_decoder.fake").exists()
+    (removal,) = [removal for removal in look.prunable() if removal.engine is None]
+    with pytest.raises(EngineError, match="cannot delete"):
+        look.remove(removal)
+    build(root)
+    assert mine.read_text() == "mine" and (outside / "vae_decoder.fake").exists()
 
 
 def test_a_dead_link_among_the_temporary_files_goes(root):
-    link = root / ".tmp" / "x.fake"
+    link = root / ".tmp" / f"x.{dead_signature()}.fake"
     link.symlink_to(root / "nowhere")
     look = inspector(root)
     (removal,) = [removal for removal in look.prunable() if removal.engine is None]
@@ -149,7 +181,7 @@ def test_a_dead_link_among_the_temporary_files_goes(root):
 
 
 def test_a_folder_among_the_temporary_files_is_a_typed_error(root):
-    (root / ".tmp" / "folder").mkdir()
+    (root / ".tmp" / f"folder.{dead_signature()}").mkdir()
     look = inspector(root)
     (removal,) = [removal for removal in look.prunable() if removal.engine is None]
     with pytest.raises(EngineError, match="cannot delete"):

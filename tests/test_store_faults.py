@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -18,6 +19,7 @@ from qwen_vae_accel import accelerate, files
 from qwen_vae_accel.engines.manifest import NAME, Manifest
 from qwen_vae_accel.engines.store import EngineStore
 from qwen_vae_accel.errors import BuildError, EngineError, EngineMissingError, EngineRefusedError
+from qwen_vae_accel.plan import EngineKey
 from qwen_vae_accel.plugin.methods import handle_of
 from tests import processes
 from tests.processes import build, content, expected, maker
@@ -76,6 +78,48 @@ def test_a_killed_first_build_leaves_nothing_usable(tmp_path, stage):
         find(tmp_path)
     build(tmp_path, "new")
     find(tmp_path)
+
+
+@pytest.mark.parametrize("other", [PATH, "16_9/vae_decoder.fake"], ids=["the same engine", "another engine"])
+@pytest.mark.parametrize("call", range(7))
+def test_deleted_lock_files_let_two_build_at_once_and_neither_fails(tmp_path, monkeypatch, call, other):
+    """While the first is inside ``make``, or at a flush to disk, a second one builds from beginning to end."""
+    build(tmp_path, "old")
+    flush, count = os.fsync, 0
+    key = EngineKey("decode", other.partition("/")[0], expected().key.profiles)
+    first, second = expected("first"), expected("second", key=key)
+
+    def meanwhile() -> None:
+        before = temporaries()
+        shutil.rmtree(tmp_path / ".locks")
+        EngineStore(tmp_path).build(second, maker(second))
+        assert temporaries() == before
+
+    def temporaries() -> set[str]:
+        return {path.name for path in (*tmp_path.glob(".manifest.json.*"), *(tmp_path / ".tmp").iterdir())}
+
+    def make(path: Path) -> object:
+        made = maker(first)(path)
+        if call == 0:
+            meanwhile()
+        return made
+
+    def hooked(descriptor: int) -> None:
+        nonlocal count
+        count += 1
+        flush(descriptor)
+        if count == call:
+            monkeypatch.undo()
+            meanwhile()
+
+    monkeypatch.setattr(os, "fsync", hooked)
+    EngineStore(tmp_path).build(first, make)
+    assert count >= call
+    found = []
+    for each in (first, second):
+        with contextlib.suppress(EngineRefusedError):
+            found.append(EngineStore(tmp_path).find(each))
+    assert len(found) == (1 if other == PATH else 2), "the file in place has its record"
 
 
 def test_two_processes_build_the_same_engine_once(tmp_path):

@@ -14,15 +14,14 @@ import io
 import json
 import logging
 import os
-import platform
 import stat
-import threading
 import time
 import weakref
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from qwen_vae_accel import owners
 from qwen_vae_accel.errors import EngineError, LockedError
 from qwen_vae_accel.visits import Living
 
@@ -193,25 +192,8 @@ def _same(file: io.FileIO, path: Path) -> bool:
 # Who has it.
 
 
-def _boot() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
-
-
-def _started(process: int) -> str:
-    """When a process of this machine began, in ticks since boot; empty where that is not known."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
-
-
 def _sign(file: io.FileIO) -> None:
-    process = os.getpid()
-    facts = {"pid": process, "host": platform.node(), "boot": _boot(), "started": _started(process)}
-    facts["since"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    facts = {**owners.facts(), "since": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
         text = json.dumps(facts).encode()
         file.seek(0)
@@ -226,21 +208,6 @@ def _holder(file: io.FileIO) -> dict[str, Any]:
         return facts if isinstance(facts, dict) else {}
     except (OSError, ValueError):
         return {}
-
-
-def _is_dead(holder: dict[str, Any]) -> bool:
-    """Whether the holder is known to be gone; False where it may live, here or on another machine."""
-    process, host, boot, started = (holder.get(name) for name in ("pid", "host", "boot", "started"))
-    if not isinstance(process, int) or process <= 0 or host != platform.node():
-        return False
-    if (boot and _boot() and boot != _boot()) or (started and _started(process) and started != _started(process)):
-        return True
-    try:
-        if fcntl is not None:  # on Windows, signal 0 would end it
-            os.kill(process, 0)
-    except OSError as error:
-        return error.errno == errno.ESRCH
-    return False
 
 
 class _Watch:
@@ -322,11 +289,11 @@ def _take_away(path: Path, mode: int, watch: _Watch) -> bool:
         return True
     with file:
         watch.see(file)
-        if not (_is_dead(_holder(file)) or watch.silent):
+        if not (owners.is_dead(_holder(file)) or watch.silent):
             return False
         logger.warning("the lock file %s was left behind by %s; it is taken away", path, watch.holder)
         # Of two who find it stale, the second must not take away what the first has put in its place.
-        aside = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
+        aside = path.with_name(f"{path.name}.{owners.signature()}")
         with contextlib.suppress(OSError):
             path.rename(aside)
             if not _same(file, aside):

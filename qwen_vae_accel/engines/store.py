@@ -13,17 +13,16 @@ import errno
 import functools
 import hashlib
 import logging
-import re
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from qwen_vae_accel import owners
 from qwen_vae_accel.backends.base import EngineImage
 from qwen_vae_accel.engines import locks, rights
 from qwen_vae_accel.engines.manifest import NAME, EngineRecord, Manifest, Verification, adopt_command
 from qwen_vae_accel.engines.wanted import Wanted
-from qwen_vae_accel.errors import BuildError, EngineError, EngineMissingError, EngineRefusedError
+from qwen_vae_accel.errors import BuildError, EngineError, EngineMissingError, EngineRefusedError, LockedError
 from qwen_vae_accel.files import open_regular, remove_below, sync, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -73,11 +72,7 @@ class EngineStore:
 
     def stamp(self) -> tuple[int, int, int] | None:
         """Number, time of writing and size of the manifest's file, which change with every write; None where there is none."""
-        try:
-            status = (self.root / NAME).stat()
-        except OSError:
-            return None
-        return status.st_ino, status.st_mtime_ns, status.st_size
+        return _stamp(self.root / NAME)
 
     def size(self, name: str) -> int:
         """Bytes of the file ``name`` below the directory; 0 where it cannot be looked at."""
@@ -159,18 +154,15 @@ class EngineStore:
 
     def _edit(self, change: Callable[[Manifest], object]) -> None:
         """Have ``change`` edit the manifest; the caller holds its lock."""
-        # Under the lock, what a killed writer left behind is nobody's.
-        for leftover in self.root.glob(f".{NAME}.*"):
-            leftover.unlink(missing_ok=True)
+        self._remove_abandoned(NAME)
         for _ in range(_ATTEMPTS):
             before = self.stamp()
             manifest = self.manifest()
             change(manifest)
             # Whoever deletes the file of a lock lets a second holder in: then what one of them wrote must not be lost.
             unless = functools.partial(self._has_changed, before)
-            with contextlib.suppress(FileNotFoundError):  # taken for a leftover by the second holder
-                if write_atomically(self.root / NAME, manifest.dumps(), unless):
-                    return sync(self.root)
+            if write_atomically(self.root / NAME, manifest.dumps(), unless):
+                return sync(self.root)
         raise EngineError(f"other processes keep writing the manifest of {self.root}")
 
     def _has_changed(self, before: tuple[int, int, int] | None) -> bool:
@@ -201,14 +193,11 @@ class EngineStore:
                     return path, record
             except (EngineMissingError, EngineRefusedError):
                 pass
-            prefix = wanted.path.replace("/", ".")
             folder = self.root / ".tmp"
             try:
                 folder.mkdir(exist_ok=True)
-                # Under this engine's lock, what an earlier build of it left behind is nobody's.
-                for leftover in folder.glob(f"{prefix}.*"):
-                    leftover.unlink(missing_ok=True)
-                temporary = folder / f"{prefix}.{uuid.uuid4().hex}{wanted.backend.suffix}"
+                self._remove_abandoned(wanted.path)
+                temporary = folder / f"{_flat(wanted.path)}.{owners.signature()}{wanted.backend.suffix}"
                 try:
                     record = make(temporary)
                     record = self._accept(temporary, record, accept)
@@ -230,18 +219,27 @@ class EngineStore:
     def _publish(self, name: str, temporary: Path, record: EngineRecord) -> Path:
         final = self.root / name
         sync(temporary)
+        superseded: set[str] = set()
 
         def announce(manifest: Manifest) -> None:
             records = manifest.engines.setdefault(name, [])
             records[:] = [*(r for r in records if r.sha256 != record.sha256), record]
+            superseded.update(r.sha256 for r in records[:-1])
+
+        def forget(manifest: Manifest) -> None:
+            # Where a second holder of the lock has put its own file in place since, it is the one to forget.
+            if _stamp(final) == ours:
+                records = manifest.engines.get(name, [])
+                manifest.engines[name] = [*(r for r in records if r.sha256 not in {*superseded, record.sha256}), record]
 
         # Announce, replace, forget: whichever file is in place at any moment, a record describes it.
         with locks.take(self.root, NAME):
             self._edit(announce)
             final.parent.mkdir(parents=True, exist_ok=True)
+            ours = _stamp(temporary)
             temporary.replace(final)
             sync(final.parent)
-            self._edit(lambda manifest: manifest.engines.update({name: [record]}))
+            self._edit(forget)
         return final
 
     def record_verification(
@@ -307,21 +305,26 @@ class EngineStore:
         """Delete what a killed build left behind, unless its builder lives; returns the bytes freed.
 
         Raises:
-            LockedError: if a build holds the lock that guards it.
+            LockedError: if a build may be writing it.
             EngineError: if it cannot be deleted.
         """
-        with locks.take(self.root, self._guard(path), wait=False):
+        with locks.take(self.root, _guard(path), wait=False):
+            if not owners.is_abandoned(path):
+                raise LockedError(f"{path} may be in use: the process in its name lives, or it was written within the hour")
             try:
                 return remove_below(self.root, path.relative_to(self.root).as_posix())
             except OSError as error:
                 raise EngineError(f"cannot delete {path}: {error}") from error
 
-    def _guard(self, leftover: Path) -> str:
-        """The name of the lock under which a leftover was written."""
-        if leftover.parent == self.root:
-            return NAME
-        # .tmp/<engine's path with dots>.<id><suffix>
-        return re.sub(r"[.][0-9a-f]{32}[.][^.]*$", "", leftover.name)
+    def _remove_abandoned(self, name: str) -> None:
+        """Delete what killed builds left behind of ``name``; the caller holds its lock.
+
+        Not all that is there: whoever deletes the file of a lock lets a second holder in.
+        """
+        for path in self.leftovers():
+            if _guard(path) == _flat(name) and owners.is_abandoned(path):
+                with contextlib.suppress(OSError):
+                    remove_below(self.root, path.relative_to(self.root).as_posix())
 
     def unknown_files(self, suffixes: tuple[str, ...]) -> list[str]:
         """Engine files in the guide's layout that have no record, relative to the directory."""
@@ -335,11 +338,30 @@ class EngineStore:
 
     def leftovers(self) -> list[Path]:
         """Files that killed builds left behind, and those that live ones are writing."""
-        return [*sorted((self.root / ".tmp").glob("*")), *sorted(self.root.glob(f".{NAME}.*"))]
+        own = [path for folder in (self.root, self.root / ".timing") for path in folder.glob(".*") if owners.signed(path.name)]
+        return sorted([*(self.root / ".tmp").glob("*"), *own])
 
     def is_being_written(self, leftover: Path) -> bool:
         """Whether a live build may be writing one of :meth:`leftovers` now."""
-        return locks.is_held(self.root, self._guard(leftover))
+        return not owners.is_abandoned(leftover) or locks.is_held(self.root, _guard(leftover))
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def _flat(name: str) -> str:
+    """What the name of an engine's temporary file and of its lock begin with."""
+    return name.replace("/", ".")
+
+
+def _guard(leftover: Path) -> str:
+    """The name of the lock under which a temporary file was written."""
+    return (owners.signed(leftover.name) or leftover.name).lstrip(".")
 
 
 def _read(path: Path, read: Callable[[Path], _T]) -> _T:
