@@ -35,7 +35,9 @@ def _head_kernel(
     j = tl.arange(0, J)
     acc = tl.zeros([BM, J], tl.float32)
     for k in tl.range(0, C, BK):
-        weights = tl.load(head + (k + tl.arange(0, BK))[:, None] * J + j[None, :])
+        rows_of_head = k + tl.arange(0, BK)[:, None]
+        # Only bulk copies may reach past the last channel, where they read zeros.
+        weights = tl.load(head + rows_of_head * J + j[None, :], mask=rows_of_head < C, other=0.0)
         acc = tl.dot(load_tile(a, row, k, rows, C, BM, BK, TMA), weights, acc)
     r = row + tl.arange(0, BM)
     to = j.to(tl.int64)[None, :] * rows + r[:, None]
@@ -46,7 +48,7 @@ def head_products(a: Tensor, head: Tensor, products: Tensor, *, gpu: Gpu, block_
     """``a`` [rows, C] @ ``head`` [C, J] -> ``products`` [<= J, rows] fp32, where no epilogue has done it."""
     rows, channels = a.shape
     check_flat(a, rows, head.shape[0], head.dtype, "input")
-    depth = 16 if channels % 32 else 32
+    depth = 32 if channels % 32 == 0 else 64 if gpu.bulk_copies else 16
     _head_kernel[(triton.cdiv(rows, block_rows),)](
         tile(a, block_rows, depth, gpu), head, products, rows, products.shape[0],
         C=channels, J=head.shape[1], BM=block_rows, BK=depth, TMA=gpu.bulk_copies, num_warps=4, num_stages=3,
