@@ -75,16 +75,20 @@ def test_real_engines_dynamic(tiny, inductor_dir):
 
 
 @pytest.mark.slow
-def test_real_engines_of_ranges_with_a_fixed_side_and_of_the_least_size(micro, tmp_path):
+@pytest.mark.parametrize(
+    ("sizes", "shapes"),
+    [("64x64:64x128:64x256", ((64, 64), (256, 64))), ("16x16", ((16, 16), (23, 24)))],
+    ids=["a fixed side", "the least size"],
+)
+def test_real_engines_of_special_ranges(micro, tmp_path, sizes, shapes):
     config = {"backend": "inductor", "on_miss": "build", "task": "i2i", "multi_profile": True}
-    for sizes, shapes in ((["64x64:64x128:64x256"], ((64, 64), (256, 64))), (["16x16"], ((16, 16), (23, 24)))):
-        with accelerate(micro, sizes=sizes, engine_dir=tmp_path / sizes[0][:5], **config) as handle:
-            for height, width in shapes:
-                x, z = picture(1, 3, 1, height, width), randn(1, 4, 1, height // 8, width // 8)
-                Reference(micro, "encode", x).check(moments(micro, x))
-                Reference(micro, "decode", z).check(decoded(micro, z))
-            report = handle.report().as_dict()
-        assert report["calls"] == {"encode": {"inductor": 2}, "decode": {"inductor": 2}}
+    with accelerate(micro, sizes=[sizes], engine_dir=tmp_path, **config) as handle:
+        for height, width in shapes:
+            x, z = picture(1, 3, 1, height, width), randn(1, 4, 1, height // 8, width // 8)
+            Reference(micro, "encode", x).check(moments(micro, x))
+            Reference(micro, "decode", z).check(decoded(micro, z))
+        report = handle.report().as_dict()
+    assert report["calls"] == {"encode": {"inductor": 2}, "decode": {"inductor": 2}}
 
 
 @pytest.mark.slow
