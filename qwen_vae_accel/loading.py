@@ -21,6 +21,8 @@ from qwen_vae_accel.model.published import CLASSES
 
 logger = logging.getLogger(__name__)
 
+# The published VAEs, as commands name them.
+VAE_TYPES = {"qwen-image": "AutoencoderKLQwenImage", "qwen-image-2.1": "AutoencoderKLQwenImage21"}
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -76,18 +78,22 @@ def load_vae(path: str | Path, device: torch.device, dtype: torch.dtype | None =
     Raises:
         UnsupportedVAEError: if the folder or file holds none of the family, or it cannot be loaded.
     """
-    import diffusers
-
     file = Path(os.path.expanduser(path))
     if os.path.exists(file) and not os.path.isdir(file):
         weights = read_weights(file)
         stored = next((value.dtype for value in weights.values()), torch.float32)
         return vae_from_weights(weights, str(path)).to(device, dtype or stored)
     folder = vae_folder(path)
-    name = _class_name(folder)
+    cls = _diffusers_class(_class_name(folder), str(path))
+    return load_model(cls, folder, device, dtype or stored_dtype(folder))
+
+
+def _diffusers_class(name: str, what: str) -> Any:
+    import diffusers
+
     if not hasattr(diffusers, name):
-        raise UnsupportedVAEError(str(path), [f"diffusers {diffusers.__version__} has no {name}: install a newer release"])
-    return load_model(getattr(diffusers, name), folder, device, dtype or stored_dtype(folder))
+        raise UnsupportedVAEError(what, [f"diffusers {diffusers.__version__} has no {name}: install a newer release"])
+    return getattr(diffusers, name)
 
 
 def load_model(cls: Any, folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -114,17 +120,24 @@ def _few(names: Iterable[str]) -> str:
     return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")
 
 
-def random_vae(seed: int = 0, **config: Any) -> nn.Module:
-    """An ``AutoencoderKLQwenImage`` with random weights, on the CPU in float32; full size unless ``config`` says otherwise.
+def random_vae(seed: int = 0, kind: str = "qwen-image", **config: Any) -> nn.Module:
+    """A VAE with random weights, on the CPU in float32; full size unless ``config`` says otherwise.
 
     The gammas of its norms are drawn around 1, since a dropped gamma would not show where all are 1. Weights are
     rounded to bfloat16, as published checkpoints are, so every dtype computes with the same ones.
-    """
-    import diffusers
 
+    Args:
+        seed: of the weights.
+        kind: which VAE, one of ``VAE_TYPES``.
+        config: arguments of its class.
+
+    Raises:
+        UnsupportedVAEError: the installed diffusers does not have it.
+    """
+    cls = _diffusers_class(VAE_TYPES[kind], kind)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
-        vae: nn.Module = diffusers.AutoencoderKLQwenImage(**config)
+        vae: nn.Module = cls(**config)
         with torch.no_grad():
             for name, parameter in vae.named_parameters():
                 if name.endswith("gamma"):

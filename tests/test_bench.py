@@ -21,14 +21,18 @@ from qwen_vae_accel.bench.methods import BenchError, Trial, parse_method, parse_
 from qwen_vae_accel.bench.overhead import overhead
 from qwen_vae_accel.bench.result import write
 from qwen_vae_accel.bench.vae_sheet import make_document, make_sheet
+from qwen_vae_accel.cli import bench as command
 from qwen_vae_accel.engines.selfcheck import published_error
 from qwen_vae_accel.errors import ConfigError
 from qwen_vae_accel.kernels.fused import KernelTime
+from qwen_vae_accel.loading import VAE_TYPES
+from qwen_vae_accel.loading import random_vae as full_size_vae
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.page.charts import png
 from qwen_vae_accel.page.markdown import to_markdown
 from qwen_vae_accel.page.sheet import Chart
 from qwen_vae_accel.sizes import Size
+from tests.conftest import random_vae
 from tests.helpers import CPU, FakeBackend
 
 if TYPE_CHECKING:
@@ -62,6 +66,39 @@ def test_every_trial_has_a_row_with_its_error_against_float32(micro: nn.Module, 
         assert 0.1 * own < found[label, task].relative_l2 < (FACTOR + 1) * own
     assert fake.count("build") == 2
     assert "encode" not in micro.__dict__
+
+
+def test_qwen_image_21_is_measured_as_the_other_vae(tmp_path: Path) -> None:
+    found = rows(random_vae("2.1"), tmp_path, "diffusers", "eager")
+    assert len(found) == 4 and not any(row.error for row in found.values())
+    assert found["diffusers fp32", "decode"].relative_l2 == 0 < (found["eager fp32", "decode"].relative_l2 or 0) < 1e-5
+
+
+def test_the_command_makes_the_vae_that_is_named(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def small(*, kind: str) -> nn.Module:
+        made.append(kind)
+        return random_vae("2.1")
+
+    monkeypatch.setattr(command, "random_vae", small)
+    options = ("--sizes", "32x32", "--methods", "diffusers,eager", "--device", "cpu", "--seconds", "0.1", "--json")
+    result = cli("bench", "--vae-type", "qwen-image-2.1", *options)
+    assert result.code == 0 and made == ["qwen-image-2.1"]
+    assert result.document["settings"]["weights"].startswith("qwen-image-2.1: random")
+    assert len(result.document["rows"]) == 4
+    wrong = cli("bench", "--vae-type", "wan", *options)
+    assert wrong.code == 2 and "qwen-image, qwen-image-2.1" in wrong.document["error"]["message"] and len(made) == 1
+
+
+def test_what_it_makes_is_of_the_class_that_is_named() -> None:
+    random_vae("2.1")  # skips where diffusers does not have it
+    small = {"base_dim": 8, "num_res_blocks": 1}
+    vaes = {kind: full_size_vae(kind=kind, **small) for kind in VAE_TYPES}
+    assert {kind: type(vae).__name__ for kind, vae in vaes.items()} == VAE_TYPES
+    for vae in vaes.values():
+        for parameter in vae.parameters():
+            assert torch.equal(parameter, parameter.bfloat16().float())
 
 
 def test_a_failure_is_a_row(micro: nn.Module, fake: FakeBackend, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from qwen_vae_accel.backends.base import Environment
 from qwen_vae_accel.cli import tune as command
 from qwen_vae_accel.errors import TuningError
 from qwen_vae_accel.kernels import reasons
-from qwen_vae_accel.kernels.network import Kind
+from qwen_vae_accel.kernels.gpu import Gpu
+from qwen_vae_accel.kernels.network import QWEN_IMAGE, QWEN_IMAGE_21, Kind
 from qwen_vae_accel.kernels.tuning import measure as autotune
 from qwen_vae_accel.kernels.tuning.configs import ConvConfig
 from qwen_vae_accel.kernels.tuning.keys import KernelKey
@@ -40,12 +41,13 @@ def gpu(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     asked = []
 
     def measure(*arguments):
-        asked.append(arguments[:3])
+        asked.append(arguments[:4])
         return [MEASURED]
 
     monkeypatch.setattr(command, "device_reasons", lambda *_, **__: [])
     monkeypatch.setattr(autotune, "tune", measure)
     monkeypatch.setattr(Machine, "of", classmethod(lambda cls, device: MACHINE))
+    monkeypatch.setattr(command, "describe_gpu", lambda device: Gpu(132, 232448, True, True))
     return asked
 
 
@@ -69,7 +71,7 @@ def test_an_old_gpu_without_triton(cli: Cli, monkeypatch: pytest.MonkeyPatch, tm
 @pytest.mark.parametrize(
     ("option", "value", "reason"),
     [("--dtype", "float32", "bfloat16 or float16"), ("--dtype", "int3", "int3"), ("--sizes", "big", "big"),
-     ("--device", "tpu", "tpu")],
+     ("--device", "tpu", "tpu"), ("--vae-type", "wan", "qwen-image, qwen-image-2.1")],
 )  # fmt: skip
 def test_options_that_cannot_be_meant(cli: Cli, no_gpu: None, tmp_path: Path, option: str, value: str, reason: str):
     result = cli("tune", "--engine-dir", tmp_path, option, value)
@@ -89,8 +91,7 @@ def test_what_was_measured_is_kept_and_shown(cli: Cli, gpu: list, tmp_path: Path
     folder = tmp_path / "engines"
     result = cli("tune", "--engine-dir", folder, "--sizes", "512x512,16_9", "--dtype", "fp16", "--json")
     assert result.code == 0
-    ((dtype, device, sizes),) = gpu
-    assert (dtype, device, sizes) == (torch.float16, torch.device("cpu"), [(512, 512), (928, 1664)])
+    assert gpu == [(torch.float16, torch.device("cpu"), [(512, 512), (928, 1664)], QWEN_IMAGE)]
     (path,) = folder.iterdir()
     document = json.loads(path.read_text())
     assert {**document, "file": str(path)} == result.document
@@ -99,6 +100,33 @@ def test_what_was_measured_is_kept_and_shown(cli: Cli, gpu: list, tmp_path: Path
     assert document["kernels"][0]["milliseconds"] == 0.5 and document["kernels"][0]["shipped_milliseconds"] == 1.0
     text = cli("tune", "--engine-dir", folder).stdout
     assert "qkv 384->1152" in text and "0.50 ms where the shipped configurations take 1.00" in text
+
+
+def test_the_vae_that_is_asked_for_is_tuned_and_what_was_found_for_the_other_stays(
+    cli: Cli, gpu: list, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    assert cli("tune", "--engine-dir", tmp_path, "--sizes", "512x512", "--json").code == 0
+    other = Measured(KernelKey(Kind.CONV, 1152, 1152, sm90=True), (), 2.0, 2.0)
+    monkeypatch.setattr(autotune, "tune", lambda *arguments: gpu.append(arguments[:4]) or [other])
+    monkeypatch.setattr(command, "runs_sm90", lambda capability: True)
+    result = cli("tune", "--engine-dir", tmp_path, "--sizes", "1024x1024", "--vae-type", "qwen-image-2.1", "--json")
+    assert result.code == 0 and [arguments[3] for arguments in gpu] == [QWEN_IMAGE, QWEN_IMAGE_21]
+    (path,) = tmp_path.iterdir()
+    kept = TunedGpu.loads(path.read_text(), MACHINE, Gpu(132, 232448, True, True))
+    assert kept.kernels == (other, MEASURED) and kept.sizes == ("1024x1024", "512x512")
+    assert "conv 1152->1152" in cli("tune", "--engine-dir", tmp_path, "--vae-type", "qwen-image-2.1").stdout
+    again = TunedGpu.loads(path.read_text(), MACHINE, Gpu(132, 232448, True, True))
+    assert again.kernels == kept.kernels  # measured anew in place of what it was
+
+
+def test_a_vae_without_kernels_on_this_gpu_is_told_before_measuring(
+    cli: Cli, gpu: list, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr(command, "runs_sm90", lambda capability: False)
+    result = cli("tune", "--engine-dir", tmp_path / "engines", "--vae-type", "qwen-image-2.1", "--json")
+    assert result.code == 1 and result.document["error"]["type"] == "BackendUnavailableError"
+    assert len(result.document["error"]["reasons"]) == 2 and gpu == [] and not (tmp_path / "engines").exists()
+    assert all("need compute capability 9.0 (Hopper)" in reason for reason in result.document["error"]["reasons"])
 
 
 def test_wrong_results_are_not_kept(cli: Cli, gpu: list, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -29,7 +29,7 @@ from qwen_vae_accel.bench.vae_sheet import make_document, make_sheet
 from qwen_vae_accel.cli import common, edge
 from qwen_vae_accel.config import DTYPES, dtype_name
 from qwen_vae_accel.errors import ConfigError
-from qwen_vae_accel.loading import load_vae, random_vae
+from qwen_vae_accel.loading import VAE_TYPES, load_vae, random_vae
 from qwen_vae_accel.page.console import to_terminal
 from qwen_vae_accel.terminal import stderr
 
@@ -41,6 +41,9 @@ Methods = Annotated[
 
 def bench(
     vae: Annotated[Path | None, typer.Option(help="Folder of a VAE or pipeline. Default: full size, random weights.")] = None,
+    vae_type: Annotated[
+        str, typer.Option(help=f"Without --vae: which one has random weights, {' or '.join(VAE_TYPES)}.")
+    ] = "qwen-image",
     sizes: Annotated[str | None, typer.Option(help="Names or WxH, comma-separated.")] = None,
     methods: Methods = None,
     task: Annotated[str, typer.Option(help="encode, decode or both.")] = "both",
@@ -70,7 +73,9 @@ def bench(
         tasks = DIRECTIONS if task == "both" else (task,)
         wanted = parse_sizes(common.split(sizes) or (CUDA_SIZES if where.type == "cuda" else CPU_SIZES))
         named = [parse_method(text, kind) for text in common.split(methods) or ()]
-        template = random_vae() if vae is None else load_vae(vae, common.parse_device("cpu"))
+        template = (
+            random_vae(kind=common.parse_vae_type(vae_type)) if vae is None else load_vae(vae, common.parse_device("cpu"))
+        )
         named = named or [parse_method(text, kind) for text in default_methods(template, where, kind)]
         kernel_size = parse_sizes([kernels])[0] if kernels else None
         if seconds is not None and not math.isfinite(seconds):
@@ -81,7 +86,7 @@ def bench(
         command, facts, label = common.command_line(), machine(where), name or f"bench_{where.type}"
         settings = {
             "dtype": SHORT[kind],
-            "weights": "random, rounded to bfloat16, full size, seed 0" if vae is None else vae.name,
+            "weights": f"{vae_type}: random, rounded to bfloat16, full size, seed 0" if vae is None else vae.name,
             "methods": [method.label for method in named],
             "sizes": [str(size) for size in wanted],
             "tasks": list(tasks),

@@ -15,6 +15,7 @@ import typer
 from qwen_vae_accel.backends.base import default_device
 from qwen_vae_accel.config import AccelConfig
 from qwen_vae_accel.errors import ConfigError, shown
+from qwen_vae_accel.loading import VAE_TYPES
 from qwen_vae_accel.model.topology import METHODS
 from qwen_vae_accel.progress import progress_bar
 
@@ -26,6 +27,7 @@ OptionalVae = Annotated[
     Path | None,
     typer.Option("--vae", help="Folder or .safetensors file of a VAE, or folder of a pipeline: compare weights too."),
 ]
+VaeType = Annotated[str, typer.Option(help=f"Which VAE: {' or '.join(VAE_TYPES)}.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="JSON configuration; options below override its fields.")]
 EngineDir = Annotated[Path | None, typer.Option(help="Folder of the engines.")]
 Task = Annotated[
@@ -82,6 +84,17 @@ def parse_methods(text: str | None) -> tuple[str, ...]:
     if text is not None and text not in METHODS:
         raise ConfigError(f"method {shown(text)} is not one of {', '.join(METHODS)}")
     return METHODS if text is None else (text,)
+
+
+def parse_vae_type(text: str) -> str:
+    """One of ``VAE_TYPES``.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    if text not in VAE_TYPES:
+        raise ConfigError(f"--vae-type {shown(text)} is not one of {', '.join(VAE_TYPES)}")
+    return text
 
 
 def split(text: str | None) -> tuple[str, ...] | None:

@@ -18,8 +18,11 @@ from qwen_vae_accel.cli import common, edge
 from qwen_vae_accel.config import DTYPES, dtype_name
 from qwen_vae_accel.engines.store import EngineStore
 from qwen_vae_accel.errors import BackendUnavailableError, ConfigError, EngineError
-from qwen_vae_accel.kernels import device_reasons
+from qwen_vae_accel.kernels import device_reasons, network_reasons
+from qwen_vae_accel.kernels.gpu import describe_gpu, runs_sm90
+from qwen_vae_accel.kernels.network import PUBLISHED, describe
 from qwen_vae_accel.kernels.reasons import DTYPES as KERNEL_DTYPES
+from qwen_vae_accel.model.topology import METHODS, Topology
 from qwen_vae_accel.progress import progress_bar
 from qwen_vae_accel.sizes import Size, parse_size
 from qwen_vae_accel.terminal import plain
@@ -33,23 +36,33 @@ def tune(
     sizes: Annotated[
         str, typer.Option(help="Names or WxH, comma-separated: image sizes to measure at.", show_default=True)
     ] = ",".join(_SIZES),
+    vae_type: common.VaeType = "qwen-image",
     device: common.Device = None,
     as_json: common.Json = False,
     verbose: common.Verbose = False,
 ) -> None:
-    """Measure the fused kernels' configurations on this GPU and keep the fastest. Takes minutes; needs no weights."""
+    """Measure the fused kernels' configurations on this GPU and keep the fastest. Takes minutes; needs no weights.
+
+    What was found before for kernels of the other VAE stays.
+    """
 
     def work() -> edge.Outcome:
         kind = DTYPES[dtype_name(dtype)]
         if kind not in KERNEL_DTYPES:
             raise ConfigError(f"dtype must be bfloat16 or float16, not {dtype}")
         wanted = tuple(map(parse_size, common.split(sizes) or _SIZES))
+        topology = PUBLISHED[common.parse_vae_type(vae_type)]
         where = common.parse_device(device)
-        reasons = device_reasons(where, kind, Environment.detect(where).capability)
+        capability = Environment.detect(where).capability
+        reasons = device_reasons(where, kind, capability)
+        if not reasons:
+            sm90 = runs_sm90(capability)
+            networks = (describe(topology, method) for method in METHODS)
+            reasons = [reason for network in networks for reason in network_reasons(network, sm90=sm90)]
         if reasons:
             raise BackendUnavailableError("fused", reasons)
         _require_writable(engine_dir)
-        return _tune(engine_dir, kind, wanted, where)
+        return _tune(engine_dir, kind, wanted, topology, where)
 
     edge.run(as_json, verbose, work)
 
@@ -65,22 +78,27 @@ def _require_writable(folder: Path) -> None:
         raise EngineError(f"cannot write in the engine directory {folder}: {error}") from error
 
 
-def _tune(folder: Path, dtype: torch.dtype, sizes: tuple[Size, ...], device: torch.device) -> edge.Outcome:
+def _tune(
+    folder: Path, dtype: torch.dtype, sizes: tuple[Size, ...], topology: Topology, device: torch.device
+) -> edge.Outcome:  # fmt: skip
     from qwen_vae_accel.kernels.tuning.measure import tune as measure
-    from qwen_vae_accel.kernels.tuning.stored import Machine, TunedGpu, write_tuned
+    from qwen_vae_accel.kernels.tuning.stored import Machine, TunedGpu, read_tuned, write_tuned
 
+    machine = Machine.of(device)
+    before = read_tuned(folder, machine, describe_gpu(device))
     with progress_bar(transient=False) as update:
-        kernels = measure(dtype, device, [(size.height, size.width) for size in sizes], update)
+        kernels = measure(dtype, device, [(size.height, size.width) for size in sizes], topology, update)
     tuned = TunedGpu(
-        machine=Machine.of(device), torch=str(torch.__version__), dtype=str(dtype).removeprefix("torch."),
+        machine=machine, torch=str(torch.__version__), dtype=str(dtype).removeprefix("torch."),
         sizes=tuple(map(str, sizes)), made_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         kernels=tuple(kernels),
     )  # fmt: skip
     try:
-        path = write_tuned(folder, tuned)
+        kept = tuned.beside(before)
+        path = write_tuned(folder, kept)
     except OSError as error:
         raise EngineError(f"cannot write in the engine directory {folder}: {error}") from error
-    return edge.Outcome({"file": os.fspath(path), **tuned.as_dict()}, _view(tuned, path))
+    return edge.Outcome({"file": os.fspath(path), **kept.as_dict()}, _view(tuned, path))
 
 
 def _view(tuned: Any, path: Path) -> Group:

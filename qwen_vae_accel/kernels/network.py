@@ -341,6 +341,8 @@ QWEN_IMAGE_21 = Topology(
     decoder_widths=(1152, 1152, 1152, *_widths((1152, 1152, 576, 288, 144), 3)),
 )  # fmt: skip
 
+PUBLISHED = {"qwen-image": QWEN_IMAGE, "qwen-image-2.1": QWEN_IMAGE_21}  # as commands name them
+
 
 def published(method: str, image_channels: int = 3) -> Network:
     """Describe Qwen-Image's network of ``method``, for images of 3 or 4 channels."""

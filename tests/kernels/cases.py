@@ -200,3 +200,18 @@ def random_vae(image_channels: int = 3):
         if "gamma" in name:
             value.copy_(1 + 0.1 * torch.randn_like(value))
     return vae
+
+
+def random_vae_21(image_channels: int = 4, device: str = "cuda"):
+    """Qwen-Image 2.1's, of full size, made where it runs."""
+    diffusers = pytest.importorskip("diffusers")
+    if not hasattr(diffusers, "AutoencoderKLQwenImage21"):
+        pytest.skip(f"diffusers {diffusers.__version__} has no AutoencoderKLQwenImage21")
+    torch.manual_seed(0)
+    with torch.device(device):
+        vae = diffusers.AutoencoderKLQwenImage21(in_channels=image_channels, out_channels=image_channels)
+    vae = vae.eval().requires_grad_(False)
+    for name, value in vae.named_parameters():
+        if "gamma" in name:
+            value.copy_(1 + 0.1 * torch.randn_like(value))
+    return vae

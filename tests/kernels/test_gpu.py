@@ -295,9 +295,19 @@ def compiled_kernels() -> int:
     from qwen_vae_accel.kernels.compiling import TritonKernel
     from qwen_vae_accel.kernels.sm90 import attention as attention_sm90
     from qwen_vae_accel.kernels.sm90 import conv3x3 as conv3x3_sm90
-    from qwen_vae_accel.kernels.triton import attention, conv3x3, conv_in, conv_out, downsample_conv, upsample_conv
+    from qwen_vae_accel.kernels.triton import (
+        attention,
+        conv3x3,
+        conv_in,
+        conv_out,
+        downsample_conv,
+        flatten,
+        pool,
+        upsample_conv,
+        wide_attention,
+    )  # fmt: skip
 
-    modules = (attention, conv3x3, conv_in, conv_out, downsample_conv, upsample_conv)
+    modules = (attention, conv3x3, conv_in, conv_out, downsample_conv, flatten, pool, upsample_conv, wide_attention)
     kernels = [value for module in modules for value in vars(module).values() if isinstance(value, TritonKernel)]
     device = torch.cuda.current_device()
     caches = [module._kernel.cache_info().currsize for module in (attention_sm90, conv3x3_sm90)]

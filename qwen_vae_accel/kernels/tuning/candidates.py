@@ -81,11 +81,13 @@ def _schedules(mode: Mode, channels: int, out: int, float8: bool) -> Iterator[Sc
     shipped = (FLOAT8_SCHEDULES if float8 else SCHEDULES)[mode, channels, out]
     yield from (replace(schedule, cost=1.0) for schedule in shipped)
 
-    def fits(schedule: Schedule) -> bool:
-        variant = Variant(mode, channels, out, 0, mode == Mode.CONV, True, 2, schedule, float8, float8, float8)
-        return variant.shared_bytes() <= SHARED_LIMIT
+    def variant(schedule: Schedule, residual: bool) -> Variant:
+        return Variant(mode, channels, out, 0, residual, True, 2, schedule, float8, float8, float8)
 
-    taps = 9 if mode == Mode.CONV else 4  # of the first chunks
+    def fits(schedule: Schedule) -> bool:
+        return variant(schedule, mode in (Mode.CONV, Mode.POINTWISE)).shared_bytes() <= SHARED_LIMIT
+
+    taps = {Mode.CONV: 9, Mode.POINTWISE: 1}.get(mode, 4)  # of the first chunks
     for base in shipped:
         for a_stages in range(max(2, base.a_stages - 1), base.a_stages + 2):
             for stagger in (0,) if base.resident else _STAGGERS:
@@ -94,5 +96,8 @@ def _schedules(mode: Mode, channels: int, out: int, float8: bool) -> Iterator[Sc
                     depths = range(_MOST_WEIGHT_STAGES, stagger, -1)
                     trial = next((t for b in depths if fits(t := replace(trial, b_stages=b))), replace(trial, b_stages=0))
                 # The warpgroup ahead must reach its signal with what the rings hold: the other has released nothing yet.
-                if trial.b_stages > stagger and a_stages > stagger // taps and fits(trial):
+                # A residual takes buffers from the weights; an upsampling that halves its channels has none.
+                residual = not base.resident and (mode != Mode.UPSAMPLE or channels == out)
+                kept = variant(trial, residual).fitted().schedule.b_stages
+                if kept > stagger and a_stages > stagger // taps and fits(trial):
                     yield trial

@@ -23,8 +23,8 @@ from qwen_vae_accel.kernels.fused import FusedConfig, FusedDecoder, FusedEncoder
 from qwen_vae_accel.kernels.gpu import Gpu, describe_gpu
 from qwen_vae_accel.kernels.launches import LaunchList, Step
 from qwen_vae_accel.kernels.memory import Memory
-from qwen_vae_accel.kernels.network import Network, published
-from qwen_vae_accel.kernels.reasons import FLOAT8_CAPABILITY
+from qwen_vae_accel.kernels.network import QWEN_IMAGE, Network, describe
+from qwen_vae_accel.kernels.reasons import FLOAT8_CAPABILITY, network_reasons
 from qwen_vae_accel.kernels.timing import first_ms, launch_ms
 from qwen_vae_accel.kernels.tuning.candidates import candidates
 from qwen_vae_accel.kernels.tuning.choice import WORTH, Problem, Times, choose
@@ -32,6 +32,7 @@ from qwen_vae_accel.kernels.tuning.configs import Config
 from qwen_vae_accel.kernels.tuning.keys import KernelKey
 from qwen_vae_accel.kernels.tuning.selection import Tuning
 from qwen_vae_accel.kernels.tuning.stored import Measured
+from qwen_vae_accel.model.topology import Topology
 
 logger = logging.getLogger(__name__)
 
@@ -81,12 +82,15 @@ class Clock:
             return math.inf
 
 
-def random_networks(dtype: torch.dtype, device: torch.device) -> list[FusedNetwork]:
-    """Decoder, encoder and, where the GPU has it, float8 decoder of the published widths, with random weights.
+def random_networks(dtype: torch.dtype, device: torch.device, topology: Topology = QWEN_IMAGE) -> list[FusedNetwork]:
+    """Decoder, encoder and, where the GPU has it, float8 decoder of a published VAE, with random weights.
 
-    They are made without sm90/, so that weights stay on the GPU, where packing takes least.
+    They are made without sm90/ where Triton has all of their kernels, so that weights stay on the GPU, where packing takes
+    least.
+
+    Raises:
+        ValueError: there are no kernels for them here.
     """
-    config = FusedConfig(graphs=0, tuning=Tuning(sm90=False))
 
     def state(network: Network) -> dict[str, Tensor]:
         generator = torch.Generator(device).manual_seed(0)
@@ -96,11 +100,13 @@ def random_networks(dtype: torch.dtype, device: torch.device) -> list[FusedNetwo
             for name, shape in network.parameters().items()
         }
 
-    decoding = published("decode")
+    decoding, encoding = describe(topology, "decode"), describe(topology, "encode")
+    only_sm90 = any(network_reasons(network, sm90=False) for network in (decoding, encoding))
+    config = FusedConfig(graphs=0, tuning=Tuning(sm90=only_sm90))
     decoder = state(decoding)
     networks: list[FusedNetwork] = [
         FusedDecoder(decoder, dtype=dtype, device=device, config=config),
-        FusedEncoder(state(published("encode")), dtype=dtype, device=device, config=config),
+        FusedEncoder(state(encoding), dtype=dtype, device=device, config=config),
     ]
     if torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY:
         scales = input_scales(decoder, dict.fromkeys(calibrated_layers(decoding).values(), 16.0))
@@ -117,7 +123,7 @@ class Tuner:
     """Tunes the kernels that ``networks`` launch for images of ``sizes``.
 
     Args:
-        networks: of one device and dtype, made with ``Tuning(sm90=False)`` (:func:`random_networks`).
+        networks: of one device and dtype (:func:`random_networks`).
         sizes: heights and widths in pixels.
         gpu: what to know of the GPU.
         base: what the choices are compared with.
@@ -263,9 +269,10 @@ class Tuner:
 
 
 def tune(
-    dtype: torch.dtype, device: torch.device, sizes: Sequence[tuple[int, int]], progress: Progress = lambda *_: None
-) -> list[Measured]:
-    """Tune every kernel of the published networks on ``device``: about a minute on an H200 with 32 cores, at three sizes.
+    dtype: torch.dtype, device: torch.device, sizes: Sequence[tuple[int, int]], topology: Topology = QWEN_IMAGE,
+    progress: Progress = lambda *_: None,
+) -> list[Measured]:  # fmt: skip
+    """Tune every kernel of a published VAE on ``device``: about a minute on an H200 with 32 cores, at three sizes.
 
     Most of it is compiling. Where all convolutions are Triton's there is more to compile.
 
@@ -273,13 +280,15 @@ def tune(
         dtype: bfloat16 or float16; the choices serve both, and float8 beside them.
         device: a CUDA device.
         sizes: heights and widths of images in pixels.
+        topology: of the VAE, ``QWEN_IMAGE`` or ``QWEN_IMAGE_21`` of ``kernels.network``.
         progress: told of every step.
 
     Raises:
         TuningError: the choices do not compute the same as what ships.
+        ValueError: there are no kernels for that VAE here.
     """
     with torch.cuda.device(device), torch.no_grad():
-        networks = random_networks(dtype, device)
+        networks = random_networks(dtype, device, topology)
         tuner = Tuner(networks, sizes, describe_gpu(device), progress=progress)
         tuner.compile(device)
         measured = tuner.run()

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,14 @@ class TunedGpu:
     def tuning(self, base: Tuning | None = None) -> Tuning:
         """Return ``base`` with these choices before its own."""
         return (base or Tuning()).with_measured({kernel.key: kernel.choices for kernel in self.kernels if kernel.choices})
+
+    def beside(self, before: TunedGpu | None) -> TunedGpu:
+        """Return the same with what ``before``, of the same machine, has of other kernels."""
+        if before is None:
+            return self
+        known = {kernel.key for kernel in self.kernels}
+        kept = tuple(kernel for kernel in before.kernels if kernel.key not in known)
+        return replace(self, kernels=self.kernels + kept, sizes=tuple(dict.fromkeys((*self.sizes, *before.sizes))))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values, with the version of the schema."""

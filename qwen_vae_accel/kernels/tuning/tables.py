@@ -25,6 +25,8 @@ H200_CONVS: dict[KernelKey, tuple[ConvConfig, ...]] = {
     KernelKey(_CONV, 384, 384): (ConvConfig(128, 64, 8, 3), ConvConfig(64, 64, 4, 3, wave=0.57)),
     KernelKey(Kind.PROJ, 384, 384): (ConvConfig(64, 64, 4, 2),),
     KernelKey(Kind.QKV, 384, 1152): (ConvConfig(64, 64, 4, 2),),
+    KernelKey(Kind.QKV, 768, 2304): (ConvConfig(64, 32, 8, 4),),
+    KernelKey(Kind.QKV, 1152, 3456): (ConvConfig(64, 32, 8, 4),),
     KernelKey(_UP, 384, 192): (ConvConfig(128, 64, 8, 4),),
     KernelKey(_UP, 192, 96): (ConvConfig(128, 64, 8, 3),),
     KernelKey(_DOWN, 96, 96): (ConvConfig(128, 32, 4, 4),),
@@ -44,7 +46,7 @@ H200_ATTENTION = AttentionConfig(128, 32, 8, 2, sm90=True, rate=615e12)
 # The last convolutions have no configuration to choose, nor has the attention of many channels.
 _UNTUNED = {
     (Kind.OUT, 384, 32), (Kind.OUT, 768, 128), (Kind.OUT, 96, 3), (Kind.OUT, 96, 4), (Kind.OUT, 144, 3), (Kind.OUT, 144, 4),
-    (Kind.QKV, 768, 2304), (Kind.QKV, 1152, 3456), (Kind.ATTENTION, 768, 768), (Kind.ATTENTION, 1152, 1152),
+    (Kind.ATTENTION, 768, 768), (Kind.ATTENTION, 1152, 1152),
 }  # fmt: skip
 _EVERYWHERE = {(key.kind, key.in_channels, key.out_channels) for key in (*H200_CONVS, ATTENTION_KEY)} | _UNTUNED
 

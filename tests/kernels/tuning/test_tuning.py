@@ -20,12 +20,13 @@ from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder, comp
 from qwen_vae_accel.kernels.float8 import block_layers, calibrated_layers
 from qwen_vae_accel.kernels.gpu import Gpu, describe_gpu
 from qwen_vae_accel.kernels.layout import Grid
-from qwen_vae_accel.kernels.network import Kind, published
+from qwen_vae_accel.kernels.network import QWEN_IMAGE, QWEN_IMAGE_21, Kind, describe, published
 from qwen_vae_accel.kernels.sm90 import attention as attention_sm90
 from qwen_vae_accel.kernels.sm90 import layers as layers_module
 from qwen_vae_accel.kernels.sm90.layers import Sm90Layers
-from qwen_vae_accel.kernels.sm90.schedules import MODES, SHARED_LIMIT, Mode, Room, Schedule, Variant, choose_schedule
+from qwen_vae_accel.kernels.sm90.schedules import FLOAT8_SCHEDULES, MODES, SCHEDULES, Mode, Room, Schedule, choose_schedule
 from qwen_vae_accel.kernels.triton.attention import _qkv_kernel
+from qwen_vae_accel.kernels.tuning import measure
 from qwen_vae_accel.kernels.tuning.candidates import candidates
 from qwen_vae_accel.kernels.tuning.choice import Problem, choose
 from qwen_vae_accel.kernels.tuning.configs import AttentionConfig, ConvConfig, attention_fits, conv_fits, conv_waves
@@ -35,14 +36,16 @@ from qwen_vae_accel.kernels.tuning.selection import Tuning
 from qwen_vae_accel.kernels.tuning.stored import Machine, Measured, TunedGpu, read_tuned, tuning_path, write_tuned
 from qwen_vae_accel.kernels.tuning.tables import ATTENTION_KEY
 from qwen_vae_accel.kernels.weights import ConvWeights
-from tests.kernels.test_network import StandInLayers, meta
+from qwen_vae_accel.model.topology import Topology
+from tests.kernels.cases import check_schedule, variants_of
+from tests.kernels.test_network import StandInLayers
 
 H200 = Gpu(132, 232448, True, True)
 ADA = Gpu(128, 101376, False, False)
 RELATIVE = {ConvConfig: "wave", Schedule: "cost", AttentionConfig: "rate"}
 MACHINE = Machine("NVIDIA H200", "9.0", 132, "3.6.0")
 CONV_KEYS = [
-    KernelKey(Kind.IN, 16, 384), KernelKey(Kind.IN, 3, 96), KernelKey(Kind.QKV, 384, 1152),
+    KernelKey(Kind.IN, 16, 384), KernelKey(Kind.IN, 3, 96), KernelKey(Kind.QKV, 384, 1152), KernelKey(Kind.QKV, 1152, 3456),
     KernelKey(Kind.PROJ, 384, 384, epilogue="residual x norm"), KernelKey(Kind.CONV, 96, 96, epilogue="norm"),
     KernelKey(Kind.CONV, 192, 192, epilogue="residual x norm"), KernelKey(Kind.CONV, 384, 384, epilogue="x"),
     KernelKey(Kind.UP, 384, 192), KernelKey(Kind.DOWN, 192, 192),
@@ -53,18 +56,29 @@ SCHEDULE_KEYS = [
     *(KernelKey(Kind.CONV, channels, channels, sm90=True) for channels in (96, 192, 384)),
     KernelKey(Kind.UP, 192, 96, sm90=True), KernelKey(Kind.DOWN, 384, 384, sm90=True),
     KernelKey(Kind.CONV, 192, 384, float8=True, sm90=True), KernelKey(Kind.UP, 384, 192, float8=True, sm90=True),
+    # Qwen-Image 2.1
+    *(KernelKey(Kind.CONV, channels, out, sm90=True) for channels, out in ((80, 1152), (1152, 576), (144, 144), (768, 768))),
+    *(KernelKey(Kind.PROJ, channels, channels, sm90=True) for channels in (768, 1152)),
+    *(KernelKey(Kind.UP, channels, channels, sm90=True) for channels in (288, 576, 1152)),
+    KernelKey(Kind.DOWN, 768, 768, sm90=True),
+    *(KernelKey(Kind.CONV, channels, channels, float8=True, sm90=True) for channels in (144, 1152)),
+    *(KernelKey(Kind.UP, channels, channels, float8=True, sm90=True) for channels in (288, 576, 1152)),
 ]  # fmt: skip
 
 
-def meta_networks(*, float8: bool = False) -> list:
-    config, device = FusedConfig(graphs=0, gpu=H200, tuning=Tuning(sm90=False)), torch.device("meta")
-    decoder, encoder = meta("decode"), meta("encode")
+def meta_networks(*, float8: bool = False, topology: Topology = QWEN_IMAGE) -> list:
+    tuning = Tuning(sm90=topology == QWEN_IMAGE_21)
+    config, device = FusedConfig(graphs=0, gpu=H200, tuning=tuning), torch.device("meta")
+    decoder, encoder = (
+        {name: torch.empty(shape, device="meta") for name, shape in describe(topology, method).parameters().items()}
+        for method in ("decode", "encode")
+    )
     networks = [
         FusedDecoder(decoder, dtype=torch.bfloat16, device=device, config=config),
         FusedEncoder(encoder, dtype=torch.bfloat16, device=device, config=config),
     ]
     if float8:
-        network = published("decode")
+        network = describe(topology, "decode")
         scales = dict.fromkeys([*block_layers(network), *calibrated_layers(network)], 1.0)
         networks.append(FusedDecoder(decoder, dtype=torch.bfloat16, device=device, config=config, float8=scales))
     return networks
@@ -89,17 +103,14 @@ def test_candidates_fit_and_are_few(key, device):
 
 @pytest.mark.parametrize("key", SCHEDULE_KEYS, ids=str)
 def test_schedules_to_try_keep_the_rules_of_the_kernel(key):
-    """Those of the static assertions of conv.cu, and that the second warpgroup is let go before the rings are empty."""
-    mode, eight = MODES[key.kind], key.float8
+    """With every epilogue that a layer of these widths has; shipped ones are fitted to it when they run."""
+    mode = MODES[key.kind]
     found = candidates(key, H200)
     assert 2 <= len(found) == len(set(found)) <= 24
-    for schedule in found:
-        place = mode, key.in_channels, key.out_channels
-        variant = Variant(*place, 0, mode == Mode.CONV, True, 2, schedule, eight, eight, eight)
-        assert variant.shared_bytes() <= SHARED_LIMIT and variant.pixel_bytes in (64, 128) and variant.columns % 32 == 0
-        assert schedule.resident or schedule.stagger < schedule.b_stages
-        assert schedule.stagger // (9 if mode == Mode.CONV else 4) < schedule.a_stages
-        assert schedule.cost == 1.0
+    for variant in variants_of(mode, key.in_channels, key.out_channels, key.float8):
+        for schedule in found:
+            check_schedule(dataclasses.replace(variant, schedule=schedule).fitted())
+            assert schedule.cost == 1.0
 
 
 @pytest.mark.parametrize(
@@ -214,6 +225,53 @@ def test_every_kernel_of_the_networks_gets_its_fastest(monkeypatch, sm90):
         assert dataclasses.replace(choice, rate=best.rate) == best if kernel.key == ATTENTION_KEY else choice == best
         assert kernel.milliseconds == pytest.approx(kernel.shipped_milliseconds / 2)
     assert all(done <= total for _, done, total in steps) and {text for text, *_ in steps} >= {"measure candidates"}
+
+
+def test_every_kernel_of_qwen_image_21_gets_its_fastest(monkeypatch):
+    """Encoder, decoder and the decoder in float8; where Triton does not have all kernels."""
+    monkeypatch.setattr(FusedDecoder, "_sm90_layers", sm90_layers)
+    monkeypatch.setattr(FusedEncoder, "_sm90_layers", sm90_layers)
+    monkeypatch.setattr(StandInLayers, "to_host", lambda self, weights: weights)
+    networks = meta_networks(float8=True, topology=QWEN_IMAGE_21)
+    tuner = Tuner(networks, [(64, 64), (512, 512)], H200, clock=FakeClock(H200))
+    places = {(key.kind, key.in_channels, key.out_channels, key.float8) for key in tuner.candidates if key.sm90}
+    modes = {(MODES[kind], *widths, float8) for kind, *widths, float8 in places}
+    wanted = {(*key, False) for key in SCHEDULES} | {(*key, True) for key in FLOAT8_SCHEDULES}
+    first = {(layer.kind, layer.in_channels, layer.out_channels)
+             for method in ("encode", "decode") for layer in published(method).kernel_layers()}  # fmt: skip
+    kinds = {mode: kind for kind, mode in MODES.items()}
+    assert modes <= wanted
+    assert {place for place in wanted - modes if (kinds[place[0]], *place[1:3]) not in first} == set()
+    rest = {str(key) for key in tuner.candidates if not key.sm90}
+    assert rest == {"in 4->96", "qkv 768->2304", "qkv 1152->3456"}
+    for kernel in tuner.run():
+        (choice,) = kernel.choices
+        assert choice == candidates(kernel.key, H200)[-1]
+
+
+@pytest.mark.parametrize(("topology", "sm90"), [(QWEN_IMAGE, False), (QWEN_IMAGE_21, True)], ids=["Qwen-Image", "2.1"])
+def test_random_networks_are_of_the_vae_that_is_asked_for(monkeypatch, topology, sm90):
+    """Made without the kernels of sm90 where those are not needed: then weights stay where packing takes least."""
+    made = []
+
+    def network(cls):
+        return lambda state, *, config, float8=None, **_: made.append((cls, state, config.tuning.sm90, float8))
+
+    monkeypatch.setattr(measure, "FusedDecoder", network("decoder"))
+    monkeypatch.setattr(measure, "FusedEncoder", network("encoder"))
+    monkeypatch.setattr(measure, "input_scales", lambda state, peaks: dict(peaks))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    narrow = dataclasses.replace(
+        topology,
+        encoder_widths=tuple(width // 48 for width in topology.encoder_widths),
+        decoder_widths=tuple(width // 48 for width in topology.decoder_widths),
+    )
+    monkeypatch.setattr(measure, "network_reasons", lambda network, sm90: [] if topology == QWEN_IMAGE else ["a reason"])
+    random_networks(torch.bfloat16, torch.device("cpu"), narrow)
+    assert [(cls, given) for cls, _, given, _ in made] == [("decoder", sm90), ("encoder", sm90), ("decoder", sm90)]
+    shapes = {name: tuple(value.shape) for name, value in made[0][1].items()}
+    assert shapes == describe(narrow, "decode").parameters()
+    assert set(made[2][3]) == set(calibrated_layers(describe(narrow, "decode")).values())
 
 
 def test_a_candidate_that_cannot_run_is_tried_once_and_left_out():
