@@ -21,9 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen_vae_accel.kernels.network import Kind, Network, ResidualLayer, network_of
-from qwen_vae_accel.kernels.tuning.keys import KernelKey
-from qwen_vae_accel.kernels.tuning.tables import H200_CONVS
+from qwen_vae_accel.kernels.network import Network, network_of
 from qwen_vae_accel.model.image_vae import ImageDecoder
 from qwen_vae_accel.model.layers import Upsample, fold_upsample
 
@@ -32,24 +30,22 @@ LARGEST = 448.0  # the largest e4m3 number
 
 _MARGIN = 4.0  # calibration sees one input of many
 _CANDIDATES = 16  # weight scales tried per output channel
+_BESIDE_SHORTCUTS = (96, 192, 384)  # channels of Triton's products of float8 to which a shortcut in 16 bits is added
 
 
 def block_layers(network: Network) -> dict[str, str]:
     """Convolutions of residual blocks that compute in float8 -> the gain of the norm in front, whose bound is their scale.
 
-    All residual blocks but the middle's: docs/notes/kernels.md has the measurements. Not where a 1x1 shortcut is added to more
-    channels than Triton's kernels have: those of ``sm90/`` do not add one to products of float8.
+    All residual blocks but the middle's: docs/notes/kernels.md has the measurements. Of those with a 1x1 shortcut the second
+    convolution only where its width is one of Triton's: the kernels of ``sm90/`` do not add it to products of float8.
     """
     blocks = [block for level in network.levels for block in level.blocks]
     layers = ((block, which, conv) for block in blocks for which, conv in ((1, block.conv1), (2, block.conv2)))
     return {
-        conv.name: f"{block.name}.norm{which}.gamma" for block, which, conv in layers if which == 1 or _second_in_float8(block)
+        conv.name: f"{block.name}.norm{which}.gamma"
+        for block, which, conv in layers
+        if which == 1 or block.shortcut is None or block.out_channels in _BESIDE_SHORTCUTS
     }
-
-
-def _second_in_float8(block: ResidualLayer) -> bool:
-    conv = block.conv2
-    return block.shortcut is None or KernelKey(Kind.CONV, conv.in_channels, conv.out_channels, float8=True) in H200_CONVS
 
 
 def calibrated_layers(network: Network) -> dict[str, str]:

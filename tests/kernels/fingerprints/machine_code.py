@@ -23,7 +23,7 @@ from qwen_vae_accel.kernels import compiling
 from qwen_vae_accel.kernels.sm90 import attention as attention_sm90
 from qwen_vae_accel.kernels.sm90 import conv3x3, nvrtc
 from tests.kernels.fingerprints.plans import digest
-from tests.kernels.fingerprints.subjects import CAPABILITIES, META, NETWORKS, make, pretended_gpu
+from tests.kernels.fingerprints.subjects import CAPABILITIES, META, NETWORKS, gpus_of, make, pretended_gpu
 
 # The kernels of sm90 write code of their own for float16; Triton's differ in types alone.
 DTYPES = {"H200": (torch.bfloat16, torch.float16)}
@@ -104,7 +104,7 @@ def machine_code(wanted: Callable[[str], bool]) -> dict[str, str]:
             for dtype in DTYPES.get(gpu, (torch.bfloat16,)):
                 for name in NETWORKS:
                     place = f"{name}, {gpu}, {str(dtype).removeprefix('torch.')}"
-                    if wanted(place) and not ("float8" in name and capability < 89):
+                    if gpu in gpus_of(name) and wanted(place) and not ("float8" in name and capability < 89):
                         codes = sorted(_codes(name, gpu, dtype, known, lambda kernel: True))
                         found[place] = f"{len(codes)} kernels {digest(codes)}"
     return found

@@ -7,7 +7,7 @@ import ctypes
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -16,14 +16,15 @@ from torch import Tensor
 
 from qwen_vae_accel.kernels.compiling import TritonKernel
 from qwen_vae_accel.kernels.layout import Grid
-from qwen_vae_accel.kernels.network import published
+from qwen_vae_accel.kernels.network import QWEN_IMAGE_21, describe, published
 from qwen_vae_accel.kernels.sm90 import attention as attention_sm90
 from qwen_vae_accel.kernels.sm90 import conv3x3, driver
 from qwen_vae_accel.kernels.sm90.conv3x3 import Conv3x3
 from qwen_vae_accel.kernels.sm90.packing import pack
 from qwen_vae_accel.kernels.sm90.schedules import SCHEDULES, Mode
-from qwen_vae_accel.kernels.weights import ConvWeights, Packer
-from tests.kernels.fingerprints.subjects import GPUS, META, NETWORKS, SIZES, input_shape, make, pretended_gpu
+from qwen_vae_accel.kernels.weights import ConvWeights, Packer, pack_network
+from qwen_vae_accel.model.topology import Topology
+from tests.kernels.fingerprints.subjects import META, NETWORKS, gpus_of, input_shape, make, pretended_gpu, sizes_of
 
 
 def digest(value: Any) -> str:
@@ -101,8 +102,10 @@ def plans(wanted: Callable[[str], bool] = lambda name: True) -> dict[str, str]:
     found = {}
     with pretended_gpu(), _recording() as launches:
         for name in NETWORKS:
-            for gpu in GPUS:
-                places = {f"{name}, {gpu}, {'x'.join(map(str, size))}": size for size in SIZES}
+            for gpu in gpus_of(name):
+                places = {f"{name}, {gpu}, {'x'.join(map(str, size))}": size for size in sizes_of(name)}
+                if not any(map(wanted, places)):
+                    continue
                 network = make(name, gpu, torch.bfloat16)
                 for place, size in places.items():
                     if not wanted(place):
@@ -151,14 +154,25 @@ def weights() -> dict[str, str]:
         "encode": _whole_numbers(published("encode").parameters()),
         "decode": _whole_numbers(published("decode").parameters()),
     }
-    for name in NETWORKS:
+    for name in ("decode", "encode", "decode float8"):
         network = make(name, "A100", torch.bfloat16, states[name.split()[0]])
         exact = "float8" not in name
         held = [[str(t.dtype), list(t.shape), _bytes(t) if exact else ""] for t in _tensors(network._weights)]
         found[name] = digest(sorted(held))
+    for method in ("decode", "encode"):  # a twelfth of the published widths: orders of channels and identities are the same
+        narrow = describe(_narrowed(QWEN_IMAGE_21, 12), method)
+        packer = Packer(_whole_numbers(narrow.parameters()), torch.bfloat16, torch.device("cpu"))
+        held = [[str(t.dtype), list(t.shape), _bytes(t)] for t in _tensors(pack_network(packer, narrow))]
+        found[f"{method} 2.1"] = digest(sorted(held))
     for mode, channels, out in SCHEDULES:
-        layer = _whole_numbers({"c.weight": (out, channels, 3, 3), "c.bias": (out,)})
+        side = 1 if mode == Mode.POINTWISE else 3
+        layer = _whole_numbers({"c.weight": (out, channels, side, side), "c.bias": (out,)})
         packer = Packer(layer, torch.bfloat16, torch.device("cpu"))
         packed: ConvWeights = packer.upsample("c") if mode == Mode.UPSAMPLE else packer.conv("c")
         found[f"sm90 {mode.name.lower()} {channels}->{out}"] = digest(_bytes(pack(packed.weight, mode, channels, 32)))
     return found
+
+
+def _narrowed(topology: Topology, by: int) -> Topology:
+    widths = {name: tuple(width // by for width in getattr(topology, name)) for name in ("encoder_widths", "decoder_widths")}
+    return replace(topology, **widths)
