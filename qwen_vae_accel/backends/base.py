@@ -156,7 +156,7 @@ class Job:
     """What a program is wanted for.
 
     ``dtype`` is that of its input and output; with ``float8`` a backend that can computes the costly convolutions in
-    e4m3, the other layers in ``dtype``.
+    e4m3, the other layers in ``dtype``. ``memory_limit`` is that of the configuration.
     """
 
     method: str
@@ -164,6 +164,7 @@ class Job:
     dtype: torch.dtype
     device: torch.device
     float8: bool = False
+    memory_limit: int | float | None = None
 
     @classmethod
     def of(
@@ -177,7 +178,7 @@ class Job:
     ) -> Job:
         """Make the job that ``config`` asks of ``method`` for weights of dtype ``stored`` on ``device`` of ``environment``."""
         dtype = environment.arithmetic(config.compute_dtype(method, stored))
-        return cls(method, topology, dtype, device, config.float8(method))
+        return cls(method, topology, dtype, device, config.float8(method), config.memory_limit)
 
     @property
     def in_channels(self) -> int:
@@ -218,11 +219,20 @@ class Backend(ABC):
 class DirectBackend(Backend):
     """A backend that needs no file: any size, any batch, at once."""
 
-    can_tile: ClassVar[bool] = False
+    can_tile: ClassVar[bool] = (
+        False  # its programs have ``tiled(x, rows)``, which bounds the memory by that of so many image rows
+    )
 
     @abstractmethod
     def program(self, source: ModelSource, job: Job) -> Program:
         """A program for ``job`` over the current weights of ``source``."""
+
+    def bands(self, program: Program, shape: Sequence[int], rows: int) -> tuple[int, str]:
+        """In how many bands of rows ``program`` runs an input of ``shape``, and why; ``rows`` as for ``tiled``, or 0.
+
+        One band, without a reason, for backends that do not tell.
+        """
+        return 1, ""
 
 
 @dataclass(frozen=True, slots=True)

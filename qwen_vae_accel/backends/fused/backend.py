@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from qwen_vae_accel.backends.base import DirectBackend, Environment, Job
+from qwen_vae_accel.backends.base import DirectBackend, Environment, Job, Program
 from qwen_vae_accel.backends.fused.calibration import calibrated_peaks, measured_peaks
 from qwen_vae_accel.errors import BackendUnavailableError
 from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder, device_reasons, network_reasons
@@ -48,11 +48,16 @@ class FusedProgram:
     def __call__(self, x: Tensor, profile: int = 0) -> Tensor:
         return self.network(x.contiguous())
 
+    def tiled(self, x: Tensor, rows: int) -> Tensor:
+        """Run ``x [B, C, H, W]`` in bands that take no more than ``rows`` image rows in one piece; the result is the same."""
+        return self.network(x.contiguous(), rows)
+
 
 class FusedBackend(DirectBackend):
     """Triton kernels on NVIDIA GPUs of compute capability 8.0 and later."""
 
     name: ClassVar[str] = "fused"
+    can_tile: ClassVar[bool] = True
 
     def reasons(self, environment: Environment, job: Job) -> list[str]:
         """Why the kernels cannot do ``job``: the GPU, the dtype, and every layer of its network that has no kernel."""
@@ -76,10 +81,16 @@ class FusedBackend(DirectBackend):
         kind = FusedEncoder if job.method == "encode" else FusedDecoder
         state = source.state(job.method)
         float8 = self._float8_scales(source, job, state) if job.float8 else {}
-        config = FusedConfig(tuning=_tuning(source.folder, job.device))
+        config = FusedConfig(tuning=_tuning(source.folder, job.device), memory_limit=job.memory_limit)
         network = kind(state, dtype=job.dtype, device=job.device, config=config, float8=float8)
         self._compile(network, job)
         return FusedProgram(network)
+
+    def bands(self, program: Program, shape: Sequence[int], rows: int) -> tuple[int, str]:
+        """What the program has planned for inputs of ``shape``."""
+        assert isinstance(program, FusedProgram)
+        plan = program.network.plan(tuple(shape), rows)
+        return plan.bands, plan.reason
 
     def _compile(self, network: FusedDecoder | FusedEncoder, job: Job) -> None:
         """Compile ahead; what Triton or NVRTC cannot do here is a reason for the next backend, not the end of a request."""
