@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from qwen_vae_accel.config import AccelConfig
 from qwen_vae_accel.files import read_file
+from qwen_vae_accel.kernels.limits import Plan
 from qwen_vae_accel.model import ModelSource, Topology
 from qwen_vae_accel.plan import EngineKey
 from qwen_vae_accel.sizes import Profile, Size
@@ -226,6 +227,10 @@ class DirectBackend(Backend):
     @abstractmethod
     def program(self, source: ModelSource, job: Job) -> Program:
         """A program for ``job`` over the current weights of ``source``."""
+
+    def plan(self, job: Job, size: Size) -> Plan | None:
+        """What a call of ``job`` for one image of ``size`` takes, without weights or work; None where this is not known."""
+        return None
 
     def bands(self, program: Program, shape: Sequence[int], rows: int) -> tuple[int, str]:
         """In how many bands of rows ``program`` runs an input of ``shape``, and why; ``rows`` as for ``tiled``, or 0.

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from qwen_vae_accel.kernels.bands import Bands, Listed, choose_bands
+from qwen_vae_accel.kernels.bands import Bands, Choice, Listed, choose_bands
 from qwen_vae_accel.kernels.launches import LaunchList
 from qwen_vae_accel.kernels.limits import SOFT_LIMIT, Limit, Plan, free_bytes, limit_bytes, mib
 from qwen_vae_accel.kernels.network import Network
@@ -130,9 +130,19 @@ class Listings:
             network = self.network
             rows = shape[2] * (network.scale if network.decodes else 1)
             levels = len(network.levels) - 1
-            bands = choose_bands(limit.nbytes, levels, shape[0], rows, whole, lambda bands: listed(shape, bands, True)).bands
+
+            def choose(nbytes: int) -> Choice:
+                return choose_bands(nbytes, levels, shape[0], rows, whole, lambda bands: listed(shape, bands, True))
+
+            choice = choose(limit.nbytes)
+            bands = choice.bands
             if bands is not None:
-                launches, count, level, reason = listed(shape, bands, False).launches, bands.count, bands.level, limit.reason
+                launches = listed(shape, bands, False).launches
+                over = launches.scratch_bytes - limit.nbytes
+                if choice.fits and over > 0:  # by the counters of all bands, of which one was looked at
+                    bands = choose(limit.nbytes - over).bands or bands
+                    launches = listed(shape, bands, False).launches
+                count, level, reason = bands.count, bands.level, limit.reason
         output = math.prod(launches.output_shape) * self.dtype.itemsize
         held = math.prod(shape) * self.dtype.itemsize + output if self.graphs else 0
         flops = launches.flops, whole.launches.flops

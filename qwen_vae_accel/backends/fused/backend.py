@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,13 +16,15 @@ from qwen_vae_accel.backends.base import DirectBackend, Environment, Job, Progra
 from qwen_vae_accel.backends.fused.calibration import calibrated_peaks, measured_peaks
 from qwen_vae_accel.errors import BackendUnavailableError
 from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder, device_reasons, network_reasons
-from qwen_vae_accel.kernels.float8 import input_scales
+from qwen_vae_accel.kernels.float8 import block_layers, calibrated_layers, input_scales
 from qwen_vae_accel.kernels.gpu import describe_gpu, runs_sm90
+from qwen_vae_accel.kernels.limits import Plan, limit_bytes
 from qwen_vae_accel.kernels.network import describe
 from qwen_vae_accel.kernels.tuning.selection import Tuning
 from qwen_vae_accel.kernels.tuning.stored import Machine, read_tuned
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.progress import progress_bar
+from qwen_vae_accel.sizes import Size
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +89,18 @@ class FusedBackend(DirectBackend):
         network = kind(state, dtype=job.dtype, device=job.device, config=config, float8=float8)
         self._compile(network, job)
         return FusedProgram(network)
+
+    def plan(self, job: Job, size: Size) -> Plan:
+        """What a call takes on the GPU of ``job``, with the limit as it is now."""
+        network, meta = describe(job.topology, job.method), torch.device("meta")
+        state = {name: torch.empty(shape, dtype=job.dtype, device=meta) for name, shape in network.parameters().items()}
+        scales = dict.fromkeys([*block_layers(network), *calibrated_layers(network)], 1.0) if job.float8 else {}
+        limit = None if job.memory_limit is None else limit_bytes(job.memory_limit, job.device)
+        config = FusedConfig(gpu=describe_gpu(job.device), memory_limit=limit)
+        kind = FusedEncoder if job.method == "encode" else FusedDecoder
+        shape = (1, job.in_channels, *job.input_hw(size))
+        plan = kind(state, dtype=job.dtype, device=meta, config=config, float8=scales).plan(shape)
+        return replace(plan, held_bytes=math.prod(shape) * job.dtype.itemsize + plan.output_bytes)  # a graph's, on a GPU
 
     def bands(self, program: Program, shape: Sequence[int], rows: int) -> tuple[int, str]:
         """What the program has planned for inputs of ``shape``."""
