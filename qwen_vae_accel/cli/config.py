@@ -34,7 +34,7 @@ def config(
     decode_dtype: common.DecodeDtype = None,
     memory_limit: common.MemoryLimit = None,
     size: Annotated[
-        str | None, typer.Option(help="WxH or a name: who serves it, in how many bands, in how much memory.")
+        str | None, typer.Option(help="WxH or a name: print who serves it, in how many bands and in how much memory.")
     ] = None,
     device: common.Device = None,
     vae: common.OptionalVae = None,
@@ -117,19 +117,8 @@ def _call(settings: AccelConfig, plan: Plan, job: Job, size: Size, environment: 
 
 
 def _memory(plan: kernels.Plan) -> dict[str, Any]:
-    names = (
-        "bands",
-        "reason",
-        "fits",
-        "limit_bytes",
-        "scratch_bytes",
-        "output_bytes",
-        "held_bytes",
-        "peak_bytes",
-        "flops",
-        "cost",
-    )
-    return {name: getattr(plan, name) for name in names}
+    nbytes = [f"{part}_bytes" for part in ("limit", "scratch", "output", "held", "peak")]
+    return {name: getattr(plan, name) for name in ("bands", "reason", "fits", *nbytes, "flops", "cost")}
 
 
 def _size_view(document: dict[str, Any]) -> list[RenderableType]:
@@ -144,7 +133,7 @@ def _size_view(document: dict[str, Any]) -> list[RenderableType]:
         memory = call["memory"]
         name = call["engine"] or call["backend"] or "nobody"
         if memory is None:
-            table.add_row(call["method"], plain(name), *["not planned"] * 6)
+            table.add_row(call["method"], plain(name), "not planned")
             continue
         sizes = [mib(memory[f"{part}_bytes"]) for part in ("scratch", "output", "held", "peak")]
         operations = f"{memory['flops'] / 1e12:.2f} T" + (f", {memory['cost']:.2f} x one piece" if memory["bands"] > 1 else "")

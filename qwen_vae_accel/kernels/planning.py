@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from qwen_vae_accel.kernels.bands import Bands, Choice, Listed, choose_bands
+from qwen_vae_accel.kernels.bands import Bands, Listed, choose_bands
 from qwen_vae_accel.kernels.launches import LaunchList
 from qwen_vae_accel.kernels.limits import SOFT_LIMIT, Limit, Plan, free_bytes, limit_bytes, mib
 from qwen_vae_accel.kernels.network import Network
@@ -20,6 +20,7 @@ from qwen_vae_accel.kernels.network import Network
 logger = logging.getLogger(__name__)
 
 _KEPT = 64  # lists, least recently used dropped first; one is a few kB of host memory, or some hundred with many bands
+_CHOICES = 4  # until all bands fit together
 _ROUNDING = 2 << 20  # of large blocks, by torch's allocator
 
 Shape = tuple[int, ...]
@@ -129,20 +130,18 @@ class Listings:
         if launches.scratch_bytes > limit.nbytes:
             network = self.network
             rows = shape[2] * (network.scale if network.decodes else 1)
-            levels = len(network.levels) - 1
-
-            def choose(nbytes: int) -> Choice:
-                return choose_bands(nbytes, levels, shape[0], rows, whole, lambda bands: listed(shape, bands, True))
-
-            choice = choose(limit.nbytes)
-            bands = choice.bands
-            if bands is not None:
+            levels, nbytes = len(network.levels) - 1, limit.nbytes
+            for _ in range(_CHOICES):
+                choice = choose_bands(nbytes, levels, shape[0], rows, whole, lambda bands: listed(shape, bands, True))
+                bands = choice.bands
+                if bands is None:
+                    break
                 launches = listed(shape, bands, False).launches
-                over = launches.scratch_bytes - limit.nbytes
-                if choice.fits and over > 0:  # by the counters of all bands, of which one was looked at
-                    bands = choose(limit.nbytes - over).bands or bands
-                    launches = listed(shape, bands, False).launches
                 count, level, reason = bands.count, bands.level, limit.reason
+                if not choice.fits or launches.scratch_bytes <= limit.nbytes:
+                    break
+                # All bands together take a little more than the one that was looked at.
+                nbytes = limit.nbytes - (launches.scratch_bytes - listed(shape, bands, True).launches.scratch_bytes)
         output = math.prod(launches.output_shape) * self.dtype.itemsize
         held = math.prod(shape) * self.dtype.itemsize + output if self.graphs else 0
         flops = launches.flops, whole.launches.flops
