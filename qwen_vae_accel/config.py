@@ -34,22 +34,48 @@ FLOAT8 = "float8_e4m3fn"
 _FLOAT8_NAMES = (FLOAT8, "torch.float8_e4m3fn", "float8", "fp8")
 _FLOAT8_BACKENDS = ("auto", "fused")
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)", re.IGNORECASE)
+_PERCENT = re.compile(r"(\d{1,3}(?:\.\d{1,9})?)\s*%")
+_DIGITS = re.compile(r"\d{1,19}|0?\.\d{1,19}")
 _MOST_BYTES = 2**63
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | {
     f"{prefix}ib": 2 ** (10 * power) for power, prefix in enumerate("kmgt", start=1)
 }
 
 
-def parse_bytes(value: int | str) -> int:
-    """``4294967296`` or ``"4GiB"`` -> bytes."""
+def _bytes(value: object) -> int | None:
+    """Bytes from ``4294967296`` or ``"4GiB"``; None for anything else."""
     size: float = 0
     if isinstance(value, int) and not isinstance(value, bool):
         size = value
     elif isinstance(value, str) and (match := _BYTES.fullmatch(value.strip())):
         size = float(match[1]) * _UNITS[match[2].lower()]
-    if not 1 <= size < _MOST_BYTES:
+    return int(size) if 1 <= size < _MOST_BYTES else None
+
+
+def parse_bytes(value: int | str) -> int:
+    """``4294967296`` or ``"4GiB"`` -> bytes."""
+    size = _bytes(value)
+    if size is None:
         raise ConfigError(f"vram_budget {shown(value)} must be a positive number of bytes, or text such as '4GiB'")
-    return int(size)
+    return size
+
+
+def parse_limit(value: float | str) -> int | float:
+    """``2147483648`` or ``"2GiB"`` -> bytes, an int; ``0.5`` or ``"50%"`` -> a share, a float between 0 and 1."""
+    size = _bytes(value)
+    if size is not None:
+        return size
+    share = value if isinstance(value, float) else 0.0
+    if isinstance(value, str) and (match := _PERCENT.fullmatch(value.strip())):
+        share = float(match[1]) / 100
+    elif isinstance(value, str) and _DIGITS.fullmatch(value.strip()):  # as the command line has it
+        return parse_limit(float(value) if "." in value else int(value))
+    if not 0 < share < 1:
+        raise ConfigError(
+            f"memory_limit {shown(value)} must be a positive number of bytes (a whole number, or text such as '2GiB'), or a "
+            "share of the free memory: a number between 0 and 1, or text such as '50%'"
+        )
+    return share
 
 
 def dtype_name(value: str | torch.dtype) -> str:
@@ -96,6 +122,9 @@ class AccelConfig:
             ``fused`` backend (compute capability 8.9 and later), the other layers in ``dtype`` (bfloat16 for a float32 VAE).
         max_resident: how many sizes keep their engines loaded; None: as many as ``vram_budget`` holds. The guide's is 1.
         vram_budget: bytes that loaded engines may take together, or text such as ``"4GiB"``.
+        memory_limit: scratch memory of a call of backend ``fused``, which is what it allocates above its weights beside the
+            output: bytes (``2147483648``, ``"2GiB"``), or a share of what is free when a size is first seen (``0.5``,
+            ``"50%"``). What would take more runs in bands of rows, with the same result. None: 4e9 bytes.
         on_miss: what to do when no usable engine is there: ``"build"`` it, ``"fallback"`` to a backend that needs none,
             or ``"error"``. None: build when an engine backend is named and ``engine_dir`` given, else fall back.
         verify: run an engine once against the exact network in float64 before its first use on a machine.
@@ -114,6 +143,7 @@ class AccelConfig:
     decode_dtype: str | None = None
     max_resident: int | None = None
     vram_budget: int = 4 * 2**30
+    memory_limit: int | float | None = None
     on_miss: str | None = None
     verify: bool = True
     preprocess: bool = True
@@ -148,6 +178,8 @@ class AccelConfig:
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= 1024):
             raise ConfigError(f"max_resident must be a whole number from 1 to 1024, not {shown(limit)}")
         object.__setattr__(self, "vram_budget", parse_bytes(self.vram_budget))
+        if self.memory_limit is not None:
+            object.__setattr__(self, "memory_limit", parse_limit(self.memory_limit))
         if self.sizes is not None:
             object.__setattr__(self, "sizes", _size_texts(self.sizes))
         self.plan()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -30,6 +30,17 @@ class Fallback:
 
 
 @dataclass(frozen=True, slots=True)
+class Banded:
+    """A call of one size that ran in so many bands of rows, and why. Its result is that of one piece."""
+
+    method: str
+    size: str
+    backend: str
+    bands: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class EngineLoad:
     """One engine brought into memory; ``ms`` covers hashing and loading, not the self-check."""
 
@@ -46,6 +57,7 @@ class Journal:
         self._lock = fork_safe_lock()
         self._calls: Counter[tuple[str, str]] = Counter()
         self._fallbacks: Counter[Fallback] = Counter()
+        self._banded: Counter[Banded] = Counter()
         self._loads: list[EngineLoad] = []
         self._builds: list[tuple[str, float]] = []
         self._checks: list[tuple[str, float]] = []
@@ -68,6 +80,14 @@ class Journal:
             if self._fallbacks[key] > 1:
                 return
         logger.warning("%s", visible(f"{method} is served by {backend}: {reason}"))
+
+    def banded(self, event: Banded) -> None:
+        """Count a call that ran in bands; the first of its kind is logged."""
+        with self._lock:
+            self._banded[event] += 1
+            if self._banded[event] > 1:
+                return
+        logger.info("%s of %s: %s in %d bands: %s", event.method, event.size, event.backend, event.bands, event.reason)
 
     def load(self, event: EngineLoad) -> None:
         """An engine was loaded."""
@@ -117,6 +137,7 @@ class Journal:
                         {"method": f.method, "backend": f.backend, "reason": f.reason, "count": count}
                         for f, count in self._fallbacks.items()
                     ],
+                    "bands": [{**asdict(event), "count": count} for event, count in self._banded.items()],
                     "engines": resident,
                     "loads": len(self._loads),
                     "evictions": self._evictions,
@@ -143,7 +164,8 @@ class Report:
         """Plain JSON values.
 
         Keys: ``backend`` (configured), ``calls`` (method -> backend -> count), ``fallbacks`` (method, backend that served,
-        reason, count), ``engines`` (loaded now), ``loads``, ``evictions``, ``load_ms`` (one entry per load), ``builds``,
+        reason, count), ``bands`` (method, size, backend, number of bands, reason, count),
+        ``engines`` (loaded now), ``loads``, ``evictions``, ``load_ms`` (one entry per load), ``builds``,
         ``self_checks``, ``offloaded_bytes`` (of the VAE's own weights, kept in CPU memory), ``arithmetic`` (method -> the dtype
         it computes in and why, where that is not the one asked for), ``left_alone`` (what was not replaced, and why), ``note``.
         """
@@ -179,6 +201,10 @@ class Report:
             for f in values["fallbacks"]:
                 table.add_row(plain(f["method"]), plain(f["backend"]), str(f["count"]), plain(f["reason"]))
             parts += [plain("fallbacks", style="bold"), table]
+        parts += [
+            plain(f"{b['method']} {b['size']}: {b['backend']} ({b['bands']} bands), {b['count']} times: {b['reason']}")
+            for b in values["bands"]
+        ]
         parts += [plain(f"{method}: {text}") for method, text in values["arithmetic"].items()]
         parts += [plain(f"left alone: {text}") for text in values["left_alone"]]
         if values["note"]:

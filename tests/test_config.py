@@ -52,6 +52,12 @@ def configs(draw) -> AccelConfig:
         "decode_dtype": draw(dtypes),
         "max_resident": draw(st.none() | st.integers(1, 1024)),
         "vram_budget": draw(st.integers(1, 2**60) | st.sampled_from(["4GiB", "1.5 GB", "300 MB"])),
+        "memory_limit": draw(
+            st.none()
+            | st.integers(1, 2**60)
+            | st.floats(1e-6, 0.999)
+            | st.sampled_from(["2GiB", "700 MiB", "50%", "12.5 %", "0.3"])
+        ),
         "on_miss": on_miss,
         "verify": draw(st.booleans()),
         "preprocess": draw(st.booleans()),
@@ -82,6 +88,26 @@ def test_configs_are_frozen_and_comparable():
     assert hash(config) == hash(AccelConfig(sizes=("16_9",), dtype="bfloat16"))
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.task = "i2i"
+
+
+def test_a_memory_limit_is_bytes_or_a_share():
+    limits = {
+        2 * 2**30: 2 * 2**30,
+        "2GiB": 2 * 2**30,
+        "2147483648": 2**31,
+        1: 1,
+        0.5: 0.5,
+        "50%": 0.5,
+        "12.5 %": 0.125,
+        ".25": 0.25,
+    }
+    for value, kept in limits.items():
+        config = AccelConfig(memory_limit=value)
+        assert config.memory_limit == kept and type(config.memory_limit) is type(kept), value
+        assert AccelConfig.from_json(config.to_json()) == config
+    assert AccelConfig().memory_limit is None
+    share, nbytes = (AccelConfig.from_json(f'{{"memory_limit": {value}}}').memory_limit for value in ("0.25", '"1 GB"'))
+    assert (share, nbytes) == (0.25, 10**9)
 
 
 def test_sizes_may_be_any_iterable():
@@ -293,6 +319,36 @@ def test_a_key_like_no_other_is_answered_with_all_names():
         ({"vram_budget": "-4GiB"}, "vram_budget"),
         ({"vram_budget": "0GiB"}, "vram_budget"),
         ({"vram_budget": "9" * 400 + "GiB"}, "vram_budget"),
+        *(
+            (
+                {"memory_limit": value},
+                "memory_limit .* a share of the free memory: a number between 0 and 1, or text such as '50%'",
+            )
+            for value in (
+                0,
+                -1,
+                0.0,
+                1.0,
+                -0.5,
+                1.5,
+                2.0**31,
+                True,
+                "0",
+                "100%",
+                "0%",
+                "-5%",
+                "half",
+                "",
+                "2 GB of it",
+                "1.5",
+                2**63,
+                "9" * 19,
+                float("nan"),
+                float("inf"),
+                [1],
+                b"2GiB",
+            )
+        ),
         ({"on_miss": "ignore"}, "on_miss"),
         ({"on_miss": "Build"}, "did you mean 'build'"),
         ({"on_miss": "build"}, "engine_dir"),

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from qwen_vae_accel import accelerate
-from qwen_vae_accel.journal import ORIGINAL, EngineLoad, Journal
+from qwen_vae_accel.journal import ORIGINAL, Banded, EngineLoad, Journal
 from tests.helpers import decoded, randn
 
 
@@ -37,6 +37,8 @@ def test_values(caplog):
         "encode is served by eager: another reason",
         "decode is served by diffusers: 2 frames",
     ], "each reason once"
+    for bands, reason in ((3, "a limit"), (8, "a lower limit"), (3, "a limit")):
+        journal.banded(Banded("decode", "4096x4096", "fused", bands, reason))
     journal.compute("decode", torch.bfloat16, torch.float32, "a reason")
     values = journal.report("inductor", ["1_1/vae_decoder.pt2"], "a note").as_dict()
     assert values == {
@@ -46,6 +48,10 @@ def test_values(caplog):
             {"method": "encode", "backend": "eager", "reason": "no [engine]", "count": 2},
             {"method": "encode", "backend": "eager", "reason": "another reason", "count": 1},
             {"method": "decode", "backend": "diffusers", "reason": "2 frames", "count": 1},
+        ],
+        "bands": [
+            {"method": "decode", "size": "4096x4096", "backend": "fused", "bands": 3, "reason": "a limit", "count": 2},
+            {"method": "decode", "size": "4096x4096", "backend": "fused", "bands": 8, "reason": "a lower limit", "count": 1},
         ],
         "engines": ["1_1/vae_decoder.pt2"],
         "loads": 2,

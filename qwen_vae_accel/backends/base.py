@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from qwen_vae_accel.config import AccelConfig
 from qwen_vae_accel.files import read_file
+from qwen_vae_accel.kernels.limits import Plan
 from qwen_vae_accel.model import ModelSource, Topology
 from qwen_vae_accel.plan import EngineKey
 from qwen_vae_accel.share import Share
@@ -157,7 +158,8 @@ class Job:
     """What a program is wanted for.
 
     ``dtype`` is that of its input and output; with ``float8`` a backend that can computes the costly convolutions in
-    e4m3, the other layers in ``dtype``. ``share``: of several processes that compute every image together.
+    e4m3, the other layers in ``dtype``. ``memory_limit`` is that of the configuration. ``share``: of several processes that
+    compute every image together.
     """
 
     method: str
@@ -165,6 +167,7 @@ class Job:
     dtype: torch.dtype
     device: torch.device
     float8: bool = False
+    memory_limit: int | float | None = None
     share: Share | None = None
 
     @classmethod
@@ -180,7 +183,7 @@ class Job:
     ) -> Job:
         """Make the job that ``config`` asks of ``method`` for weights of dtype ``stored`` on ``device`` of ``environment``."""
         dtype = environment.arithmetic(config.compute_dtype(method, stored))
-        return cls(method, topology, dtype, device, config.float8(method), share)
+        return cls(method, topology, dtype, device, config.float8(method), config.memory_limit, share)
 
     @property
     def in_channels(self) -> int:
@@ -221,11 +224,24 @@ class Backend(ABC):
 class DirectBackend(Backend):
     """A backend that needs no file: any size, any batch, at once."""
 
-    can_tile: ClassVar[bool] = False
+    can_tile: ClassVar[bool] = (
+        False  # its programs have ``tiled(x, rows)``, which bounds the memory by that of so many image rows
+    )
 
     @abstractmethod
     def program(self, source: ModelSource, job: Job) -> Program:
         """A program for ``job`` over the current weights of ``source``."""
+
+    def plan(self, job: Job, size: Size) -> Plan | None:
+        """What a call of ``job`` for one image of ``size`` takes, without weights or work; None where this is not known."""
+        return None
+
+    def bands(self, program: Program, shape: Sequence[int], rows: int) -> tuple[int, str]:
+        """In how many bands of rows ``program`` runs an input of ``shape``, and why; ``rows`` as for ``tiled``, or 0.
+
+        One band, without a reason, for backends that do not tell.
+        """
+        return 1, ""
 
 
 @dataclass(frozen=True, slots=True)

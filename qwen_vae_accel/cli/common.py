@@ -21,6 +21,10 @@ from qwen_vae_accel.progress import progress_bar
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else there.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens to standard error.")]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(help="Scratch memory of a call of the fused kernels: bytes, 2GiB, or 50% of what is free."),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: the GPU where there is one.")]
 Vae = Annotated[Path, typer.Option(help="Folder of a VAE, or of a pipeline that has one in vae/; or a .safetensors file.")]
 OptionalVae = Annotated[

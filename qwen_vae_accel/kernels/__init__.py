@@ -6,7 +6,8 @@
 | ``fused.py`` | ``FusedDecoder``, ``FusedEncoder``: what others call |
 | ``reasons.py``, ``gpu.py`` | why a network or a GPU is not served; what to know of a GPU |
 | ``weights.py``, ``float8.py``, ``layout.py`` | packed weights, float8's scales, the matrices between kernels |
-| ``builder.py``, ``launches.py`` | the order of kernels for one input shape |
+| ``builder.py``, ``order.py``, ``launches.py`` | the order of kernels for one input shape |
+| ``bands.py``, ``limits.py``, ``planning.py`` | bands of rows, limits of memory, and the lists by size that follow |
 | ``memory.py``, ``overlap.py`` | where matrices lie, and which kernels run beside each other |
 | ``graphs.py``, ``segments.py`` | CUDA graphs, and memory for what stays |
 | ``compiling.py``, ``timing.py`` | compiling ahead, in parallel; timing work on the GPU |
@@ -16,6 +17,7 @@
 """
 
 from qwen_vae_accel.kernels.fused import FusedConfig, FusedDecoder, FusedEncoder, KernelTime
+from qwen_vae_accel.kernels.limits import Plan
 from qwen_vae_accel.kernels.reasons import device_reasons, network_reasons, state_reasons
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "FusedDecoder",
     "FusedEncoder",
     "KernelTime",
+    "Plan",
     "device_reasons",
     "network_reasons",
     "state_reasons",

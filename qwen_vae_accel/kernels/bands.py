@@ -10,12 +10,14 @@ where a band is served by another schedule of kernels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qwen_vae_accel.kernels.launches import LaunchList
 
-_COUNTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # of bands tried
+_COUNTS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256)  # of bands tried
 _FEWEST_ROWS = 32  # of the image in a band
+_MOST_COST = 3.0  # times the operations of one piece: no limit is worth more
+_NEARLY = 1.02  # of the least memory: fewer bands that take this much are as good
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,7 @@ def encoder_rows(rows: range, level: int, heights: Sequence[int], blocks: Sequen
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A list of launches, complete or with one band of an image in place of all.
+    """A list of launches, complete or with one band of one image in place of all.
 
     Attributes:
         launches: the list.
@@ -87,34 +89,98 @@ class Listed:
     band_flops: int
 
 
-def choose_bands(limit: int, levels: int, height: int, listed: Callable[[Bands | None], Listed]) -> Bands | None:
-    """Choose the division that costs least and whose scratch memory fits, or takes least; None: one piece fits.
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What was chosen for a limit.
+
+    Attributes:
+        bands: the division; None for one piece.
+        fits: whether the scratch memory is within the limit.
+    """
+
+    bands: Bands | None
+    fits: bool
+
+
+@dataclass(slots=True)
+class _Search:
+    """The divisions of one network at one size, each listed once at most. More bands cost more and take no more memory."""
+
+    listed: Callable[[Bands], Listed]
+    images: int
+    counts: Sequence[int]
+    most_flops: float
+    known: dict[Bands, tuple[int, int]] = field(default_factory=dict)
+
+    def look(self, bands: Bands) -> tuple[int, int]:
+        """Bytes of scratch memory and operations of a division; the latter are those of inner bands, a little too many."""
+        if bands not in self.known:
+            one = self.listed(bands)
+            flops = one.launches.flops + (bands.count * self.images - 1) * one.band_flops
+            self.known[bands] = one.launches.scratch_bytes, flops
+        return self.known[bands]
+
+    def first(self, level: int, counts: Sequence[int], wanted: Callable[[int, int], bool]) -> int:
+        """Index of the first of ``counts`` that is ``wanted``, as are all behind it; their number if none is."""
+        low, high = 0, len(counts)
+        while low < high:
+            middle = (low + high) // 2
+            if wanted(*self.look(Bands(level, counts[middle]))):
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    def worth(self, level: int) -> Sequence[int]:
+        """The counts whose cost is worth it."""
+        if self.counts and self.look(Bands(level, self.counts[-1]))[1] <= self.most_flops:
+            return self.counts
+        return self.counts[: self.first(level, self.counts, lambda _, flops: flops > self.most_flops)]
+
+    def cheapest(self, levels: int, limit: float) -> Bands | None:
+        """The division within ``limit`` that costs least."""
+        best: Bands | None = None
+        for level in range(levels):
+            counts = self.worth(level)
+            if counts and self.look(Bands(level, counts[-1]))[0] <= limit:
+                found = Bands(level, counts[self.first(level, counts, lambda need, _: need <= limit)])
+                if best is None or self.look(found)[1] < self.look(best)[1]:
+                    best = found
+        return best
+
+    def least(self, levels: int) -> int | None:
+        """The fewest bytes that a division worth its cost takes."""
+        ends = (Bands(level, counts[-1]) for level in range(levels) if (counts := self.worth(level)))
+        return min((self.look(end)[0] for end in ends), default=None)
+
+
+def choose_bands(
+    limit: int, levels: int, images: int, height: int, whole: Listed, listed: Callable[[Bands], Listed]
+) -> Choice:  # fmt: skip
+    """Choose the division that costs least and whose scratch memory fits.
+
+    Where none does that costs at most three times the operations of one piece, the one of these that takes least is chosen.
 
     Args:
         limit: bytes of scratch memory.
         levels: resamplings of the network.
-        height: rows of the image.
-        listed: lists the launches of a division with its largest band alone, or of the whole.
+        images: of the batch.
+        height: rows of an image.
+        whole: the launches of one piece.
+        listed: lists the launches of a division with its largest band alone.
     """
-    whole = listed(None)
-    if whole.launches.scratch_bytes <= limit:
-        return None
-    best: tuple[float, Bands] | None = None
-    smallest: tuple[int, Bands] | None = None
-    for level in range(levels):
-        for count in (count for count in _COUNTS if height // count >= _FEWEST_ROWS or count == 2):
-            bands = Bands(level, count)
-            one = listed(bands)
-            need = one.launches.scratch_bytes
-            if smallest is None or need < smallest[0]:
-                smallest = need, bands
-            if need <= limit:
-                cost = one.launches.flops + (count - 1) * one.band_flops
-                if best is None or cost < best[0]:
-                    best = cost, bands
-                break  # more bands cost more
-    assert smallest is not None
-    return best[1] if best is not None else smallest[1] if smallest[0] < whole.launches.scratch_bytes else None
+    scratch_bytes = whole.launches.scratch_bytes
+    if scratch_bytes <= limit:
+        return Choice(None, True)
+    counts = [count for count in _COUNTS if height // count >= _FEWEST_ROWS or count == 2]
+    search = _Search(listed, images, counts, _MOST_COST * whole.launches.flops)
+    found = search.cheapest(levels, limit)
+    if found is not None:
+        return Choice(found, True)
+    least = search.least(levels)
+    if least is None or least >= scratch_bytes:
+        return Choice(None, False)
+    return Choice(search.cheapest(levels, _NEARLY * least), False)
 
 
 def rows_of_levels(height: int, count: int, *, decodes: bool) -> list[int]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
@@ -13,12 +11,14 @@ import torch
 from torch import Tensor
 
 from qwen_vae_accel.kernels import compiling
-from qwen_vae_accel.kernels.bands import Bands, Listed, choose_bands
+from qwen_vae_accel.kernels.bands import Bands, Listed
 from qwen_vae_accel.kernels.compiling import Progress, Tasks
 from qwen_vae_accel.kernels.gpu import Gpu, describe_gpu
 from qwen_vae_accel.kernels.graphs import GraphCache
 from qwen_vae_accel.kernels.launches import LaunchList, Traffic
+from qwen_vae_accel.kernels.limits import Plan
 from qwen_vae_accel.kernels.network import network_of
+from qwen_vae_accel.kernels.planning import Listings
 from qwen_vae_accel.kernels.reasons import state_reasons
 from qwen_vae_accel.kernels.segments import OwnSegments
 from qwen_vae_accel.kernels.timing import launch_ms
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 # The choices of tiles and attention splits change between these.
 _COMPILED_LATENTS = ((8, 8), (32, 32), (64, 64), (96, 128), (166, 166), (240, 240))
-_LISTS = 64  # lists of launches kept, least recently used dropped first; one is a few kB of host memory
+# Where a call found no room: how much of what is free its next lists may take. Fragments may keep it from having all.
+_TRIES = (1.0, 0.5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +46,15 @@ class FusedConfig:
         graph_after: uses of an input shape, with the same scratch block, before it is captured.
         tuning: tile configurations.
         gpu: what to know of the GPU, None to ask it.
-        memory_limit: bytes of scratch memory of a call; what takes more runs in bands of rows (bands.py). None: no limit.
+        memory_limit: bytes of scratch memory of a call, or a share (a float between 0 and 1) of what is free when a size is
+            first seen; what takes more runs in bands of rows (bands.py). None: ``limits.SOFT_LIMIT``.
     """
 
     graphs: int = 8
     graph_after: int = 2
     tuning: Tuning = field(default_factory=Tuning)
     gpu: Gpu | None = None
-    memory_limit: int | None = None
+    memory_limit: int | float | None = None
 
 
 class KernelTime(NamedTuple):
@@ -125,11 +127,12 @@ class _FusedNetwork:
         self._weights: NetworkWeights = with_each(Tensor, segments.keep, weights)
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # other threads use them on other streams
-        self._lists: OrderedDict[tuple, LaunchList] = OrderedDict()
-        self._lock = threading.Lock()
         self._share = share
         use_graphs = self.config.graphs > 0 and self.device.type == "cuda" and share is None
         self._graphs = GraphCache(segments, self.config.graphs, self.config.graph_after) if use_graphs else None
+        self._listings = Listings(
+            type(self).__name__, self.description, dtype, self.device, self.config.memory_limit, use_graphs, self._as_configured
+        )
 
     @property
     def nbytes(self) -> int:
@@ -148,43 +151,34 @@ class _FusedNetwork:
     ) -> Listed:  # fmt: skip
         raise NotImplementedError
 
-    def _list(self, shape: tuple[int, ...], tuning: Tuning, layers: Sm90Layers | None) -> LaunchList:
-        """List the launches for inputs of ``shape``, in bands where the memory limit asks for them."""
+    def _builder(self, share: Share | None, tuning: Tuning, layers: Sm90Layers | None) -> LaunchBuilder:
         from qwen_vae_accel.kernels.builder import LaunchBuilder
 
-        latent_rows = shape[2] if self.description.decodes else shape[2] // self.description.scale
-        share = divides(self._share, latent_rows)
+        return LaunchBuilder(self.dtype, self._gpu, tuning, layers, share)
 
-        def listed(bands: Bands | None, *, sample: bool = True) -> Listed:
-            builder = LaunchBuilder(self.dtype, self._gpu, tuning, layers, share)
-            return self._listed(shape, builder, bands, sample=sample and bands is not None)
+    def _share_of(self, shape: tuple[int, ...]) -> Share | None:
+        return divides(self._share, shape[2] if self.description.decodes else shape[2] // self.description.scale)
 
-        limit, network = self.config.memory_limit, self.description
-        bands = None
-        if limit is not None:
-            rows = shape[2] * (network.scale if network.decodes else 1)
-            bands = choose_bands(limit, len(network.levels) - 1, rows, listed)
-        return listed(bands, sample=False).launches
+    def _as_configured(self, shape: tuple[int, ...], bands: Bands | None, sample: bool) -> Listed:
+        return self._listed(shape, self._builder(self._share_of(shape), self.config.tuning, self._sm90), bands, sample=sample)
 
     def launches(self, shape: tuple[int, ...]) -> LaunchList:
-        """The launches for inputs of ``shape``; listing them takes one or two milliseconds and no GPU work."""
-        with self._lock:
-            found = self._lists.pop(shape, None)
-            if found is None:
-                found = self._list(shape, self.config.tuning, self._sm90)
-            while len(self._lists) >= _LISTS:
-                self._lists.popitem(last=False)
-            self._lists[shape] = found
-        return found
+        """The launches for inputs of ``shape``.
+
+        Listing them takes no GPU work and a few milliseconds, a tenth of a second where a limit asks for bands.
+        """
+        return self._listings.get(shape).launches
+
+    def plan(self, shape: tuple[int, ...], rows: int = 0) -> Plan:
+        """What a call with an input ``[B, C, H, W]`` takes, and in how many bands it runs; ``rows`` as for a call."""
+        return self._listings.get(tuple(shape), rows).plan
 
     def predicted_ms(self, shape: tuple[int, ...], alone_ms: float) -> float:
         """An estimate of a call for inputs of ``shape`` by several processes, from what one GPU takes alone.
 
         The operations of this process as a part of all, plus the exchanges (constants in share.py).
         """
-        from qwen_vae_accel.kernels.builder import LaunchBuilder
-
-        alone = self._listed(shape, LaunchBuilder(self.dtype, self._gpu, self.config.tuning, self._sm90)).launches
+        alone = self._listed(shape, self._builder(None, self.config.tuning, self._sm90)).launches
         mine = self.launches(shape)
         return alone_ms * mine.flops / alone.flops + exchange_ms(mine.exchanged)
 
@@ -196,36 +190,66 @@ class _FusedNetwork:
         """
         if self._sm90 is not None and not tuning.sm90:
             raise ValueError("this network was made with Tuning(sm90=True): its weights are not where Triton's kernels read")
-        return self._list(shape, tuning, self._sm90_layers(tuning))
+        layers = self._sm90_layers(tuning)
 
-    def __call__(self, image: Tensor) -> Tensor:
+        def listed(shape: tuple[int, ...], bands: Bands | None, sample: bool) -> Listed:
+            return self._listed(shape, self._builder(self._share_of(shape), tuning, layers), bands, sample=sample)
+
+        return self._listings.make(shape, self._listings.limit(shape), listed).launches
+
+    def __call__(self, image: Tensor, rows: int = 0) -> Tensor:
         """Run the network on the current stream, from a graph where this shape is used often.
+
+        Where there is no room for the scratch memory, the size is listed again in bands that fit into what is free.
 
         Args:
             image: ``[B, C, H, W]`` in the network's dtype, on its device.
+            rows: of the image; where it is not 0, take no more scratch memory than an image of so many rows in one piece.
 
         Returns:
             A fresh tensor in the same dtype.
 
         Raises:
             ValueError: another dtype or other channels, or an image so small that nothing would be left of it.
+            torch.OutOfMemoryError: there is no room, in whatever bands.
         """
         channels = self.description.in_channels
         if image.dim() != 4 or image.shape[1] != channels or image.dtype != self.dtype:
             raise ValueError(
                 f"{type(self).__name__}: expected {self.dtype} [B, {channels}, H, W], got {image.dtype} {list(image.shape)}"
             )
-        launches = self.launches(tuple(image.shape))
-        if min(launches.output_shape) < 1:
-            raise ValueError(f"{type(self).__name__}: input {list(image.shape)} is too small")
-        if self._graphs is None or torch.cuda.is_current_stream_capturing():
-            return self.run_plain(image)
+        shape = tuple(image.shape)
+        listing = self._listings.get(shape, rows)
+        if min(listing.launches.output_shape) < 1:
+            raise ValueError(f"{type(self).__name__}: input {list(shape)} is too small")
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return self.run_plain(image, rows)
+        for share in _TRIES:
+            output = self._unless_no_room(listing.launches, image)
+            if isinstance(output, Tensor):
+                return output
+            if not self._listings.shrink(shape, rows, listing, share):
+                raise output
+            listing = self._listings.get(shape, rows)
+        return self._run(listing.launches, image)
+
+    def _unless_no_room(self, launches: LaunchList, image: Tensor) -> Tensor | torch.OutOfMemoryError:
+        try:
+            return self._run(launches, image)
+        except torch.OutOfMemoryError as error:
+            return error.with_traceback(None)  # with its frames go their tensors
+
+    def _run(self, launches: LaunchList, image: Tensor) -> Tensor:
+        if self._graphs is None:
+            return self._run_plain(launches, image)
         with torch.cuda.device(self.device):
             return self._graphs.run(launches, image)
 
-    def run_plain(self, image: Tensor) -> Tensor:
-        """The same as a call, without graphs: scratch and output come from torch's allocator on the current stream."""
-        launches = self.launches(tuple(image.shape))
+    def run_plain(self, image: Tensor, rows: int = 0) -> Tensor:
+        """The same as a call, without graphs or a second try: memory comes from torch's allocator on the current stream."""
+        return self._run_plain(self._listings.get(tuple(image.shape), rows).launches, image)
+
+    def _run_plain(self, launches: LaunchList, image: Tensor) -> Tensor:
         memory = launches.memory(image)
         with torch.cuda.device(self.device if self.device.type == "cuda" else -1):
             launches.run(memory)

@@ -5,7 +5,7 @@ megabytes, is taken from torch's allocator at each call and given back after it,
 the same block for the same request as a rule: then the graph of that block is replayed, else kernels are launched plainly.
 So nothing large stays allocated between calls. Results are copied out, so the caller owns what it gets. Calls are ordered
 by an event: a second stream waits on the GPU; a second thread waits on the host only while a graph is captured. Graphs are
-kept by input shape and scratch address, the least recently used dropped first.
+kept by input shape and scratch block, the least recently used dropped first.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class GraphCache:
     def run(self, launches: LaunchList, image: Tensor) -> Tensor:
         """Replay, or launch plainly and perhaps capture, for ``image`` on the current stream."""
         scratch = torch.empty(launches.scratch_bytes, dtype=torch.uint8, device=image.device)
-        key = (*image.shape, scratch.data_ptr())
+        key = (*image.shape, launches.scratch_bytes, scratch.data_ptr())  # one shape may run in other bands at other times
         with self._lock:
             entry = self._entries.get(key)
             if entry is not None:

@@ -82,12 +82,13 @@ class Arena:
 
     def place(self) -> tuple[tuple[int, ...], int]:
         """Find a place for every slot: byte offsets by slot index, and the bytes needed in all."""
+        beside, nearly_beside = self._together(self.begins), self._together(self.before)
         offsets: dict[int, int] = {}
         total = 0
         for slot in sorted(self.slots, key=lambda s: (-s.nbytes, s.index)):
             size = aligned(slot.nbytes)
-            offset = _gap(self._taken(offsets, slot, self.begins), size)
-            nearly = self._taken(offsets, slot, self.before)
+            offset = _gap(self._taken(offsets, beside[slot.index]), size)
+            nearly = self._taken(offsets, nearly_beside[slot.index])
             if any(low < offset + size and offset < high and (low, high) != (offset, offset + size) for low, high in nearly):
                 elsewhere = _gap(nearly, size)
                 if elsewhere + size <= total:
@@ -96,13 +97,21 @@ class Arena:
             total = max(total, offset + size)
         return tuple(offsets[i] for i in range(len(self.slots))), total
 
-    def _taken(self, offsets: dict[int, int], slot: Slot, begins: Sequence[int]) -> list[tuple[int, int]]:
-        """Where the placed slots lie that live together with ``slot``, if lives begin at ``begins``."""
-        return sorted(
-            (offset, offset + aligned(self.slots[i].nbytes))
-            for i, offset in offsets.items()
-            if begins[i] < self.ends[slot.index] and begins[slot.index] < self.ends[i]
-        )
+    def _together(self, begins: Sequence[int]) -> list[list[int]]:
+        """For every slot the others that live at some time of its life, if lives begin at ``begins``, which ascend."""
+        found: list[list[int]] = [[] for _ in self.slots]
+        alive: list[int] = []
+        for index, begin in enumerate(begins):
+            alive = [other for other in alive if begin < self.ends[other]]
+            for other in alive:
+                found[index].append(other)
+                found[other].append(index)
+            alive.append(index)
+        return found
+
+    def _taken(self, offsets: dict[int, int], beside: Sequence[int]) -> list[tuple[int, int]]:
+        """Where those of the slots ``beside`` lie that have a place."""
+        return sorted((offsets[i], offsets[i] + aligned(self.slots[i].nbytes)) for i in beside if i in offsets)
 
 
 def _gap(taken: Sequence[tuple[int, int]], size: int) -> int:

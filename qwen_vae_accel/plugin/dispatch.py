@@ -41,7 +41,8 @@ class Request:
     """One call, as far as it decides who serves it.
 
     ``dtype`` is that of the output, which the job may compute in another; ``generation`` is that of the weights at the call;
-    ``tile_pixels`` is 0 where the image is computed in one piece. With a ``reason`` it is diffusers' own to serve.
+    ``tile_pixels`` is the height of diffusers' tiles, 0 where they are not asked for. With a ``reason`` it is diffusers' own
+    to serve.
     """
 
     job: Job
@@ -54,11 +55,16 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """The output of one request, who computed it, and why nobody did who was to come before."""
+    """The output of one request, who computed it, and why nobody did who was to come before.
+
+    ``bands``: of rows in which it was computed, 1 for one piece; ``banded`` says why.
+    """
 
     output: Tensor
     backend: str
     reasons: tuple[str, ...] = ()
+    bands: int = 1
+    banded: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +78,7 @@ class _Route:
     is_last: bool
 
     def run(self, x: Tensor, tile_pixels: int) -> Tensor:
-        """The program's output, in bands of about ``tile_pixels`` image rows unless that is 0."""
+        """The program's output, in bands unless ``tile_pixels`` is 0: see :attr:`DirectBackend.can_tile`."""
         program: Any = self.program
         output: Tensor = program.tiled(x, tile_pixels) if tile_pixels else program(x)
         return output
@@ -248,7 +254,8 @@ class Dispatcher:
             else:
                 spent.append(route.backend.name)
         reasons += [*route.refused, *(f"{name}: out of memory at {request.size}" for name in spent)]
-        return Served(output, route.backend.name, tuple(dict.fromkeys(reasons)))
+        bands, banded = route.backend.bands(route.program, x.shape, request.tile_pixels)
+        return Served(output, route.backend.name, tuple(dict.fromkeys(reasons)), bands, banded)
 
     def _run_engine(self, backend: EngineBackend, request: Request, x: Tensor, reasons: list[str]) -> Tensor | None:
         """The engine's output; None, with the reason added to ``reasons``, where no engine of ``backend`` serves."""

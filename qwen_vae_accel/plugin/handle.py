@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qwen_vae_accel.config import AccelConfig
 from qwen_vae_accel.errors import HandleError, InvalidInputError
-from qwen_vae_accel.journal import ORIGINAL, Journal, Report
+from qwen_vae_accel.journal import ORIGINAL, Banded, Journal, Report
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.model.custom import custom_method
 from qwen_vae_accel.model.offload import Placement, run_pre_forward
@@ -289,6 +289,8 @@ class Handle:
             return None
         for part in served:
             self._journal.served(job.method, part.backend, "; ".join(part.reasons))
+            if part.bands > 1:
+                self._journal.banded(Banded(job.method, str(request.size), part.backend, part.bands, part.banded))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     def _run_original(self, method: str, x: Tensor, return_dict: bool) -> Any:

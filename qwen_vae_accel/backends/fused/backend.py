@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from qwen_vae_accel.backends.base import DirectBackend, Environment, Job
+from qwen_vae_accel.backends.base import DirectBackend, Environment, Job, Program
 from qwen_vae_accel.backends.fused.calibration import calibrated_peaks, measured_peaks
 from qwen_vae_accel.errors import BackendUnavailableError
 from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder, device_reasons, network_reasons
-from qwen_vae_accel.kernels.float8 import input_scales
+from qwen_vae_accel.kernels.float8 import block_layers, calibrated_layers, input_scales
 from qwen_vae_accel.kernels.gpu import describe_gpu, runs_sm90
+from qwen_vae_accel.kernels.limits import Plan, limit_bytes
 from qwen_vae_accel.kernels.network import describe
 from qwen_vae_accel.kernels.tuning.selection import Tuning
 from qwen_vae_accel.kernels.tuning.stored import Machine, read_tuned
 from qwen_vae_accel.model import ModelSource
 from qwen_vae_accel.progress import progress_bar
+from qwen_vae_accel.sizes import Size
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +52,16 @@ class FusedProgram:
     def __call__(self, x: Tensor, profile: int = 0) -> Tensor:
         return self.network(x.contiguous())
 
+    def tiled(self, x: Tensor, rows: int) -> Tensor:
+        """Run ``x [B, C, H, W]`` in bands that take no more than ``rows`` image rows in one piece; the result is the same."""
+        return self.network(x.contiguous(), rows)
+
 
 class FusedBackend(DirectBackend):
     """Triton kernels on NVIDIA GPUs of compute capability 8.0 and later."""
 
     name: ClassVar[str] = "fused"
+    can_tile: ClassVar[bool] = True
 
     def reasons(self, environment: Environment, job: Job) -> list[str]:
         """Why the kernels cannot do ``job``: the GPU, the dtype, and every layer of its network that has no kernel."""
@@ -76,10 +85,28 @@ class FusedBackend(DirectBackend):
         kind = FusedEncoder if job.method == "encode" else FusedDecoder
         state = source.state(job.method)
         float8 = self._float8_scales(source, job, state) if job.float8 else {}
-        config = FusedConfig(tuning=_tuning(source.folder, job.device))
+        config = FusedConfig(tuning=_tuning(source.folder, job.device), memory_limit=job.memory_limit)
         network = kind(state, dtype=job.dtype, device=job.device, config=config, float8=float8, share=job.share)
         self._compile(network, job)
         return FusedProgram(network)
+
+    def plan(self, job: Job, size: Size) -> Plan:
+        """What a call takes on the GPU of ``job``, with the limit as it is now."""
+        network, meta = describe(job.topology, job.method), torch.device("meta")
+        state = {name: torch.empty(shape, dtype=job.dtype, device=meta) for name, shape in network.parameters().items()}
+        scales = dict.fromkeys([*block_layers(network), *calibrated_layers(network)], 1.0) if job.float8 else {}
+        limit = None if job.memory_limit is None else limit_bytes(job.memory_limit, job.device)
+        config = FusedConfig(gpu=describe_gpu(job.device), memory_limit=limit)
+        kind = FusedEncoder if job.method == "encode" else FusedDecoder
+        shape = (1, job.in_channels, *job.input_hw(size))
+        plan = kind(state, dtype=job.dtype, device=meta, config=config, float8=scales).plan(shape)
+        return replace(plan, held_bytes=math.prod(shape) * job.dtype.itemsize + plan.output_bytes)  # a graph's, on a GPU
+
+    def bands(self, program: Program, shape: Sequence[int], rows: int) -> tuple[int, str]:
+        """What the program has planned for inputs of ``shape``."""
+        assert isinstance(program, FusedProgram)
+        plan = program.network.plan(tuple(shape), rows)
+        return plan.bands, plan.reason
 
     def _compile(self, network: FusedDecoder | FusedEncoder, job: Job) -> None:
         """Compile ahead; what Triton or NVRTC cannot do here is a reason for the next backend, not the end of a request."""
