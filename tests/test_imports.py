@@ -13,9 +13,9 @@ from tests.helpers import ROOT
 PACKAGE = "qwen_vae_accel"
 # From below: each may import those before it. "" is the package's own __init__, its public names.
 ORDER = (
-    "errors", "visits", "terminal", "accuracy", "files", "caches", "documents", "progress", "share", "sizes", "plan", "config",
-    "model",
-    "checkpoints", "loading", "journal", "kernels", "backends", "engines", "plugin", "", "page", "demo", "bench", "cli",
+    "errors", "visits", "terminal", "accuracy", "owners", "files", "caches", "documents", "progress", "share", "sizes",
+    "plan", "config", "model", "checkpoints", "loading", "journal", "kernels", "backends", "engines", "plugin", "", "page",
+    "demo", "bench", "cli",
 )  # fmt: skip
 
 
