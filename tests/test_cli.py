@@ -18,6 +18,7 @@ from qwen_vae_accel.backends.base import Environment
 from qwen_vae_accel.engines.manifest import NAME
 from qwen_vae_accel.engines.store import EngineStore
 from qwen_vae_accel.errors import UnsupportedVAEError
+from qwen_vae_accel.kernels.gpu import Gpu
 from qwen_vae_accel.loading import load_vae, random_vae, stored_dtype, vae_folder
 from tests.conftest import MICRO, SIZES
 from tests.helpers import CPU, ROOT, TINY_VAE, FakeBackend
@@ -259,6 +260,33 @@ def test_config_prints_the_plan(cli: Cli, fake: FakeBackend) -> None:
     assert document["dtypes"] == {"encode": computed, "decode": computed}
     assert [backend["name"] for backend in document["backends"]] == ["tensorrt", "eager"]
     assert "1664x928" in cli("config").stdout
+
+
+def test_config_plans_a_size(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the published network on a GPU that this machine need not have."""
+    reasons = "qwen_vae_accel.backends.fused.backend.device_reasons"
+    monkeypatch.setattr(reasons, lambda *facts, float8: [])
+    monkeypatch.setattr("qwen_vae_accel.backends.fused.backend.runs_sm90", lambda capability: False)
+    monkeypatch.setattr("qwen_vae_accel.backends.fused.backend.describe_gpu", lambda device: Gpu(132, 232448, True))
+    limit = ("--memory-limit", "700MiB", "--dtype", "float16")
+    document = cli("config", "--task", "i2i", "--size", "2052x2048", *limit, "--json").document
+    assert document["config"]["memory_limit"] == 700 * 2**20 and document["size"]["size"] == "2048x2048"
+    calls = {call["method"]: call for call in document["size"]["calls"]}
+    itemsize = Environment.detect(CPU).arithmetic(torch.float16).itemsize
+    for method, values in (("decode", 3 * 2048 * 2048), ("encode", 32 * 256 * 256)):
+        assert calls[method]["backend"] == "fused" and calls[method]["engine"] is None
+        memory = calls[method]["memory"]
+        assert memory["bands"] > 1 and memory["fits"] and memory["scratch_bytes"] <= memory["limit_bytes"] == 700 * 2**20
+        assert memory["output_bytes"] == values * itemsize and 1 < memory["cost"] < 2
+        assert memory["peak_bytes"] == memory["scratch_bytes"] + memory["output_bytes"] + memory["held_bytes"]
+        assert memory["held_bytes"] > memory["output_bytes"]
+    text = cli("config", "--size", "2048x2048", "--memory-limit", "1MiB").stdout
+    assert "one image of 2048x2048" in text and "decode takes more than the limit, 1 MiB" in text and "x one piece" in text
+    monkeypatch.setattr(reasons, lambda *facts, float8: ["no GPU"])
+    (call,) = cli("config", "--size", "1_1", "--json").document["size"]["calls"]
+    assert (call["backend"], call["memory"], call["refused"]) == ("eager", None, {"fused": ["no GPU"]})
+    assert "not planned" in cli("config", "--size", "1_1").stdout
+    assert cli("config", "--size", "large").code == 2
 
 
 # Errors

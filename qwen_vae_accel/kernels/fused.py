@@ -111,6 +111,8 @@ class _FusedNetwork:
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.config = config or FusedConfig()
+        if self.config.gpu is None and self.device.type != "cuda":
+            raise ValueError(f"{type(self).__name__} needs a CUDA device, not {self.device}")
         self._gpu = self.config.gpu or describe_gpu(self.device)
         reasons = state_reasons(state, sm90=self._gpu.sm90 and self.config.tuning.sm90)
         if reasons:

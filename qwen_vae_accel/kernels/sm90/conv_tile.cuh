@@ -92,6 +92,7 @@ static_assert(SMEM_BYTES <= 232448, "shared memory of one block");
 static_assert(SMEM_BYTES == SHARED_BYTES, "Variant.shared_bytes() in schedules.py must agree");
 static_assert(NB % 16 == 0 && CIN % 16 == 0 && SHORTCUT % KC == 0 && KC % DEPTH == 0, "shapes");
 static_assert(!(A8 && SHORTCUT) && !(A8 && MODE == DOWNSAMPLE), "no float8 for these");
+static_assert(RESIDENT || STAGGER / taps_of(0) < A_STAGES, "the warpgroup ahead must reach its signal with what the rings hold");
 static_assert(STAGGER < B_STAGES && !(RESIDUAL && RESIDENT && MODE == UPSAMPLE), "schedule");
 
 struct Args {

@@ -50,7 +50,7 @@ class Sm90Layers:
         """
 
         def host(conv: ConvWeights) -> ConvWeights:
-            taken = self.takes(conv, Kind.UP if conv.taps == 16 else Kind.CONV)
+            taken = self.takes(conv, {16: Kind.UP, 1: Kind.PROJ}.get(conv.taps, Kind.CONV))
             return replace(conv, weight=conv.weight.cpu()) if taken else conv
 
         return with_each(ConvWeights, host, weights)
