@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-from types import SimpleNamespace
-
-=======
 import numpy as np
->>>>>>> memory
 import pytest
 import torch
 import torch.nn.functional as F
 import triton.language as tl
 from triton.runtime import interpreter
 
-<<<<<<< HEAD
-from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder, bands, planning
-from qwen_vae_accel.kernels.bands import Bands, Choice, choose_bands, decoder_rows, encoder_rows, rows_of_levels
-from qwen_vae_accel.kernels.gpu import Gpu
-from qwen_vae_accel.kernels.limits import SOFT_LIMIT, mib
-from tests.kernels.test_network import meta
-
-H100 = Gpu(132, 232448, True, True)
-MIB = 2**20
-=======
 from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder, bands
 from qwen_vae_accel.kernels.bands import Bands, decoder_rows, encoder_rows, rows_of_levels
 from tests.kernels.cases import SMALL_TUNING, TMA, image_state, random_vae
 from tests.kernels.test_network import NARROW_21, StandInLayers, describe, interpreted, random_state
->>>>>>> memory
 
 # ---- rows, against networks of one column and one channel -------------------------------------------------------------
 
@@ -73,7 +57,7 @@ def test_a_band_of_a_decoder_takes_the_rows_that_it_sees_and_hardly_more(height,
     for level in range(len(blocks) - 1):
         reach = [reached(decoded, heights[index], index, blocks) for index in range(level, len(blocks) - 1)]
         for count in (2, 3, 4, 7):
-            for rows in Bands(level, count).of(heights[-1]):
+            for rows in Bands(level, count).of(range(heights[-1])):
                 taken = decoder_rows(rows, level, heights, blocks)
                 assert len(taken) == len(reach)
                 for part, by_row in zip(taken, reach, strict=True):
@@ -89,7 +73,7 @@ def test_a_band_of_an_encoder_takes_the_rows_that_it_sees_and_begins_where_all_h
         by_row = reached(encoded, height, level, blocks)
         step = 2 ** (level + 1)
         for count in (2, 3, 4):
-            for rows in Bands(level, count).of(heights[level + 1]):
+            for rows in Bands(level, count).of(range(heights[level + 1])):
                 taken = encoder_rows(rows, level, heights, blocks)
                 seen = {row for row, outputs in enumerate(by_row) if not outputs.isdisjoint(rows)}
                 assert seen <= set(taken) and taken.start % step == 0 and (taken.stop % step == 0 or taken.stop == height)
@@ -99,7 +83,7 @@ def test_a_band_of_an_encoder_takes_the_rows_that_it_sees_and_begins_where_all_h
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 64])
 @pytest.mark.parametrize("rows", [1, 5, 64, 1040])
 def test_bands_are_all_rows_once(count, rows):
-    parts = list(Bands(0, count).of(rows))
+    parts = list(Bands(0, count).of(range(rows)))
     assert [row for part in parts for row in part] == list(range(rows)) and all(parts)
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
