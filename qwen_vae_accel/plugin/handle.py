@@ -139,12 +139,16 @@ class Handle:
             del self._replacements[0]
         self._patch.remove(self.accelerated, PATCHED, self._before)
         self._callers.wait()
-        self._dispatcher.forget()
         with self._one_original:
             self._unpark()
+        self.release()
+        self._restored = True
+
+    def release(self) -> None:
+        """Give back the memory of networks and engines; the next call makes or loads them again."""
+        self._dispatcher.forget()
         if self._dispatcher.runtime is not None:
             self._dispatcher.runtime.release()
-        self._restored = True
 
     def report(self) -> Report:
         """Tell what happened since :func:`accelerate`: a table when printed with rich, values through ``.as_dict()``."""

@@ -25,6 +25,7 @@ from qwen_vae_accel.plugin.conventions import convention_of, signatures
 from qwen_vae_accel.plugin.handle import Handle
 from qwen_vae_accel.plugin.patch import Patch
 from qwen_vae_accel.plugin.plain import not_plain
+from qwen_vae_accel.visits import is_held_here
 
 HOST = "host"
 _forward = attrgetter("forward")
@@ -181,6 +182,10 @@ class HostedHandle(Handle):
 
     def serve_module(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What ``method`` of the module returns, computed here where that is known to be the same."""
+        if is_held_here(
+            self._one_original
+        ):  # what the module does itself, it does itself throughout: its tiles are not clamped
+            return self._original[method](*args, **kwargs)
         call = self._convention.arguments(self._signatures[method], args, kwargs)
         reason = call if isinstance(call, str) else not_plain(call[0]) or self._reason(method, *call)
         if reason:
