@@ -86,10 +86,14 @@ class Program(nn.Module):
         )
         self.calls: list[str] = []
 
+    def cast(self, weight: Tensor, x: Tensor) -> Tensor:
+        """The weight that a layer computes with for an input."""
+        return weight
+
     def run(self, method: str, x: Tensor) -> Tensor:
         networks, names = self.__dict__["networks"]
         self.calls.append(method)
-        weights = {name: self.get_parameter(there) for name, there in names.items()}
+        weights = {name: self.cast(self.get_parameter(there), x) for name, there in names.items()}
         frames = [functional_call(networks, weights, (method, frame)) for frame in x.split(1, dim=2)]
         return torch.cat(frames, dim=2)
 

@@ -164,6 +164,34 @@ def test_arguments_that_ask_for_something_else_are_the_modules_own(narrow):
     assert calls(handles[1]) == {"host": 1}, "and so are its tiles, which are not clamped before they are blended"
 
 
+class Casting(ComfyVAE):
+    """Brings weights to the device and into the dtype of the input as its layers run, as ComfyUI's can."""
+
+    def cast(self, weight: Tensor, x: Tensor) -> Tensor:
+        return weight.to(x)
+
+
+def test_an_input_of_another_dtype_is_the_modules_own(narrow):
+    module = Casting(narrow).to(torch.bfloat16)
+    z = randn(1, 4, 1, 2, 2)
+    theirs = module.decode(z)
+    handle = accelerate(module)
+    assert torch.equal(module.decode(z), theirs), "in float32, not in bfloat16"
+    assert calls(handle) == {"host": 1} and "its input is float32, and its weights are bfloat16" in reasons(handle)
+
+
+@pytest.mark.gpu
+def test_weights_that_rest_on_the_cpu_are_copied_to_where_the_input_is(narrow):
+    module, z = Casting(narrow), randn(1, 4, 1, 4, 4)
+    reference = Reference(narrow, "decode", z)
+    handle = accelerate(module)
+    for device in ("cuda", "cpu", "cuda"):
+        output = module.decode(z.to(device))
+        assert output.device.type == device
+        reference.check(output.cpu())
+    assert "host" not in calls(handle) and all(p.device.type == "cpu" for p in module.parameters())
+
+
 def test_errors_are_the_modules_own(narrow):
     module = ComfyVAE(narrow)
     accelerate(module)

