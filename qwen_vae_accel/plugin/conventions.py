@@ -26,7 +26,7 @@ class Scale:
     inverse: Any
 
     def like(self, x: Tensor) -> Scale:
-        """The same for tensors ``[B, z_dim, T, h, w]`` of the dtype and device of ``x``."""
+        """Make the same for tensors ``[B, z_dim, T, h, w]`` of the dtype and device of ``x``."""
         return Scale(*(v.to(x).view(1, -1, 1, 1, 1) if isinstance(v, Tensor) else v for v in (self.mean, self.inverse)))
 
 
@@ -69,7 +69,7 @@ class Convention:
         return x, dict(rest)
 
     def taken(self, method: str, module: nn.Module, x: Tensor, named: Mapping[str, Any]) -> Tensor:
-        """What the module is called with, as diffusers' VAE takes it: ``[B, C, T, H, W]``, latents not normalised."""
+        """Turn what the module is called with into what diffusers' VAE takes: ``[B, C, T, H, W]``, latents not normalised."""
         x = x if self.frames else x.unsqueeze(2)
         scale = self._scale(module, named)
         if method == "encode" or scale is None:
@@ -78,7 +78,7 @@ class Convention:
         return x / scale.inverse + scale.mean
 
     def given(self, method: str, module: nn.Module, y: Tensor, named: Mapping[str, Any]) -> Tensor:
-        """What the module gives back for moments ``[B, 2 * z_dim, h, w]`` or images ``[B, C, H, W]``."""
+        """Make what the module gives back from moments ``[B, 2 * z_dim, h, w]`` or images ``[B, C, H, W]``."""
         y = y.unsqueeze(2)
         if method == "encode":
             y = y.chunk(2, dim=1)[0]

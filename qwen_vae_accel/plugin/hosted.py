@@ -188,10 +188,8 @@ class HostedHandle(Handle):
         return self.module
 
     def serve_module(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What ``method`` of the module returns, computed here where that is known to be the same."""
-        if is_held_here(
-            self._one_original
-        ):  # what the module does itself, it does itself throughout: its tiles are not clamped
+        """Return what ``method`` of the module does, computed here where that is known to be the same."""
+        if is_held_here(self._one_original):  # inside a call that is the module's own: its tiles must not be clamped
             return self._original[method](*args, **kwargs)
         call = self._convention.arguments(self._signatures[method], args, kwargs)
         reason = call if isinstance(call, str) else not_plain(call[0]) or self._reason(method, *call)
@@ -250,7 +248,9 @@ class HostedHandle(Handle):
         values = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
         sample = (values if method == "decode" else values.tanh()).to(x.device, placement.dtype)
         sample = sample[None, :, None] if self._convention.frames else sample[None]
+        self._unpark()
         theirs = self._original[method](sample, **named)
+        self._park()
         image = self._convention.taken(method, self.module, sample, named)[:, :, 0].float()
         network = self._source.model(method, torch.float32, placement.device)
         exact = self._convention.given(method, self.module, network(image), named)
