@@ -12,7 +12,7 @@ DEMO_OUTPUT ?= demo_output
 BENCH_OUTPUT ?= benchmarks/results
 
 .DEFAULT_GOAL := help
-.PHONY: help setup browser demo test lint format test-gpu sanitize soak test-numerics test-matrix bench clean
+.PHONY: help setup browser demo test lint format test-gpu sanitize soak test-numerics test-matrix test-hosts bench clean
 
 help:
 	@echo "make demo      build engines for the shipped tiny VAE, reload them in a new process, run a photo and a pipeline"
@@ -25,6 +25,7 @@ help:
 	@echo "make sanitize  a small decode and encode under compute-sanitizer (memcheck, racecheck); needs a CUDA GPU"
 	@echo "make test-numerics  the numeric tests with fewer vector instructions and with two threads, as on other machines"
 	@echo "make test-matrix  the pipeline tests against three diffusers releases, each in an environment of its own"
+	@echo "make test-hosts  other programs' own modules: DiffSynth's, and with COMFYUI=/path/to/ComfyUI that program's engine"
 	@echo "make bench     benchmark a full-size VAE with random weights; writes JSON, Markdown and PNG"
 	@echo "make clean     remove the virtual environment, caches and demo output"
 
@@ -74,9 +75,20 @@ test-numerics: $(STAMP)
 test-matrix: $(STAMP)
 	$(BIN)/python tests/pipelines/matrix.py $(MATRIX_ARGS)
 
+# ComfyUI is on no package index: COMFYUI names a checkout. Without their dependencies, which would bring another torch.
+COMFYUI ?=
+HOSTS := .venv-hosts
+HOSTS_NEED := einops torchsde scipy psutil pyyaml sentencepiece aiohttp yarl av alembic SQLAlchemy 'pydantic~=2.0' 'pydantic-settings~=2.0'
+test-hosts:
+	test -x $(HOSTS)/bin/python || $(PYTHON) -m venv $(HOSTS)
+	$(HOSTS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-dev.txt -e '.[pipelines]' \
+		pytest pytest-timeout hypothesis $(HOSTS_NEED)
+	$(HOSTS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps diffsynth==2.1.12
+	COMFYUI=$(COMFYUI) $(HOSTS)/bin/python -m pytest tests/comfyui tests/test_diffsynth.py
+
 bench: $(STAMP)
 	$(BIN)/qwen-vae-accel bench --output $(BENCH_OUTPUT)
 
 clean:
-	rm -rf $(VENV) .venv-matrix $(DEMO_OUTPUT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .venv-matrix .venv-hosts $(DEMO_OUTPUT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find qwen_vae_accel tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

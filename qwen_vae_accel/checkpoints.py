@@ -79,6 +79,21 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
         raise UnsupportedVAEError(str(file), [reason]) from error
 
 
+def knows_names(names: Iterable[str]) -> bool:
+    """Whether ``names`` are those of the weights of one of the family."""
+    return not {naming.mark for naming in _NAMINGS}.isdisjoint(names)
+
+
+def diffusers_names(weights: Mapping[str, Tensor], what: str) -> dict[str, str]:
+    """The names of ``weights`` by those that diffusers has for them.
+
+    Raises:
+        UnsupportedVAEError: see :func:`vae_from_weights`, which takes the same arguments.
+    """
+    names = {id(value): name for name, value in weights.items()}
+    return {name: names[id(value)] for name, value in _renamed(weights, _naming_of(weights, what), what).items()}
+
+
 def vae_from_weights(weights: Mapping[str, Tensor], what: str) -> nn.Module:
     """A VAE of diffusers over ``weights``, whose memory it shares; ready for inference.
 
@@ -92,15 +107,13 @@ def vae_from_weights(weights: Mapping[str, Tensor], what: str) -> nn.Module:
     """
     import diffusers
 
-    naming = next((naming for naming in _NAMINGS if naming.mark in weights), None)
-    if naming is None:
-        raise UnsupportedVAEError(what, [f"its weights have other names than a VAE of the family: {_first(weights)}"])
+    naming = _naming_of(weights, what)
     cls: Any = getattr(diffusers, naming.cls, None)
     if cls is None:
         raise UnsupportedVAEError(what, [f"diffusers {diffusers.__version__} has no {naming.cls}: install a newer release"])
     if strange := sorted({str(value.dtype).removeprefix("torch.") for value in weights.values() if value.dtype not in DTYPES}):
         raise UnsupportedVAEError(what, [f"it holds {', '.join(strange)}, none of float32, bfloat16 and float16"])
-    state = _converted(weights, what) if naming.converted else dict(weights)
+    state = _renamed(weights, naming, what)
     vae = _made(
         lambda: cls(**{name: state[weight].shape[axis] for name, (weight, axis) in naming.shapes.items()}), naming, what
     )
@@ -123,7 +136,16 @@ def vae_from_weights(weights: Mapping[str, Tensor], what: str) -> nn.Module:
     return vae.eval().requires_grad_(False)
 
 
-def _converted(weights: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+def _naming_of(weights: Mapping[str, Tensor], what: str) -> _Naming:
+    for naming in _NAMINGS:
+        if naming.mark in weights:
+            return naming
+    raise UnsupportedVAEError(what, [f"its weights have other names than a VAE of the family: {_first(weights)}"])
+
+
+def _renamed(weights: Mapping[str, Tensor], naming: _Naming, what: str) -> dict[str, Tensor]:
+    if not naming.converted:
+        return dict(weights)
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
     try:

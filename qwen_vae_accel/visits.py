@@ -92,6 +92,11 @@ def fork_safe_lock() -> threading.RLock:
     return lock
 
 
+def is_held_here(lock: Any) -> bool:
+    """Whether the current thread holds ``lock``, one of :func:`fork_safe_lock`."""
+    return bool(lock._is_owned())
+
+
 _visits: Living[Visits] = Living()
 _locks: Living[Any] = Living()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import re
 from typing import Any
 
 import diffusers
@@ -11,54 +10,18 @@ import pytest
 import torch
 from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from qwen_vae_accel import accelerate
 from qwen_vae_accel.checkpoints import vae_from_weights
 from qwen_vae_accel.errors import UnsupportedVAEError
 from qwen_vae_accel.loading import load_vae
 from qwen_vae_accel.model import ModelSource
-from tests.helpers import CPU, Reference, decoded, moments, photo, picture, randn, spread_gammas
+from tests.helpers import CPU, Reference, decoded, moments, photo, picture, randn
+from tests.programs import original, small
 
 pytest_plugins = ["tests.fixtures_cli"]
 pytestmark = pytest.mark.usefixtures("no_grad")
-
-# From diffusers' names to the original ones, the inverse of what diffusers' conversion does, one after another.
-_RENAMED = (
-    (r"^quant_conv", "conv1"),
-    (r"^post_quant_conv", "conv2"),
-    (r"coder\.conv_in", "coder.conv1"),
-    (r"mid_block\.attentions\.0", "middle.1"),
-    (r"mid_block\.resnets\.(\d)", lambda m: f"middle.{2 * int(m[1])}"),
-    (r"norm_out", "head.0"),
-    (r"conv_out", "head.2"),
-    (r"down_blocks", "downsamples"),
-    (r"up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"upsamples.{4 * int(m[1]) + int(m[2])}"),
-    (r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"upsamples.{4 * int(m[1]) + 3}"),
-    (r"conv_shortcut", "shortcut"),
-    (r"(middle|samples)\.(\d+)\.norm1", r"\1.\2.residual.0"),
-    (r"(middle|samples)\.(\d+)\.conv1", r"\1.\2.residual.2"),
-    (r"(middle|samples)\.(\d+)\.norm2", r"\1.\2.residual.3"),
-    (r"(middle|samples)\.(\d+)\.conv2", r"\1.\2.residual.6"),
-)
-
-
-def original(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights under the original names."""
-
-    def rename(name: str) -> str:
-        for pattern, name_there in _RENAMED:
-            name = re.sub(pattern, name_there, name)
-        return name
-
-    return {rename(name): value for name, value in state.items()}
-
-
-def small(cls: Any, **config: Any) -> nn.Module:
-    """A VAE of the published depth, and narrow."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return spread_gammas(cls(base_dim=8, z_dim=4, latents_mean=[0.0] * 4, latents_std=[1.0] * 4, **config)).eval()
 
 
 def written(tmp_path: Any, weights: dict[str, Tensor]) -> Any:
@@ -187,33 +150,3 @@ def test_a_truncated_file_is_refused(cli, tiny, tmp_path, keep):
     result = cli("build", "--vae", file, "--engine-dir", tmp_path / "e", "--backend", "inductor", "--sizes", "32x32", "--json")
     assert result.code == 1 and "no safetensors file, or a damaged one" in result.document["error"]["message"]
     assert not (tmp_path / "e").exists()
-
-
-class Original(nn.Module):
-    """A VAE of the original program, as far as its names go."""
-
-    def __init__(self, weights: dict[str, Tensor]) -> None:
-        super().__init__()
-        for name, value in weights.items():
-            owner: nn.Module = self
-            *path, last = name.split(".")
-            for part in path:
-                if part not in owner._modules:
-                    owner.add_module(part, nn.Module())
-                owner = owner._modules[part]  # type: ignore[assignment]
-            owner.register_parameter(last, nn.Parameter(value, requires_grad=False))
-
-    def encode(self, x: Tensor) -> Tensor: ...
-
-    def decode(self, z: Tensor) -> Tensor: ...
-
-
-def test_a_module_of_the_original_program_is_told_what_to_do(tiny):
-    module = Original(original(tiny.state_dict()))
-    with pytest.raises(UnsupportedVAEError, match=r"original program's names: qwen_vae_accel.checkpoints.vae_from_weights"):
-        accelerate(module)
-    made = vae_from_weights(module.state_dict(), "vae")
-    assert made.decoder.conv_in.weight.data_ptr() == module.decoder.conv1.weight.data_ptr(), "over the same memory"
-    reference = Reference(tiny, "decode", z := randn(1, 16, 1, 4, 4))
-    accelerate(made, backend="eager")
-    reference.check(decoded(made, z))

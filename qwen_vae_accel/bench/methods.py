@@ -26,7 +26,7 @@ from qwen_vae_accel.backends.registry import direct_backends, engine_backends, g
 from qwen_vae_accel.config import FLOAT8, AccelConfig, dtype_name
 from qwen_vae_accel.errors import AccelError, ConfigError
 from qwen_vae_accel.model import ModelSource
-from qwen_vae_accel.plugin.handle import accelerate
+from qwen_vae_accel.plugin.entry import accelerate
 from qwen_vae_accel.plugin.methods import handle_of
 from qwen_vae_accel.sizes import STATIC_MULTIPLE, Size, parse_size
 

@@ -16,7 +16,7 @@ from qwen_vae_accel.backends.eager import EagerBackend
 from qwen_vae_accel.backends.registry import get_backend
 from qwen_vae_accel.loading import random_vae
 from qwen_vae_accel.model import ModelSource
-from qwen_vae_accel.plugin.handle import accelerate
+from qwen_vae_accel.plugin.entry import accelerate
 
 _BATCH = 100
 

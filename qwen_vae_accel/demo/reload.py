@@ -25,7 +25,8 @@ from qwen_vae_accel.documents import dump_json, read_json
 from qwen_vae_accel.errors import AccelError
 from qwen_vae_accel.files import write_atomically
 from qwen_vae_accel.loading import load_vae
-from qwen_vae_accel.plugin.handle import Handle, accelerate
+from qwen_vae_accel.plugin.entry import accelerate
+from qwen_vae_accel.plugin.handle import Handle
 
 PROMPT = "a cup of coffee on a wooden table"
 STEPS = 4

@@ -122,9 +122,4 @@ def _another_class(vae: object) -> str:
     text = f"it is a {kind.__module__}.{kind.__qualname__}, not one of diffusers' {', '.join(CLASSES)}"
     if hasattr(vae, "_orig_mod"):
         text += "; torch.compile has wrapped it: accelerate the VAE inside, vae._orig_mod"
-    elif isinstance(vae, nn.Module) and any(name == ORIGINAL_NAME for name, _ in vae.named_parameters()):
-        text += (
-            "; its weights have the original program's names: qwen_vae_accel.checkpoints.vae_from_weights(vae.state_dict(), "
-            "'vae') makes a VAE of diffusers over the same memory"
-        )
     return text

@@ -69,7 +69,7 @@ class Published:
 
 
 @dataclass(slots=True)
-class _Settings:
+class Settings:
     """Attributes of the modules that have the same ones: what :func:`vars` holds beside what every module has."""
 
     get: itemgetter[Any]
@@ -77,7 +77,7 @@ class _Settings:
     values: list[Any]
 
     @classmethod
-    def of(cls, modules: Iterable[nn.Module], unused: frozenset[str]) -> list[_Settings]:
+    def of(cls, modules: Iterable[nn.Module], unused: frozenset[str]) -> list[Settings]:
         """All but those in ``unused``, which no code reads."""
         groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
         for module in modules:
@@ -89,6 +89,7 @@ class _Settings:
         return [cls(get, spaces, list(map(get, spaces))) for get, spaces in found]
 
     def same(self) -> bool:
+        """Whether every module has the values of then."""
         return list(map(self.get, self.spaces)) == self.values
 
 
@@ -116,7 +117,7 @@ class Seen:
     kinds: list[type]
     spaces: list[dict[str, Any]]  # their attributes,
     sizes: list[int]  # how many,
-    settings: list[_Settings]  # and which
+    settings: list[Settings]  # and which
     parents: list[dict[str, Any]]
     children: list[dict[str, nn.Module | None]]
     ordered: list[dict[str, Any]]  # lists of layers
@@ -159,7 +160,7 @@ class Seen:
             kinds=list(map(type, modules)),
             spaces=spaces,
             sizes=list(map(len, spaces)),
-            settings=_Settings.of(modules, published.unused),
+            settings=Settings.of(modules, published.unused),
             parents=parents,
             children=list(map(dict, map(_modules, parents))),
             ordered=ordered,

@@ -1,4 +1,4 @@
-"""Into a diffusers pipeline and out of it again: ``accelerate`` and the handle it returns."""
+"""Into a diffusers pipeline and out of it again: the handle that ``accelerate`` returns."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +20,10 @@ from qwen_vae_accel.model.offload import Placement, run_pre_forward
 from qwen_vae_accel.model.topology import METHODS
 from qwen_vae_accel.plugin.compiled import Traced
 from qwen_vae_accel.plugin.dispatch import Dispatcher, Request
-from qwen_vae_accel.plugin.hosts import find_vae, held_vae
-from qwen_vae_accel.plugin.methods import PATCHED, VAE, OwnMethods, handle_of, pack
+from qwen_vae_accel.plugin.hosts import held_vae
+from qwen_vae_accel.plugin.methods import PATCHED, VAE, OwnMethods, pack
 from qwen_vae_accel.plugin.parking import Parking
+from qwen_vae_accel.plugin.patch import Patch
 from qwen_vae_accel.plugin.plain import not_image, not_plain
 from qwen_vae_accel.plugin.processing import PostProcessing, PreProcessing, Replacement, processors_of
 from qwen_vae_accel.progress import progress_bar
@@ -35,60 +35,17 @@ _REQUESTS = 256  # kinds of calls remembered
 _TRIES = 2  # to compute over weights that do not change meanwhile
 
 
-def accelerate(
-    target: Any,
-    config: AccelConfig | Mapping[str, Any] | str | Path | None = None,
-    *,
-    process_group: ProcessGroup | None = None,
-    **overrides: Any,
-) -> Handle:
-    """Make ``encode`` and ``decode`` of a Qwen-Image VAE fast, in place.
-
-    Args:
-        target: a diffusers pipeline with a ``vae``, an object of another host that holds one (``docs/hosts.md``), or the VAE
-            itself.
-        config: an :class:`AccelConfig`, a dict or JSON file of one, or the TensorRT guide's JSON, with whatever else its host
-            has in there. None: the defaults.
-        process_group: processes of ``torch.distributed`` that compute every image together, with a device each. All of them
-            call ``accelerate`` alike, and ``encode`` and ``decode`` with the same input; each gets the whole result.
-        overrides: fields of :class:`AccelConfig` that replace those of ``config``.
-
-    Returns:
-        The handle: a report, a warm-up, and the way back. Calling again with an equal config returns the same handle.
-
-    Raises:
-        ConfigError: if ``config`` or ``overrides`` are invalid.
-        UnsupportedVAEError: if ``target`` holds no VAE of Qwen-Image, Qwen-Image 2.1 or Wan 2.1.
-        BackendUnavailableError: if a backend asked for by name cannot run here.
-        EngineError: if the engine directory cannot be one.
-        HandleError: if the VAE is accelerated already with another config.
-    """
-    wanted = AccelConfig.resolve(config, **overrides)
-    vae = find_vae(target)
-    existing: Handle | None = handle_of(vae)
-    if existing is not None and not existing._active:  # an interrupt ended its restore()
-        existing.restore()
-        existing = None
-    if existing is not None:
-        if existing.config == wanted and existing.process_group is process_group:
-            if target is not vae:
-                existing._adopt(target)
-            return existing
-        raise HandleError(
-            "this VAE is accelerated already with another config or process group; call restore() on its handle first.\n"
-            f"  there: {existing.config}\n  asked: {wanted}"
-        )
-    return Handle(vae, wanted, None if target is vae else target, process_group)
-
-
 class Handle:
-    """An accelerated VAE. Made by :func:`accelerate`; as a context manager it restores the VAE at exit.
+    """An accelerated VAE. Made by ``accelerate()``; as a context manager it restores the VAE at exit.
 
     Attributes:
         vae: the VAE.
         config: how it is accelerated.
         process_group: the processes that compute every image together; None: this one alone.
     """
+
+    _patch: ClassVar[Patch] = VAE
+    _theirs: ClassVar[str] = ORIGINAL  # who serves a call that is not served here
 
     def __init__(
         self, vae: nn.Module, config: AccelConfig, pipeline: Any | None, process_group: ProcessGroup | None = None
@@ -110,11 +67,11 @@ class Handle:
         self._requests: dict[tuple[Any, ...], Request] = {}
         self._one_original = fork_safe_lock()
         self._traced = Traced.of(self, self._source.topology)
-        VAE.remove(vae, PATCHED, {})  # what a copy of an accelerated VAE may carry
-        self._custom = {method: custom_method(vae, method) for method in METHODS}
+        self._patch.remove(self.accelerated, PATCHED, {})  # what a copy of an accelerated VAE may carry
+        self._custom = {method: custom_method(self.accelerated, method) for method in METHODS}
         self._before: Mapping[str, Any]
-        VAE.install(vae, self, PATCHED)
-        self._original = OwnMethods(vae, self._before)
+        self._patch.install(self.accelerated, self, PATCHED)
+        self._original = OwnMethods(self.accelerated, self._before)
         self._parking = Parking(vae)
         self._park()
         if pipeline is not None:
@@ -123,6 +80,11 @@ class Handle:
             except BaseException:
                 self.restore()
                 raise
+
+    @property
+    def accelerated(self) -> nn.Module:
+        """The object whose methods are served."""
+        return self.vae
 
     def _adopt(self, pipeline: Any) -> None:
         """Take a pipeline that holds this VAE under the handle: its pre- and post-processing, and the watch over its VAE."""
@@ -142,7 +104,7 @@ class Handle:
 
     def _is_of(self, vae: Any) -> bool:
         """Whether it serves ``vae``, and not a VAE that ``vae`` was copied from."""
-        return vae is self.vae
+        return vae is self.accelerated
 
     # A copy or a pickle of an accelerated VAE is a plain VAE: its patched methods find no handle of their own.
 
@@ -174,7 +136,7 @@ class Handle:
                 "restore() inside a call of the VAE (from a hook or a signal handler) would wait for itself; call it later"
             )
         if self._active:
-            patched = VAE.patched_since(self.vae, PATCHED)
+            patched = self._patch.patched_since(self.accelerated, PATCHED)
             if patched:
                 raise HandleError(f"{patched}; undo that first, or the other patch would be lost")
             for replacement in self._replacements:
@@ -183,14 +145,18 @@ class Handle:
         while self._replacements:
             self._replacements[0].remove()
             del self._replacements[0]
-        VAE.remove(self.vae, PATCHED, self._before)
+        self._patch.remove(self.accelerated, PATCHED, self._before)
         self._callers.wait()
-        self._dispatcher.forget()
         with self._one_original:
             self._unpark()
+        self.release()
+        self._restored = True
+
+    def release(self) -> None:
+        """Give back the memory of networks and engines; the next call makes or loads them again."""
+        self._dispatcher.forget()
         if self._dispatcher.runtime is not None:
             self._dispatcher.runtime.release()
-        self._restored = True
 
     def report(self) -> Report:
         """Tell what happened since :func:`accelerate`: a table when printed with rich, values through ``.as_dict()``."""
@@ -223,7 +189,7 @@ class Handle:
         if not self._active:
             return "this VAE was restored; accelerate() makes a new handle"
         pipelines = [pipeline for reference in self._pipelines if (pipeline := reference()) is not None]
-        if any(held_vae(pipeline) is not self.vae for pipeline in pipelines):
+        if any(held_vae(pipeline) is not self.accelerated for pipeline in pipelines):
             return "the pipeline's VAE was replaced after accelerate(); the new one is not accelerated: call accelerate() again"
         return ""
 
@@ -253,10 +219,13 @@ class Handle:
                     else:
                         output = self._compute(request, x)
             if output is not None:
-                return pack(method, output.unsqueeze(2), return_dict)
+                return self._packed(method, output, return_dict)
             reason = reason or "its weights were written while it computed"
-        self._journal.served(method, ORIGINAL, reason)
+        self._journal.served(method, self._theirs, reason)
         return self._run_original(method, x, return_dict)
+
+    def _packed(self, method: str, output: Tensor, return_dict: bool) -> Any:
+        return pack(method, output.unsqueeze(2), return_dict)
 
     def _serve_ahead(self, method: str, x: Tensor) -> Tensor | None:
         """The output of a network on a GPU, begun before the look at the VAE, which the GPU's work then hides.

@@ -20,7 +20,8 @@ from qwen_vae_accel.bench.serve.pipelines import ImageRequest, Pipelines
 from qwen_vae_accel.bench.serve.stopwatch import MIB, PARTS, Stopwatch
 from qwen_vae_accel.config import AccelConfig
 from qwen_vae_accel.journal import ORIGINAL, Journal
-from qwen_vae_accel.plugin.handle import Handle, accelerate
+from qwen_vae_accel.plugin.entry import accelerate
+from qwen_vae_accel.plugin.handle import Handle
 from qwen_vae_accel.plugin.processing import PostProcessing
 from qwen_vae_accel.sizes import STATIC_MULTIPLE, Size
 
