@@ -221,6 +221,20 @@ def first_image() -> str:
     return table(["process", "import", "first decode", "first encode", "from import to the first decoded image"], rows)
 
 
+def memory() -> str:
+    """Bands of rows: their time over that of one piece, the first row of a size, and planned and measured memory."""
+    rows, whole = [], {}
+    for row in load("h100_memory")["rows"]:
+        size = row["vae"], row["method"], row["size"]
+        one = whole.setdefault(size, row["ms"])
+        limit = {None: "default", 0: "none"}.get(row["limit_mib"], f"{row['limit_mib']} MiB")
+        times = [digits(row["ms"]), f"{row['ms'] / one:.2f}x" if row["bands"] > 1 else ""]
+        sizes = [f"{row[name]:.0f}" for name in ("scratch_mib", "planned_mib", "measured_mib")]
+        rows.append([*size, limit, str(row["bands"]), *times, *sizes, "yes" if row["equal"] else "no"])
+    header = ["VAE", "network", "size", "limit", "bands", "ms", "over one piece"]
+    return table([*header, "scratch, MiB", "with output, planned", "measured", "equal"], rows)
+
+
 def headline() -> str:
     """What the README says first."""
     h100 = Bench("h100")
@@ -260,7 +274,9 @@ def results() -> str:
 def tables() -> dict[str, list[str]]:
     """Every table by the document that it stands in."""
     h100, h200 = Bench("h100"), Bench("h200")
+    measured = (RESULTS / "h100_memory.json").is_file()
     return {
+        "docs/memory-and-scale.md": [memory()] if measured else [],
         "README.md": [headline(), results()],
         "docs/benchmarks.md": [
             h100.over_the_guide(),

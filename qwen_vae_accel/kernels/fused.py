@@ -279,6 +279,11 @@ class _FusedNetwork:
                 launches.run(launches.memory(torch.empty(shape, dtype=self.dtype, device="meta")))
         return tasks
 
+    def limit_memory(self, memory_limit: int | float | None) -> None:
+        """Use another ``FusedConfig.memory_limit`` from now on: every size is listed, and captured, again."""
+        self._listings.limit_memory(memory_limit)
+        self.release()
+
     def release(self) -> None:
         """Free the graphs."""
         if self._graphs is not None:

@@ -78,6 +78,13 @@ class Listings:
             self._kept[shape, rows] = found
         return found
 
+    def limit_memory(self, memory_limit: int | float | None) -> None:
+        """Use another limit from now on; every size is listed again."""
+        with self._lock:
+            self.memory_limit = memory_limit
+            self._kept.clear()
+            self._told.clear()
+
     def shrink(self, shape: Shape, rows: int, failed: Listing, share: float) -> bool:
         """List again, from now on, with less scratch memory than ``failed``, for which there was no room.
 

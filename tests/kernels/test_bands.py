@@ -120,25 +120,17 @@ def run_poisoned(network, image: torch.Tensor, part: Bands | None) -> torch.Tens
     return memory.output
 
 
-def small(method: str, limit: int | None = None, every: bool = True) -> FusedDecoder | FusedEncoder:
-    """Qwen-Image's network; with ``every`` its convolutions are the references of those of sm90/."""
-    config = FusedConfig(tuning=SMALL_TUNING, gpu=TMA, memory_limit=limit)
+def small(method: str) -> FusedDecoder | FusedEncoder:
+    """Qwen-Image's network; its convolutions are the references of those of sm90/."""
+    config = FusedConfig(tuning=SMALL_TUNING, gpu=TMA)
     cls, part = (FusedDecoder, "decoder") if method == "decode" else (FusedEncoder, "encoder")
     network = cls(image_state(random_vae(), part), dtype=torch.float16, device=torch.device("cpu"), config=config)
-    if every:
-        network._sm90 = StandInLayers(torch.device("cpu"), SMALL_TUNING, every=True)
+    network._sm90 = StandInLayers(torch.device("cpu"), SMALL_TUNING, every=True)
     return network
 
 
 def draw(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1)).half()
-
-
-def assert_bits_of_one_piece(network, image: torch.Tensor, divisions: list[Bands]) -> None:
-    whole = run_poisoned(network, image, None)
-    assert whole.isfinite().all()
-    for part in divisions:
-        assert torch.equal(run_poisoned(network, image, part), whole), part
 
 
 @interpreted
@@ -153,7 +145,7 @@ def test_bands_give_the_bits_of_one_piece(method, shape, monkeypatch):
     for part in DIVISIONS[:2]:
         assert torch.equal(run_poisoned(network, image, part), whole), part
     monkeypatch.setattr(bands, "_FEWEST_ROWS", 4)
-    network._listings.memory_limit = network._as_configured(shape, DIVISIONS[2], False).launches.scratch_bytes
+    network.limit_memory(network._as_configured(shape, DIVISIONS[2], False).launches.scratch_bytes)
     assert network.plan(shape).fits and network.plan(shape).bands > 1
     assert torch.equal(network(image), whole)
 
@@ -161,7 +153,7 @@ def test_bands_give_the_bits_of_one_piece(method, shape, monkeypatch):
 @interpreted
 @pytest.mark.slow
 @pytest.mark.usefixtures("exact")
-@pytest.mark.parametrize(("method", "shape"), [("decode", (2, 64, 2, 3)), ("encode", (1, 4, 64, 16))])
+@pytest.mark.parametrize(("method", "shape"), [("decode", (2, 64, 2, 3)), ("encode", (1, 4, 32, 16))])
 def test_bands_give_the_bits_of_one_piece_around_shortcuts(method, shape, monkeypatch):
     """Qwen-Image 2.1, whose levels are copied and averaged around, in bands too."""
     described = describe(NARROW_21, method)
@@ -177,13 +169,5 @@ def test_bands_give_the_bits_of_one_piece_around_shortcuts(method, shape, monkey
     image = draw(*shape)
     whole = run_poisoned(network, image, None)
     assert whole.isfinite().all()
-    for part in (Bands(0, 2), Bands(2, 3)):
+    for part in (Bands(0, 2), Bands(2, 2)):
         assert torch.equal(run_poisoned(network, image, part), whole), part
-
-
-@interpreted
-@pytest.mark.slow
-@pytest.mark.usefixtures("exact")
-def test_triton_kernels_take_parts_of_matrices():
-    network, image = small("decode", every=False), draw(1, 16, 1, 1)
-    assert torch.equal(run_poisoned(network, image, Bands(1, 3)), run_poisoned(network, image, None))

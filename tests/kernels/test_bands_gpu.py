@@ -10,6 +10,7 @@ from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder
 from qwen_vae_accel.kernels.float8 import block_layers, calibrated_layers
 from qwen_vae_accel.kernels.network import QWEN_IMAGE, QWEN_IMAGE_21, describe, network_of
 from qwen_vae_accel.kernels.reasons import FLOAT8_CAPABILITY
+from qwen_vae_accel.kernels.tuning.selection import Tuning
 from tests.kernels.cases import random_vae
 from tests.kernels.test_network import random_state
 
@@ -38,18 +39,17 @@ def make(states):
     """Networks by VAE, method, dtype and whether float8; each is packed once, and ``limit`` set anew."""
     made = {}
 
-    def network(name, method, dtype, limit, float8=False):
-        key = name, method, dtype, float8
+    def network(name, method, dtype, limit, float8=False, sm90=True):
+        key = name, method, dtype, float8, sm90
         if key not in made:
             state = states[name, method]
             described = network_of(state)
             scales = dict.fromkeys([*block_layers(described), *calibrated_layers(described)], 8.0) if float8 else {}
             cls = FusedDecoder if method == "decode" else FusedEncoder
-            made[key] = cls(state, dtype=dtype, device=CUDA, config=FusedConfig(graph_after=2), float8=scales)
+            config = FusedConfig(tuning=Tuning(sm90=sm90))
+            made[key] = cls(state, dtype=dtype, device=CUDA, config=config, float8=scales)
         found = made[key]
-        found.release()
-        found._listings._kept.clear()
-        found._listings.memory_limit = limit
+        found.limit_memory(limit)
         return found
 
     yield network
@@ -68,15 +68,15 @@ def draw(name: str, method: str, width: int, height: int, dtype: torch.dtype, ba
 SHARES = (0.75, 0.5, 0.35)
 
 
-def assert_bits_of_one_piece(make, name, method, dtype, batch=1, float8=False, size=(1024, 1040)) -> None:
+def assert_bits_of_one_piece(make, name, method, dtype, batch=1, size=(1024, 1040), **options) -> None:
     x = draw(name, method, *size, dtype, batch)
-    network = make(name, method, dtype, 2**40, float8)
+    network = make(name, method, dtype, 2**40, **options)
     assert network.plan(x.shape).bands == 1
     need, whole = network.plan(x.shape).scratch_bytes, network(x)
     assert whole.isfinite().all()
     seen = set()
     for share in SHARES:
-        network = make(name, method, dtype, int(share * need), float8)
+        network = make(name, method, dtype, int(share * need), **options)
         plan = network.plan(x.shape)
         assert plan.bands > 1 and plan.fits
         seen.add((plan.level, plan.bands))
@@ -90,6 +90,11 @@ def assert_bits_of_one_piece(make, name, method, dtype, batch=1, float8=False, s
 @pytest.mark.parametrize("name", list(TOPOLOGIES))
 def test_bands_give_the_bits_of_one_piece(name, method, dtype, make):
     assert_bits_of_one_piece(make, name, method, dtype)
+
+
+@pytest.mark.parametrize("method", ["decode", "encode"])
+def test_the_kernels_of_other_gpus_take_parts_of_matrices(method, make):
+    assert_bits_of_one_piece(make, "Qwen-Image", method, torch.bfloat16, sm90=False)
 
 
 @pytest.mark.parametrize("method", ["decode", "encode"])
