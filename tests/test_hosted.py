@@ -199,6 +199,20 @@ def test_errors_are_the_modules_own(narrow):
         module.decode()
     with pytest.raises(TypeError, match="unexpected keyword argument 'tiles'"):
         module.decode(randn(1, 4, 1, 2, 2), tiles=2)
+    wan = WanVAE(narrow)
+    handle = accelerate(wan)
+    with pytest.raises(ValueError, match="not enough values to unpack"):
+        wan.decode(randn(1, 4, 1, 2, 2), [0.0])
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'scale'"):
+        wan.decode(randn(1, 4, 1, 2, 2))
+    assert "it is called with scale=[0.0], no pair" in reasons(handle)
+
+
+def test_a_module_without_the_statistics_that_its_convention_applies_is_refused(narrow):
+    module = DiffSynthVAE(narrow)
+    del module.mean
+    with pytest.raises(UnsupportedVAEError, match="called in a way that is not known"):
+        accelerate(module)
 
 
 @pytest.mark.parametrize(

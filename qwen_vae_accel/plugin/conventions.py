@@ -63,6 +63,8 @@ class Convention:
             parameter = signature.parameters[name]
             if name not in self.free and parameter.kind is not parameter.VAR_KEYWORD and value is not parameter.default:
                 return f"it is called with {name}={shown(value)}"
+        if self.scale == "argument" and not (isinstance(scale := dict(rest)["scale"], (list, tuple)) and len(scale) == 2):
+            return f"it is called with scale={shown(scale)}, no pair of mean and one over the deviation"
         axes = 5 if self.frames else 4
         if not isinstance(x, Tensor) or x.dim() != axes:
             return f"it is not called with a tensor of {axes} dimensions"
@@ -129,7 +131,8 @@ def convention_of(vae: nn.Module) -> Convention:
     except (TypeError, ValueError, AttributeError) as error:  # methods of the object alone, or not of Python
         raise UnsupportedVAEError(type(vae).__name__, [f"the parameters of its methods cannot be read: {error}"]) from error
     for convention in CONVENTIONS.values():
-        if all(convention.fits(method, signature) for method, signature in given.items()):
+        has_scale = convention.scale != "module" or (hasattr(vae, "mean") and hasattr(vae, "std"))
+        if has_scale and all(convention.fits(method, signature) for method, signature in given.items()):
             return convention
     kind = type(vae)
     known = "; ".join(f"{whose}: {_listed(convention.parameters)}" for whose, convention in CONVENTIONS.items())
