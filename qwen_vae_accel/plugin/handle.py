@@ -147,9 +147,9 @@ class Handle:
             del self._replacements[0]
         self._patch.remove(self.accelerated, PATCHED, self._before)
         self._callers.wait()
+        self.release()  # before the weights come back: networks over views of them would keep their memory
         with self._one_original:
             self._unpark()
-        self.release()
         self._restored = True
 
     def release(self) -> None:
