@@ -229,7 +229,7 @@ class DirectBackend(Backend):
         """A program for ``job`` over the current weights of ``source``."""
 
     def plan(self, job: Job, size: Size) -> Plan | None:
-        """Plan what a call of ``job`` for one image of ``size`` takes, without weights or work; None where this is not known."""
+        """Plan what a call of ``job`` for one image of ``size`` takes, without weights or work; None where it is not known."""
         return None
 
     def bands(self, program: Program, shape: Sequence[int], rows: int) -> tuple[int, str]:
