@@ -233,11 +233,11 @@ class DirectBackend(Backend):
         """A program for ``job`` over the current weights of ``source``."""
 
     def plan(self, job: Job, size: Size) -> Plan | None:
-        """Say what a call of ``job`` for one image of ``size`` takes, without weights or work; None where this is not known."""
+        """Plan what a call of ``job`` for one image of ``size`` takes, without weights or work; None where it is not known."""
         return None
 
     def bands(self, program: Program, shape: Sequence[int], rows: int) -> tuple[int, str]:
-        """In how many bands of rows ``program`` runs an input of ``shape``, and why; ``rows`` as for ``tiled``, or 0.
+        """Tell in how many bands of rows ``program`` runs an input of ``shape``, and why; ``rows`` as for ``tiled``, or 0.
 
         One band, without a reason, for backends that do not tell.
         """

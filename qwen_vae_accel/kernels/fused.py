@@ -172,7 +172,7 @@ class _FusedNetwork:
         return self._listings.get(shape).launches
 
     def plan(self, shape: tuple[int, ...], rows: int = 0) -> Plan:
-        """What a call with an input ``[B, C, H, W]`` takes, and in how many bands it runs; ``rows`` as for a call."""
+        """Plan what a call with an input of ``shape`` ``[B, C, H, W]`` takes, and its bands; ``rows`` as for a call."""
         return self._listings.get(tuple(shape), rows).plan
 
     def predicted_ms(self, shape: tuple[int, ...], alone_ms: float) -> float:

@@ -61,7 +61,7 @@ class Listings:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def get(self, shape: Shape, rows: int = 0) -> Listing:
-        """The list for inputs of ``shape``; with ``rows`` it takes no more than an image of so many rows in one piece."""
+        """Give the list for inputs of ``shape``; with ``rows`` it takes no more than an image of so many rows in one piece."""
         with self._lock:
             found = self._kept.pop((shape, rows), None)
             if found is None:
@@ -114,7 +114,7 @@ class Listings:
             logger.warning("%s", text)
 
     def limit(self, shape: Shape, rows: int = 0) -> Limit:
-        """The limit of a call: the user's, or else the soft one; with ``rows`` also what so many rows take."""
+        """Find the limit of a call: the user's, or else the soft one; with ``rows`` also what so many rows take."""
         if self.memory_limit is None:
             limit = Limit(SOFT_LIMIT, f"in one piece it would take more than {mib(SOFT_LIMIT)} of scratch memory")
         else:

@@ -91,7 +91,7 @@ class FusedBackend(DirectBackend):
         return FusedProgram(network)
 
     def plan(self, job: Job, size: Size) -> Plan:
-        """Say what a call takes on the GPU of ``job``, with the limit as it is now."""
+        """Plan what a call takes on the GPU of ``job``, with the limit as it is now; see :meth:`DirectBackend.plan`."""
         network, meta = describe(job.topology, job.method), torch.device("meta")
         state = {name: torch.empty(shape, dtype=job.dtype, device=meta) for name, shape in network.parameters().items()}
         scales = dict.fromkeys([*block_layers(network), *calibrated_layers(network)], 1.0) if job.float8 else {}
@@ -103,7 +103,7 @@ class FusedBackend(DirectBackend):
         return replace(plan, held_bytes=math.prod(shape) * job.dtype.itemsize + plan.output_bytes)  # a graph's, on a GPU
 
     def bands(self, program: Program, shape: Sequence[int], rows: int) -> tuple[int, str]:
-        """Say what the program has planned for inputs of ``shape``."""
+        """Tell what the program has planned for inputs of ``shape``."""
         assert isinstance(program, FusedProgram)
         plan = program.network.plan(tuple(shape), rows)
         return plan.bands, plan.reason
