@@ -130,7 +130,9 @@ def simulate(decoder: ImageDecoder, scales: Mapping[str, float]) -> ImageDecoder
     """A copy of ``decoder`` whose layers named in ``scales`` compute with e4m3 operands; the others as they are."""
     result = copy.deepcopy(decoder)
     for name, scale in scales.items():
-        parent, _, child = name.removesuffix(".resample.1").rpartition(".")
+        name = name.removesuffix(".resample.1")
+        name = f"{name}s.0" if name.endswith(".upsampler") else name  # both kinds of levels have a list
+        parent, _, child = name.rpartition(".")
         owner = result.get_submodule(parent)
         owner._modules[child] = _SimulatedConv(owner.get_submodule(child), scale)
     return result

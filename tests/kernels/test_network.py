@@ -305,6 +305,12 @@ def test_arena_never_overlaps_what_lives_together():
     assert all(offset % 256 == 0 for offset in offsets)
 
 
+def test_an_image_of_which_nothing_is_left_is_refused():
+    for shape in ((1, 3, 7, 64), (1, 3, 64, 7)):
+        with pytest.raises(ValueError, match="too small"):
+            published_on(TMA, FusedEncoder)(torch.empty(shape, dtype=torch.bfloat16, device="meta"))
+
+
 def test_reasons_for_other_topologies():
     assert state_reasons(meta("decode", 4), sm90=False) == []
     assert state_reasons(meta("encode"), sm90=False) == []

@@ -71,7 +71,8 @@ class Tuning:
     def attention_splits(self, key: KernelKey, grid: Grid, gpu: Gpu) -> int:
         """Choose how many blocks share the keys of a tile of queries, so that they fill the GPU best."""
         config = self.attention_on(key, gpu)
-        most = max(1, min(8, grid.height * grid.width // 256, _PARTIAL_BYTES // (4 * key.in_channels * grid.pixels)))
+        count, one = grid.height * grid.width, 4 * key.in_channels * grid.pixels  # keys; bytes of one split's results
+        most = max(1, min(8, count // 256, _PARTIAL_BYTES // max(1, one)))
         return min(range(1, most + 1), key=lambda splits: attention_seconds(config, key, grid, gpu, splits))
 
     def schedules(self, key: KernelKey) -> tuple[Schedule, ...]:
