@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,8 @@ class Bench:
         """Milliseconds of every size and method; in parentheses how many times faster than diffusers."""
         plain, *others = self.methods
         others = sorted(others, key=list(HEADINGS).index)
-        columns = [*(name for name in others if "compile" in name or "fastvae" in name), GUIDE]
+        columns = [name for name in others if "compile" in name or "fastvae" in name]
+        columns += [GUIDE] if any(self.has(task, size, GUIDE) for task in TASKS for size in self.sizes) else []
         columns += [name for name in others if name not in columns]
         rows = []
         for task in TASKS:
@@ -235,6 +237,18 @@ def memory() -> str:
     return table([*header, "scratch, MiB", "with output, planned", "measured", "equal"], rows)
 
 
+def ranks(name: str) -> str:
+    """One image over several GPUs: what ``benchmarks/ranks.py`` printed."""
+    line = re.compile(r"(.+) (\w+) (\d+x\d+): ([\d.]+) -> ([\d.]+) ms, ([\d.]+x)(?:, predicted ([\d.]+x))?, equal (\w+)")
+    found = [match.groups() for match in map(line.fullmatch, (RESULTS / f"{name}.txt").read_text().splitlines()) if match]
+    predicted = any(row[6] for row in found)
+    rows = []
+    for vae, task, size, one, together, faster, model, equal in found:
+        last = [model, "yes" if equal == "True" else "no"] if predicted else ["yes" if equal == "True" else "no"]
+        rows.append([vae, task, size, digits(float(one)), digits(float(together)), f"**{faster}**", *last])
+    return table(["VAE", "network", "WxH", "one GPU", "all", "faster", *(["model"] if predicted else []), "equal"], rows)
+
+
 def headline() -> str:
     """What the README says first."""
     h100 = Bench("h100")
@@ -260,10 +274,14 @@ def results() -> str:
         over = [f"{mean(h100.faster(task, ours, method)):.1f}x" for method in (plain, GUIDE)]
         what = f"{task}, {len(h100.sizes)} sizes (guide: {len(h100.faster(task, ours, GUIDE))}), mean"
         rows.append(["H100", what, "", "", "", f"**{over[0]}**", over[1], "`h100.json`"])
+    later = Bench("h100_qwen_image_21")
+    both = " / ".join(f"{mean(later.faster(task, ours, plain)):.1f}x" for task in TASKS)
+    what = f"Qwen-Image 2.1 decode / encode, {len(later.sizes)} sizes, mean"
+    rows.append(["H100", what, "", "", "", f"**{both}**", "", "`h100_qwen_image_21.json`"])
     service = load("h200_serve")
-    both, sizes = service["summary"]["t2i"]["decode_postprocess"], len(service["settings"]["sizes"]["t2i"])
+    post, sizes = service["summary"]["t2i"]["decode_postprocess"], len(service["settings"]["sizes"]["t2i"])
     what = f"decode and post-processing inside a request, {sizes} sizes, mean"
-    rows.append(["H200", what, "", "", "", f"**{both:.1f}x**", "", "`h200_serve.json`"])
+    rows.append(["H200", what, "", "", "", f"**{post:.1f}x**", "", "`h200_serve.json`"])
     times = [Bench("cpu_512_bf16").ms("decode", "512x512", method) for method in (plain, "eager bf16")]
     seconds = [f"{value / 1000:.1f} s" for value in times]
     ratio = f"**{times[0] / times[1]:.1f}x**"
@@ -273,15 +291,16 @@ def results() -> str:
 
 def tables() -> dict[str, list[str]]:
     """Every table by the document that it stands in."""
-    h100, h200 = Bench("h100"), Bench("h200")
-    measured = (RESULTS / "h100_memory.json").is_file()
+    h100, h200, later = Bench("h100"), Bench("h200"), Bench("h100_qwen_image_21")
     return {
-        "docs/memory-and-scale.md": [memory()] if measured else [],
+        "docs/memory-and-scale.md": [memory(), ranks("h100x4_ranks"), ranks("h200x2_ranks")],
         "README.md": [headline(), results()],
         "docs/benchmarks.md": [
             h100.over_the_guide(),
             h100.by_size(),
             h100.at("1024x1024"),
+            later.by_size(),
+            later.at("2048x2048"),
             h200.by_size(),
             h200.at("1024x1024"),
             engines(),
