@@ -16,7 +16,6 @@ from qwen_vae_accel.kernels.launches import LaunchList
 
 _COUNTS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256)  # of bands tried
 _FEWEST_ROWS = 32  # of the image in a band
-_MOST_COST = 3.0  # times the operations of one piece: no limit is worth more
 _NEARLY = 1.02  # of the least memory: fewer bands that take this much are as good
 
 
@@ -155,14 +154,15 @@ class _Search:
 
 
 def choose_bands(
-    limit: int, levels: int, images: int, height: int, whole: Listed, listed: Callable[[Bands], Listed]
+    limit: int, most_cost: float, levels: int, images: int, height: int, whole: Listed, listed: Callable[[Bands], Listed]
 ) -> Choice:  # fmt: skip
     """Choose the division that costs least and whose scratch memory fits.
 
-    Where none does that costs at most three times the operations of one piece, the one of these that takes least is chosen.
+    Where none does whose cost is sensible, the one of these that takes least is chosen.
 
     Args:
         limit: bytes of scratch memory.
+        most_cost: times the operations of one piece that the limit is worth.
         levels: resamplings of the network.
         images: of the batch.
         height: rows of an image.
@@ -173,7 +173,7 @@ def choose_bands(
     if scratch_bytes <= limit:
         return Choice(None, True)
     counts = [count for count in _COUNTS if height // count >= _FEWEST_ROWS or count == 2]
-    search = _Search(listed, images, counts, _MOST_COST * whole.launches.flops)
+    search = _Search(listed, images, counts, most_cost * whole.launches.flops)
     found = search.cheapest(levels, limit)
     if found is not None:
         return Choice(found, True)

@@ -13,6 +13,8 @@ import torch
 
 # Without a limit of the user's: what takes more runs in bands, which costs about 2 % on an H100.
 SOFT_LIMIT = 4_000_000_000
+# Operations over those of one piece that a limit is worth: the soft one, and any other.
+SOFT_COST, MOST_COST = 1.25, 3.0
 
 
 class Limit(NamedTuple):
@@ -22,11 +24,13 @@ class Limit(NamedTuple):
         nbytes: of scratch memory.
         reason: why a call that would take more runs in bands.
         asked: whether the user is to be told where nothing fits.
+        most_cost: times the operations of one piece that it is worth.
     """
 
     nbytes: int
     reason: str
     asked: bool = False
+    most_cost: float = MOST_COST
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import torch
 
 from qwen_vae_accel.kernels.bands import Bands, Listed, choose_bands
 from qwen_vae_accel.kernels.launches import LaunchList
-from qwen_vae_accel.kernels.limits import SOFT_LIMIT, Limit, Plan, free_bytes, limit_bytes, mib
+from qwen_vae_accel.kernels.limits import SOFT_COST, SOFT_LIMIT, Limit, Plan, free_bytes, limit_bytes, mib
 from qwen_vae_accel.kernels.network import Network
 
 logger = logging.getLogger(__name__)
@@ -116,7 +116,8 @@ class Listings:
     def limit(self, shape: Shape, rows: int = 0) -> Limit:
         """Find the limit of a call: the user's, or else the soft one; with ``rows`` also what so many rows take."""
         if self.memory_limit is None:
-            limit = Limit(SOFT_LIMIT, f"in one piece it would take more than {mib(SOFT_LIMIT)} of scratch memory")
+            reason = f"in one piece it would take more than {mib(SOFT_LIMIT)} of scratch memory"
+            limit = Limit(SOFT_LIMIT, reason, most_cost=SOFT_COST)
         else:
             nbytes = limit_bytes(self.memory_limit, self.device)
             limit = Limit(nbytes, f"in one piece it would take more than memory_limit, {mib(nbytes)}", asked=True)
@@ -139,7 +140,9 @@ class Listings:
             rows = shape[2] * (network.scale if network.decodes else 1)
             levels, nbytes = len(network.levels) - 1, limit.nbytes
             for _ in range(_CHOICES):
-                choice = choose_bands(nbytes, levels, shape[0], rows, whole, lambda bands: listed(shape, bands, True))
+                choice = choose_bands(
+                    nbytes, limit.most_cost, levels, shape[0], rows, whole, lambda bands: listed(shape, bands, True)
+                )
                 bands = choice.bands
                 if bands is None:
                     break

@@ -10,7 +10,7 @@ import torch
 from qwen_vae_accel.kernels import FusedConfig, FusedDecoder, FusedEncoder, bands, planning
 from qwen_vae_accel.kernels.bands import Bands, Choice, choose_bands
 from qwen_vae_accel.kernels.gpu import Gpu
-from qwen_vae_accel.kernels.limits import SOFT_LIMIT, mib
+from qwen_vae_accel.kernels.limits import MOST_COST, SOFT_LIMIT, mib
 from tests.kernels.test_network import meta
 
 H100 = Gpu(132, 232448, True, True)
@@ -33,8 +33,8 @@ def pretend(part: Bands) -> SimpleNamespace:
     return listing(max(FLOORS[part.level], 1000 // part.count + 50), 100 + band, band)
 
 
-def choose(limit: int, images: int = 1, height: int = 4096) -> Choice:
-    return choose_bands(limit, 3, images, height, WHOLE, pretend)
+def choose(limit: int, images: int = 1, height: int = 4096, most_cost: float = 3.0) -> Choice:
+    return choose_bands(limit, most_cost, 3, images, height, WHOLE, pretend)
 
 
 def test_one_piece_that_fits_is_not_divided():
@@ -62,8 +62,14 @@ def test_no_limit_is_worth_three_times_the_operations(monkeypatch):
     assert one.launches.flops + 47 * one.band_flops < 3000 < 100 + 64 * pretend(Bands(0, 64)).band_flops
 
 
+def test_the_cost_that_a_limit_is_worth_is_the_callers():
+    """Within 1.25 the earliest level affords 6 bands, 216 bytes, the next 16 and its floor."""
+    assert choose(99, most_cost=1.25) == Choice(Bands(0, 6), False)
+    assert choose(1, most_cost=1.0) == Choice(None, False)
+
+
 def test_what_bands_do_not_make_smaller_stays_whole():
-    assert choose_bands(10, 3, 1, 4096, listing(600, 1000), lambda part: listing(600, 1100, 10)) == Choice(None, False)
+    assert choose_bands(10, 3.0, 3, 1, 4096, listing(600, 1000), lambda part: listing(600, 1100, 10)) == Choice(None, False)
 
 
 def test_bands_have_rows_enough():
@@ -102,7 +108,7 @@ def test_the_choice_is_the_cheapest_of_all(method, latents, shape):
     for share in (0.9, 0.7, 0.5, 0.3, 0.2):
         limit = int(share * whole.launches.scratch_bytes)
         asked.clear()
-        choice = choose_bands(limit, levels, shape[0], height, whole, listed)
+        choice = choose_bands(limit, MOST_COST, levels, shape[0], height, whole, listed)
         fitting = [part for part, look in looks.items() if look.launches.scratch_bytes <= limit]
         assert choice.fits == bool(fitting)
         if fitting:
