@@ -112,8 +112,8 @@ def packed(vae: nn.Module, height: int, width: int, images: int) -> Tensor:
 def outputs(host: LightX2VVAE, height: int = 48, width: int = 64) -> tuple[Tensor, Tensor]:
     """A decoded and an encoded image as ``[B, C, H, W]``."""
     latents = packed(host.model, height, width, host.layers + 1 if host.is_layered else 1)
-    decoded = host.decode(latents.to(host.dtype), request(height, width))
-    encoded = host.encode_vae_image(photo(width=width, height=height).to(host.dtype))
+    decoded = host.decode(latents.to(host.accelerator, host.dtype), request(height, width))
+    encoded = host.encode_vae_image(photo(width=width, height=height).to(host.accelerator, host.dtype))
     return decoded.cpu(), encoded.cpu().unflatten(1, (height // 16, width // 16)).permute(0, 3, 1, 2)
 
 

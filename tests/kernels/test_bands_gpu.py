@@ -11,6 +11,7 @@ from qwen_vae_accel.kernels.float8 import block_layers, calibrated_layers
 from qwen_vae_accel.kernels.network import QWEN_IMAGE, QWEN_IMAGE_21, describe, network_of
 from qwen_vae_accel.kernels.reasons import FLOAT8_CAPABILITY
 from qwen_vae_accel.kernels.tuning.selection import Tuning
+from qwen_vae_accel.model.image_vae import ImageEncoder
 from tests.kernels.cases import random_vae
 from tests.kernels.test_network import random_state
 
@@ -68,7 +69,9 @@ def draw(name: str, method: str, width: int, height: int, dtype: torch.dtype, ba
 SHARES = (0.75, 0.5, 0.35)
 
 
-def assert_bits_of_one_piece(make, name, method, dtype, batch=1, size=(1024, 1040), **options) -> None:
+def assert_bits_of_one_piece(make, name, method, dtype, batch=1, size=(1024, 1040), exact=None, **options) -> None:
+    """``exact``: the same network in float32, if another schedule of kernels may serve a band than serves the whole: then the
+    result in bands is no further from it."""
     x = draw(name, method, *size, dtype, batch)
     network = make(name, method, dtype, 2**40, **options)
     assert network.plan(x.shape).bands == 1
@@ -81,15 +84,25 @@ def assert_bits_of_one_piece(make, name, method, dtype, batch=1, size=(1024, 104
         assert plan.bands > 1 and plan.fits
         seen.add((plan.level, plan.bands))
         for _ in range(3):  # plainly, while a graph is captured, and from the graph
-            assert torch.equal(network(x), whole), (share, plan.level, plan.bands)
+            image = network(x)
+            if exact is None:
+                assert torch.equal(image, whole), (share, plan.level, plan.bands)
+            else:
+                truth = exact(x.float())
+                errors = [(result.float() - truth).norm().item() for result in (image, whole)]
+                assert errors[0] <= 1.05 * errors[1], (share, plan.level, plan.bands, errors)
     assert len(seen) > 1, "divisions differ"
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("method", ["decode", "encode"])
 @pytest.mark.parametrize("name", list(TOPOLOGIES))
-def test_bands_give_the_bits_of_one_piece(name, method, dtype, make):
-    assert_bits_of_one_piece(make, name, method, dtype)
+def test_bands_give_what_one_piece_gives(name, method, dtype, make, states):
+    exact = None
+    if method == "encode":  # small bands of its levels have schedules of their own, whose norms add up in another order
+        torch.backends.cudnn.allow_tf32 = False
+        exact = ImageEncoder({key: value.cuda() for key, value in states[name, method].items()})
+    assert_bits_of_one_piece(make, name, method, dtype, exact=exact)
 
 
 @pytest.mark.parametrize("method", ["decode", "encode"])
