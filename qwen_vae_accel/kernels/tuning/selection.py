@@ -22,7 +22,7 @@ from qwen_vae_accel.kernels.tuning.configs import (
 from qwen_vae_accel.kernels.tuning.keys import KernelKey
 from qwen_vae_accel.kernels.tuning.tables import H200_ATTENTION, H200_CONVS
 
-_PARTIAL_BYTES = 512 << 20  # of partial results; beyond, the waves are many
+_PARTIAL_BYTES = 192 << 20  # of partial results; beyond, the waves are many
 
 
 @dataclass(frozen=True, slots=True)
