@@ -26,6 +26,8 @@ from qwen_vae_accel.kernels.sm90.driver import own_stream
 
 logger = logging.getLogger(__name__)
 
+_WAIT = 100  # uses until a graph for which there was no room is tried again
+
 
 @dataclass(slots=True)
 class _Entry:
@@ -69,7 +71,10 @@ class GraphCache:
                 self._entries.move_to_end(key)
                 return self._serve(entry, image, entry.graph.replay)
             if self._due(key):
-                return self._capture(launches, image, scratch, key)
+                try:
+                    return self._capture(launches, image, scratch, key)
+                except torch.OutOfMemoryError:  # its copies are a luxury: the call itself may still fit
+                    self._uses[key] = -_WAIT
         memory = launches.memory(image, scratch)
         launches.run(memory)
         return memory.output

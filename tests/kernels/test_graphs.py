@@ -97,6 +97,23 @@ def test_plain_then_captured_then_replayed(gpu):
     call(cache, launches, 3, 5.0)
 
 
+def test_without_room_for_its_copies_a_call_is_plain_and_the_graph_is_tried_again_later(gpu, monkeypatch):
+    def no_room(make):
+        tried.append(make)
+        raise torch.OutOfMemoryError("no room")
+
+    tried: list = []
+    cache, launches = GraphCache(OwnSegments(CPU), limit=8, after=2), Doubling()
+    with monkeypatch.context() as without:
+        without.setattr(OwnSegments, "allocate", lambda self, make: no_room(make))
+        for value in range(graphs._WAIT):
+            call(cache, launches, 3, value)
+    assert (len(tried), launches.runs, len(cache)) == (1, graphs._WAIT, 0)
+    for value in (1.0, 2.0, 3.0, 4.0, 5.0):
+        call(cache, launches, 3, value)
+    assert len(cache) == 1 and Graph.replays >= 1
+
+
 def test_the_least_recently_used_graph_goes(gpu):
     cache, launches = GraphCache(OwnSegments(CPU), limit=2, after=1), Doubling()
     for size in (1, 2, 1, 3):
