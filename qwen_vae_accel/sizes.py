@@ -62,11 +62,9 @@ class Profile:
         """L1 distance of ``size`` from the optimum, in pixels."""
         return abs(size.width - self.optimum.width) + abs(size.height - self.optimum.height)
 
-    @property
-    def text(self) -> str:
-        """The text that stands for exactly this profile in a list of sizes."""
-        low, high = self.minimum, self.maximum
-        sizes = str(self.optimum) if low == high else f"{low}:{self.optimum}:{high}"
+    def text(self, *, multi_profile: bool) -> str:
+        """The text that stands for exactly this profile in a list of sizes: there a size alone is a static one, or a range."""
+        sizes = f"{self.minimum}:{self.optimum}:{self.maximum}" if multi_profile else str(self.optimum)
         return sizes if self.name == str(self.optimum) else f"{self.name}={sizes}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from qwen_vae_accel.errors import ConfigError
@@ -378,7 +378,7 @@ def test_the_chosen_profile_contains_the_shape_and_is_the_nearest(plan, method, 
 @given(plans(), st.dictionaries(st.sampled_from(sorted(STATIC_NAMES)), any_size.map(lambda s: s.floor(16))), request_sizes)
 def test_no_plan_builds_over_an_engine_of_another_size(plan, held, shape):
     assume(not plan.multi_profile and all(min(s.width, s.height) for s in held.values()))
-    texts = None if plan.open else [profile.text for profile in plan.profiles]
+    texts = None if plan.open else [profile.text(multi_profile=plan.multi_profile) for profile in plan.profiles]
     settled = Plan.make(texts, False, held=held)
     choice = settled.select("encode", shape)
     keys = [*settled.engines("encode"), *([choice.key] if isinstance(choice, Choice) else [])]
@@ -389,8 +389,9 @@ def test_no_plan_builds_over_an_engine_of_another_size(plan, held, shape):
 
 
 @given(plans())
+@example(Plan.make(["16x16:16x16:16x16"], True))
 def test_a_plan_survives_the_texts_of_its_profiles(plan):
-    again = Plan.make([profile.text for profile in plan.profiles], plan.multi_profile)
+    again = Plan.make([profile.text(multi_profile=plan.multi_profile) for profile in plan.profiles], plan.multi_profile)
     assert again.profiles == plan.profiles
 
 

@@ -73,7 +73,7 @@ class Wanted:
     def build_command(self, root: Path) -> str:
         """The command that builds it into ``root``."""
         key = self.key
-        sizes = ",".join(profile.text for profile in key.profiles)
+        sizes = ",".join(profile.text(multi_profile=not key.is_static) for profile in key.profiles)
         options = f"--backend {self.backend.name} --method {key.method} --dtype {dtype_name(self.dtype)} --sizes {sizes}"
         multi = "" if key.is_static else " --multi-profile"
         return f"qwen-vae-accel build {options}{multi} --engine-dir {shlex.quote(str(root))} --vae PATH"
