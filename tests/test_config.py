@@ -121,7 +121,7 @@ def test_sizes_may_map_names_to_sizes():
     assert config == AccelConfig.from_json('{"sizes": {"4_3": "1472x1104", "512x640": "512x640"}}')
     assert config == AccelConfig.from_json(config.to_json())
     profiles = AccelConfig(sizes={"1_1_512": "256x256:512x512:640x640"}, multi_profile=True).plan().profiles
-    assert [p.text for p in profiles] == ["1_1_512=256x256:512x512:640x640"]
+    assert [p.text(multi_profile=True) for p in profiles] == ["1_1_512=256x256:512x512:640x640"]
 
 
 def test_a_whole_table_goes_by_its_name():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
-import time
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -400,19 +401,38 @@ def test_nothing_is_pinned_after_a_move_or_a_restore(micro):
     assert old() is None
 
 
-def test_the_check_for_changes_is_cheap(full):
-    """The look at the weights before each call takes less than a third of a walk over the names of the VAE's state."""
-    source = ModelSource(full)
-    source.generation("decode")
-    calls = (lambda: source.generation("decode")), (lambda: dict(full.named_parameters()))
-    best, walk = map(min, zip(*(map(_seconds, calls) for _ in range(100)), strict=True))  # in turns: other work slows both
-    assert best < walk / 3, f"{best * 1e6:.0f} of {walk * 1e6:.0f} us"
+LOOK = """
+import time
+import diffusers
+from qwen_vae_accel.model import ModelSource
 
-
-def _seconds(function) -> float:
+def seconds(function):
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
+
+vae = diffusers.AutoencoderKLQwenImage()
+source = ModelSource(vae)
+source.generation("decode")
+calls = (lambda: source.generation("decode")), (lambda: dict(vae.named_parameters()))
+print(*map(min, zip(*(map(seconds, calls) for _ in range(100)))))
+"""
+
+
+def test_the_check_for_changes_is_cheap():
+    """The look at the weights before each call takes less than a third of a walk over the names of the VAE's state.
+
+    In processes of its own, where no other test's objects are in the way; where its objects lie changes its time by half, so the
+    best of some counts.
+    """
+    seen = []
+    for _ in range(4):
+        done = subprocess.run([sys.executable, "-c", LOOK], capture_output=True, text=True, timeout=60, check=True)
+        look, walk = map(float, done.stdout.split())
+        seen.append(f"{look * 1e6:.0f} of {walk * 1e6:.0f} us")
+        if look < walk / 3:
+            return
+    pytest.fail("; ".join(seen))
 
 
 def test_first_use_in_inference_mode_serves_later_calls(micro):
