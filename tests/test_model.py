@@ -422,7 +422,7 @@ print(*map(min, zip(*(map(seconds, calls) for _ in range(100)))))
 def test_the_check_for_changes_is_cheap():
     """The look at the weights before each call takes less than a third of a walk over the names of the VAE's state.
 
-    In processes of its own, where no other test's objects are in the way; where its objects lie changes its time by half, so the
+    In processes of its own, where no other test is in the way; where its objects lie changes its time by half, so the
     best of some counts.
     """
     seen = []
