@@ -87,7 +87,7 @@ class Share:
         """Fill the first ``count`` of ``lines [>= count, ...]``, contiguous, with what each process has computed of them."""
         for rank in range(self.size):
             rows = self.rows(count, rank)
-            dist.broadcast(lines[rows.start : rows.stop], src=dist.get_global_rank(self.group, rank), group=self.group)
+            self._broadcast(lines[rows.start : rows.stop], rank)
 
     def exchange_image(self, image: Tensor, scale: int = 1) -> None:
         """Fill the rows of ``image [B, C, H, W]`` that other processes have computed; ``scale`` of them are divided as one."""
@@ -95,9 +95,13 @@ class Share:
             divided = self.rows(image.shape[2] // scale, rank)
             own = image[:, :, divided.start * scale : divided.stop * scale]
             part = own.contiguous()
-            dist.broadcast(part, src=dist.get_global_rank(self.group, rank), group=self.group)
+            self._broadcast(part, rank)
             if rank != self.rank:
                 own.copy_(part)
+
+    def _broadcast(self, part: Tensor, rank: int) -> None:
+        """From the process of that ``rank`` in the group to all others."""
+        dist.broadcast(part, src=dist.get_global_rank(self.group, rank), group=self.group)
 
 
 def divides(share: Share | None, rows: int) -> Share | None:

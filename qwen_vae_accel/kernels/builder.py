@@ -330,7 +330,7 @@ class LaunchBuilder:
         """List the attention: ``level.normed`` holds its own norm of x, and afterwards ``norm`` of the sum."""
         grid, gpu, weights = level.grid, self.gpu, block.qkv
         channels = block.proj.in_channels
-        tokens = self.take_tokens(grid, 3 * channels)
+        tokens = self.arena.take(grid.pixels, 3 * channels, self.dtype)
         key = KernelKey.of(Kind.QKV, weights)
         config = self.tuning.conv(key, grid, gpu)
 
@@ -348,10 +348,6 @@ class LaunchBuilder:
         self.conv(level, level.normed, block.proj, x=level.x, normed=normed, norm=norm, residual=level.x)
         self.arena.give(level.normed)
         return replace(level, normed=normed)
-
-    def take_tokens(self, grid: Grid, columns: int) -> Slot:
-        """Take a matrix of the pixels of ``grid`` without halo."""
-        return self.arena.take(grid.pixels, columns, self.dtype)
 
     def _attention(self, level: Activations, tokens: Slot, queries: range) -> None:
         """List the attention of ``tokens`` onto ``level.normed``, for the ``queries`` of every image."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qwen_vae_accel.kernels.network import KernelLayer, Network, network_of
-from qwen_vae_accel.kernels.shortcuts import level_orders, stored_shortcut
+from qwen_vae_accel.kernels.shortcuts import level_orders
 from qwen_vae_accel.kernels.tuning.tables import has_kernel
 
 MIN_CAPABILITY = (8, 0)
@@ -38,9 +38,6 @@ def network_reasons(network: Network, *, sm90: bool) -> list[str]:
         reasons.append(f"its kernels for {layers_of} need compute capability 9.0 (Hopper) and NVRTC")
     try:
         level_orders(network)
-        for level in network.levels:
-            if level.shortcut is not None:
-                stored_shortcut(level.shortcut, network.decodes)
     except ValueError as error:
         reasons.append(f"it has no kernels for the shortcuts around levels of the {network.method}r: {error}")
     return reasons
